@@ -1,0 +1,68 @@
+"""Build the Cython extensions, and the kernels once for each instruction set (docs/adr/0002)."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+EXT = Path("hbkit/_ext")
+DEBUG = os.environ.get("HBKIT_DEBUG") == "1"
+BUILD = "build/debug" if DEBUG else "build"  # apart, since timestamps do not tell the two builds' files from each other
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
+# Promise 1: no contraction into fma, so that every instruction set gives the same bits.
+CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
+
+
+class BuildExt(build_ext):
+    """Compiles kernels.c for each instruction set and links the objects to hbkit._ext.isa alone."""
+
+    def build_extensions(self) -> None:
+        objects = []
+        for isa, march in MARCH.items():
+            objects += self.compiler.compile(
+                [str(EXT / "kernels.c")],
+                output_dir=f"{self.build_temp}/{isa}",
+                macros=[("HBKIT_ISA", isa)],
+                extra_postargs=["-std=c11", *CFLAGS, *([f"-march={march}"] if march else [])],
+            )
+        isa = next(e for e in self.extensions if e.name == "hbkit._ext.isa")
+        isa.extra_objects = objects
+        super().build_extensions()
+
+
+if sys.byteorder != "little":
+    sys.exit("hbkit: Parquet and the kernels assume a little-endian machine")
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"hbkit._ext.{path.stem}",
+                [str(path)],
+                depends=[str(EXT / "kernels.h"), str(EXT / "kernels.c")],
+                extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-unused-function"],
+                define_macros=[("CYTHON_CCOMPLEX", "0")],
+            )
+            for path in sorted(EXT.glob("*.pyx"))
+        ],
+        build_dir=f"{BUILD}/cython",
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,  # with boundscheck, a negative index raises
+            "initializedcheck": DEBUG,
+            "nonecheck": DEBUG,
+            "cdivision": True,
+            "embedsignature": True,
+            "freethreading_compatible": False,
+        },
+    ),
+    cmdclass={"build_ext": BuildExt},
+    options={"build": {"build_base": BUILD}},
+)
