@@ -1,0 +1,32 @@
+"""Tables of embedding rows, the features over them, and look-ahead."""
+
+from hbkit.embedding.admission import BloomAdmission, CountAdmission
+from hbkit.embedding.collection import Collection, SequenceOutput, Staged
+from hbkit.embedding.eviction import IdleSteps, L2Below
+from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
+from hbkit.embedding.lookahead import lookahead
+from hbkit.embedding.optimizers import SGD, Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, RowWiseAdam
+from hbkit.embedding.table import Table
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BloomAdmission",
+    "Collection",
+    "Constant",
+    "CountAdmission",
+    "Ftrl",
+    "IdleSteps",
+    "L2Below",
+    "Normal",
+    "RowWiseAdagrad",
+    "RowWiseAdam",
+    "SequenceOutput",
+    "Staged",
+    "Table",
+    "TruncatedNormal",
+    "Uniform",
+    "lookahead",
+]

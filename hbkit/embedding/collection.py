@@ -1,0 +1,378 @@
+"""Collection: the features of a model over their tables; a batch goes through it as one `Staged`.
+
+Look-ahead (`Collection.stage`) dedupes and makes rows resident; the step (`Staged.outputs`, `Staged.apply`) counts,
+admits, creates, gathers and pools, then sums gradients per key and updates. The framework's graph sees only
+``[B, dim]`` per feature, so it never depends on how many distinct keys a batch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hbkit._ext import segment as _ext
+from hbkit.embedding.table import Request, Table
+from hbkit.errors import Closed, InvalidArgument, UnknownColumn
+from hbkit.ragged import Ragged
+from hbkit.store.base import Float32s, Int64s
+
+__all__ = ["Collection", "SequenceOutput", "Staged"]
+
+POOLINGS = ("sum", "mean", "sqrtn", None)
+
+
+class SequenceOutput(NamedTuple):
+    """Rows of a list that is not pooled.
+
+    Attributes
+    ----------
+    values : float32[B, L, dim]
+        Zeros where the mask is false.
+    mask : bool[B, L]
+    """
+
+    values: Float32s
+    mask: npt.NDArray[np.bool_]
+
+
+class _Input(NamedTuple):
+    """One feature of a batch: its keys, and how they fall into rows."""
+
+    keys: npt.NDArray[Any]
+    splits: Int64s | None  # None: one key a row
+    length: int | None  # lists of a dense array all have this length
+    weight: Float32s | None  # one a key
+
+
+class Collection:
+    """Several features looked up in their tables.
+
+    Parameters
+    ----------
+    tables : sequence of Table
+    features : mapping of feature name to table name, optional
+        A feature is a column of the batch; each table is its own feature when left out.
+    pooling : "sum", "mean", "sqrtn", None, or a mapping of feature name to one of them
+        How a list of keys becomes one row; None keeps the sequence. A scalar key is its row.
+
+    Attributes
+    ----------
+    step : int
+        Updates so far.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        features: Mapping[str, str] | None = None,
+        pooling: str | Mapping[str, str | None] | None = "sum",
+    ) -> None:
+        self.tables = {t.name: t for t in tables}
+        if len(self.tables) != len(tables):
+            raise InvalidArgument("two tables have one name", remedy="name each table differently")
+        self.features = dict(features) if features is not None else {name: name for name in self.tables}
+        for feature, table in self.features.items():
+            if table not in self.tables:
+                raise UnknownColumn(
+                    f"no table {table!r}", feature=feature, remedy=f"tables are {', '.join(self.tables) or 'none'}"
+                )
+        if isinstance(pooling, Mapping):
+            for feature in pooling:
+                if feature not in self.features:
+                    raise UnknownColumn(f"pooling for unknown feature {feature!r}", remedy="name it in features")
+            self.pooling: dict[str, str | None] = {f: pooling.get(f, "sum") for f in self.features}
+        else:
+            self.pooling = dict.fromkeys(self.features, pooling)
+        for feature, how in self.pooling.items():
+            if how not in POOLINGS:
+                raise InvalidArgument(f"pooling {how!r}", feature=feature, remedy="use sum, mean, sqrtn or None")
+        self.step = 0
+        self._training: Staged | None = None
+
+    def dim(self, feature: str) -> int:
+        """Floats of a feature's row."""
+        return self.tables[self.features[feature]].dim
+
+    def stage(
+        self,
+        batch: Mapping[str, Any],
+        train: bool = True,
+        size: int | None = None,
+        weights: Mapping[str, Any] | None = None,
+    ) -> Staged:
+        """Begin a batch: dedupe its keys and make their rows resident. May run ahead, in batch order.
+
+        Parameters
+        ----------
+        batch : mapping of column name to array[n], array[n, L], or Ragged of rank 1
+            Integer keys; columns that are no feature are left alone. ``batch.n_rows`` where present says how many of
+            the rows are real.
+        train : bool
+            Whether the step will count, admit, create and update.
+        size : int, optional
+            Rows of the outputs; those beyond the batch are zeros and take no gradient.
+        weights : mapping of feature to one float a key, optional
+            Multiplied into each row before pooling.
+        """
+        return Staged(self, batch, train, size, weights or {})
+
+    def lookup(
+        self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Float32s | SequenceOutput]:
+        """Outputs of a batch, read only: absent keys read zeros and nothing changes."""
+        staged = self.stage(batch, train=False, weights=weights)
+        try:
+            return staged.outputs()
+        finally:
+            staged.close()
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """`Table.stats` of each table by name."""
+        return {name: table.stats() for name, table in self.tables.items()}
+
+
+class Staged:
+    """One batch on its way through a collection: ``wait``, ``outputs``, ``apply``, ``close``.
+
+    ``outputs`` belongs after the previous batch's ``apply``: then it reads what that update wrote, however far ahead
+    the batch was staged.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        batch: Mapping[str, Any],
+        train: bool,
+        size: int | None,
+        weights: Mapping[str, Any],
+    ) -> None:
+        self._collection, self._train = collection, train
+        inputs = {f: _input(f, batch, weights.get(f)) for f in collection.features}
+        rows = {f: len(i.keys) if i.splits is None else len(i.splits) - 1 for f, i in inputs.items()}
+        n = next(iter(rows.values()), 0)
+        for feature, have in rows.items():
+            if have != n:
+                raise InvalidArgument(f"{have} rows where others have {n}", feature=feature, remedy="align the columns")
+        n = min(n, int(getattr(batch, "n_rows", n)))
+        self.n_rows, self.size = n, n if size is None else size
+        if self.size < n:
+            raise InvalidArgument(f"size {size} for a batch of {n} rows", remedy="give at least the batch's rows")
+        self._inputs = {f: _first_rows(i, n) for f, i in inputs.items()}
+        # One request a table: the keys of all its features, in their declared order.
+        self._requests: dict[str, Request] = {}
+        self._spans: dict[str, slice] = {}
+        for name, table in collection.tables.items():
+            features = [f for f, t in collection.features.items() if t == name]
+            parts = [self._keys(table, f) for f in features]
+            end = 0
+            for feature, part in zip(features, parts, strict=True):
+                self._spans[feature] = slice(end, end + len(part))
+                end += len(part)
+            if parts:
+                self._requests[name] = table.request(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        self._state = "staged"
+
+    def _keys(self, table: Table, feature: str) -> Int64s:
+        try:
+            return table.keys(self._inputs[feature].keys)
+        except InvalidArgument as e:
+            raise InvalidArgument(e.problem, **e.place, feature=feature, remedy=e.remedy) from None
+
+    def wait(self) -> None:
+        """Return once every row of the batch is resident in the nearest tier."""
+
+    def outputs(self) -> dict[str, Float32s | SequenceOutput]:
+        """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.
+
+        Raises
+        ------
+        Closed
+            This batch was read or closed before, or an earlier training batch was neither applied nor closed.
+        """
+        c = self._collection
+        if self._state != "staged":
+            raise Closed(f"the batch was {self._state}", remedy="stage it again")
+        if self._train:
+            if c._training is not None:
+                raise Closed(
+                    "the previous batch has neither been applied nor closed", remedy="call its apply() or close() first"
+                )
+            c._training = self
+        self._state = "read"
+        rows = {t: request.rows(self._train, c.step + 1) for t, request in self._requests.items()}
+        return {f: self._output(f, rows[t]) for f, t in c.features.items()}
+
+    def _output(self, feature: str, rows: Float32s) -> Float32s | SequenceOutput:
+        c, i = self._collection, self._inputs[feature]
+        inverse = self._requests[c.features[feature]].inverse[self._spans[feature]]
+        dim = rows.shape[1]
+        if i.splits is None:
+            out = np.empty((self.size, dim), np.float32)
+            if len(rows):
+                np.take(rows, inverse, axis=0, out=out[: self.n_rows], mode="clip")
+            if i.weight is not None:
+                out[: self.n_rows] *= i.weight[:, None]
+            out[self.n_rows :] = 0
+            return out
+        if c.pooling[feature] is None:
+            at, length = _positions(i)
+            values = np.zeros((self.size, length, dim), np.float32)
+            mask = np.zeros((self.size, length), np.bool_)
+            picked = rows[inverse]
+            values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
+            mask.reshape(-1)[at] = True
+            return SequenceOutput(values, mask)
+        out = np.empty((self.size, dim), np.float32)
+        _ext.pool(rows, inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
+        out[self.n_rows :] = 0
+        return out
+
+    def _row_scale(self, feature: str) -> Float32s | None:
+        how, splits = self._collection.pooling[feature], self._inputs[feature].splits
+        if how == "sum" or splits is None:
+            return None
+        lengths = np.maximum(np.diff(splits), 1).astype(np.float32)
+        divisor = lengths if how == "mean" else np.sqrt(lengths)
+        return np.divide(np.float32(1), divisor, dtype=np.float32)
+
+    def apply(self, grads: Mapping[str, Any]) -> None:
+        """Sum gradients per key and update every table once; then the batch is closed.
+
+        Parameters
+        ----------
+        grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
+            A feature left out had no part in the loss.
+
+        Raises
+        ------
+        Closed
+            ``outputs`` was not called, or the batch is closed, or was staged with ``train=False``.
+        InvalidArgument
+            A gradient has another shape than its output.
+        """
+        c = self._collection
+        if self._state != "read" or not self._train:
+            state = "staged for reading only" if not self._train else self._state
+            raise Closed(f"the batch is {state}", remedy="stage with train=True, call outputs(), then apply() once")
+        for feature in grads:
+            if feature not in c.features:
+                raise UnknownColumn(
+                    f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
+                )
+        parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        for name, request in self._requests.items():
+            features = [f for f, t in c.features.items() if t == name]
+            if any(f in parts for f in features):
+                step = c.step + 1
+                dim = c.tables[name].dim
+                request.update(*_join([parts.get(f) or self._no_gradient(f, dim) for f in features]), step)
+                c.tables[name].step = step
+        c.step += 1
+        self.close()
+
+    def _gradient(self, feature: str, grad: Any) -> tuple[Float32s, Int64s | None, Float32s | None]:
+        """(values, row of each key, scale of each key) as `Request.update` takes them."""
+        c, i = self._collection, self._inputs[feature]
+        dim = c.dim(feature)
+        g = np.asarray(grad)
+        shape: tuple[int, ...] = (self.size, dim)
+        sequence = i.splits is not None and c.pooling[feature] is None
+        if sequence:
+            at, length = _positions(i)
+            shape = (self.size, length, dim)
+        if g.shape != shape or g.dtype.kind != "f":
+            raise InvalidArgument(
+                f"gradient of {g.dtype}{list(g.shape)}", feature=feature, remedy=f"give float32{list(shape)}"
+            )
+        g = np.ascontiguousarray(g, np.float32).reshape(-1, dim)
+        if sequence:
+            return g, at, i.weight
+        if i.splits is None:
+            return g[: self.n_rows], None, i.weight
+        rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
+        per_key = scale[rows] if scale is not None else None
+        if per_key is not None and weight is not None:
+            per_key = per_key * weight
+        return g, rows, weight if per_key is None else per_key
+
+    def _no_gradient(self, feature: str, dim: int) -> tuple[Float32s, Int64s, None]:
+        """A feature left out beside others of its table: its keys get zeros."""
+        n = len(self._inputs[feature].keys)
+        return np.zeros((1, dim), np.float32), np.zeros(n, np.int64), None
+
+    def close(self) -> None:
+        """Let go of the batch's rows; without ``apply`` it updates nothing. Idempotent."""
+        if self._state != "closed":
+            self._state = "closed"
+            if self._collection._training is self:
+                self._collection._training = None
+            for request in self._requests.values():
+                request.close()
+
+
+def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
+    """A feature's column of a batch."""
+    try:
+        column = batch[feature]
+    except KeyError:
+        raise UnknownColumn(
+            f"the batch has no column {feature!r}", feature=feature, remedy=f"it has {', '.join(batch)}"
+        ) from None
+    if isinstance(column, Ragged) and column.ragged_rank == 1 and isinstance(column.values, np.ndarray):
+        keys, splits, length = column.values, column.row_splits[0], None
+    elif isinstance(column, np.ndarray) and column.ndim == 1:
+        keys, splits, length = column, None, None
+    elif isinstance(column, np.ndarray) and column.ndim == 2:
+        length = column.shape[1]
+        keys, splits = column.reshape(-1), np.arange(len(column) + 1, dtype=np.int64) * length
+    else:
+        raise InvalidArgument(
+            f"column is {column!r:.80}",
+            feature=feature,
+            remedy="give integer keys as array[n], array[n, L] or a Ragged of rank 1; hash strings when reading",
+        )
+    if weight is not None:
+        weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)
+        if len(weight) != len(keys):
+            raise InvalidArgument(f"{len(weight)} weights for {len(keys)} keys", feature=feature, remedy="align them")
+    return _Input(keys, splits, length, weight)
+
+
+def _first_rows(i: _Input, n: int) -> _Input:
+    """The first n rows of a feature: padding rows hold no keys."""
+    if i.splits is None:
+        return _Input(i.keys[:n], None, None, None if i.weight is None else i.weight[:n])
+    splits = i.splits[: n + 1]
+    end = int(splits[-1])
+    return _Input(i.keys[:end], splits, i.length, None if i.weight is None else i.weight[:end])
+
+
+def _positions(i: _Input) -> tuple[Int64s, int]:
+    """Where each key stands in [B, L] flattened, and L: the dense width, else the next power of two."""
+    assert i.splits is not None
+    lengths = np.diff(i.splits)
+    longest = int(lengths.max(initial=1))
+    length = i.length or 1 << (longest - 1).bit_length()
+    rows = _ext.row_ids(i.splits)
+    return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
+
+
+def _join(
+    parts: list[tuple[Float32s, Int64s | None, Float32s | None]],
+) -> tuple[Float32s, Int64s | None, Float32s | None]:
+    """Gradients of several features of one table as one."""
+    if len(parts) == 1:
+        return parts[0]
+    rows, base = [], 0
+    for values, at, _ in parts:
+        rows.append((np.arange(len(values)) if at is None else at) + base)
+        base += len(values)
+    scale = None
+    if any(s is not None for _, _, s in parts):
+        scale = np.concatenate(
+            [np.ones(len(r), np.float32) if p[2] is None else p[2] for p, r in zip(parts, rows, strict=True)]
+        )
+    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), scale
