@@ -39,7 +39,7 @@ def quantize(rows: Float32s) -> Quantized:
         bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
         raise InvalidArgument(f"row {bad} is not finite", remedy="clip or skip it before the exchange")
     largest = np.abs(rows).max(axis=1, initial=0.0)
-    if largest.size and largest.max() > 127 * np.finfo(np.float16).max:
+    if largest.size and largest.max() > 127 * float(np.finfo(np.float16).max):
         raise InvalidArgument(f"a value of magnitude {largest.max():g}", remedy="clip it, or use a wider wire dtype")
     scales = (largest / np.float32(127)).astype(np.float16)
     # float16 rounds: where it rounded down, 127 steps would not reach the largest value.

@@ -1,0 +1,199 @@
+"""Collection and look-ahead: pooling and its gradient against naive loops, order of steps, misuse."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbkit import Ragged
+from hbkit.embedding import SGD, Adagrad, Collection, SequenceOutput, Table, lookahead
+from hbkit.errors import Closed, InvalidArgument, UnknownColumn
+
+LISTS = st.lists(st.lists(st.integers(-3, 9), max_size=5), min_size=1, max_size=8)
+
+
+def ragged(lists):
+    splits = np.concatenate([[0], np.cumsum([len(x) for x in lists])])
+    return Ragged(np.array([y for x in lists for y in x], np.int64), splits)
+
+
+def scale(how, n):
+    return {"sum": 1.0, "mean": 1 / max(n, 1), "sqrtn": 1 / max(n, 1) ** 0.5}[how]
+
+
+@settings(max_examples=60)
+@given(LISTS, st.sampled_from(["sum", "mean", "sqrtn"]), st.integers(0, 3), st.booleans(), st.integers(0, 2**32))
+def test_collection_pools_and_updates_as_naive(lists, how, extra, weighted, seed):
+    rng = np.random.default_rng(seed)
+    table = Table("t", 3, optimizer=SGD(lr=1.0))
+    c = Collection([table], {"list": "t", "one": "t"}, {"list": how})
+    one = rng.integers(-3, 9, len(lists))
+    weights = [rng.integers(1, 4, len(x)).astype(np.float32) for x in lists]
+    kw = {"weights": {"list": np.concatenate(weights)}} if weighted else {}
+    staged = c.stage({"list": ragged(lists), "one": one}, size=len(lists) + extra, **kw)
+    out = staged.outputs()
+    row = {k: table.lookup(np.array([k]))[0].astype(np.float64) for k in range(-3, 10)}
+    if not weighted:
+        weights = [np.ones(len(x)) for x in lists]
+    want = np.zeros((len(lists) + extra, 3))
+    for i, (x, w) in enumerate(zip(lists, weights, strict=True)):
+        want[i] = scale(how, len(x)) * sum((wi * row[k] for k, wi in zip(x, w, strict=True)), np.zeros(3))
+    np.testing.assert_allclose(out["list"], want, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(out["one"][: len(one)], table.lookup(one)) and not out["one"][len(one) :].any()
+    grads = {f: rng.normal(size=out[f].shape).astype(np.float32) for f in out}
+    staged.apply(grads)
+    total = {k: np.zeros(3) for k in row}
+    for i, (x, w) in enumerate(zip(lists, weights, strict=True)):
+        for k, wi in zip(x, w, strict=True):
+            total[k] += scale(how, len(x)) * wi * grads["list"][i]
+        total[one[i]] += grads["one"][i]
+    for k in set(one.tolist()) | {k for x in lists for k in x}:
+        np.testing.assert_allclose(table.lookup(np.array([k]))[0], row[k] - total[k], rtol=1e-4, atol=1e-5)
+    assert len(table) == len(set(one.tolist()) | {k for x in lists for k in x}) and c.step == 1
+
+
+@given(LISTS, st.integers(0, 2))
+def test_collection_sequence_holds_rows_in_place(lists, extra):
+    table = Table("t", 3, optimizer=SGD(lr=1.0))
+    c = Collection([table], {"list": "t"}, None)
+    staged = c.stage({"list": ragged(lists)}, size=len(lists) + extra)
+    out = staged.outputs()["list"]
+    assert isinstance(out, SequenceOutput)
+    longest = max(map(len, lists))
+    assert out.values.shape[1] >= longest and out.values.shape[1] & (out.values.shape[1] - 1) == 0
+    for i, x in enumerate(lists):
+        assert out.mask[i].tolist() == [j < len(x) for j in range(out.mask.shape[1])]
+        assert np.array_equal(out.values[i, : len(x)], table.lookup(x))
+    assert not out.values[~out.mask].any()
+    before = {k: table.lookup([k])[0] for x in lists for k in x}
+    staged.apply({"list": np.ones_like(out.values)})
+    for k, row in before.items():
+        n = sum(x.count(k) for x in lists)
+        np.testing.assert_allclose(table.lookup([k])[0], row - n, rtol=1e-5, atol=1e-5)
+
+
+def test_collection_dense_lists_keep_their_length_and_padding_key():
+    table = Table("t", 3, padding_key=0)
+    c = Collection([table], {"list": "t"}, None)
+    out = c.stage({"list": np.array([[1, 2, 0], [0, 0, 0]])}).outputs()["list"]
+    assert out.values.shape == (2, 3, 3) and len(table) == 2 and not out.values[1].any()
+
+
+def batches(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {"a": rng.integers(0, 30, 16), "b": ragged([rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(16)])}
+        for _ in range(n)
+    ]
+
+
+def train(depth):
+    tables = [Table("a", 4, optimizer=Adagrad(lr=0.1)), Table("b", 4, optimizer=Adagrad(lr=0.1))]
+    c = Collection(tables)
+    for batch, staged in lookahead(batches(), c, depth):
+        out = staged.outputs()
+        staged.apply({f: np.sin(v + len(batch["a"])).astype(np.float32) for f, v in out.items()})
+    return [[(x.key.tolist(), x.row.tobytes(), x.state.tobytes(), x.freq.tolist()) for x in t.store.scan()] for t in tables]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 50])
+def test_lookahead_of_any_depth_equals_none(depth):
+    assert train(depth) == train(0)
+
+
+def test_lookahead_creates_and_counts_nothing_ahead():
+    c = Collection([Table("a", 4), Table("b", 4)])
+    steps = lookahead(batches(), c, 8)
+    _, staged = next(steps)
+    assert len(c.tables["a"]) == 0
+    staged.outputs()
+    assert 0 < len(c.tables["a"]) <= 16
+    steps.close()
+
+
+def test_lookahead_surfaces_errors_and_ends_its_thread():
+    def broken():
+        yield batches()[0]
+        raise OSError("disk on fire")
+
+    c, before = Collection([Table("a", 4), Table("b", 4)]), threading.active_count()
+    with pytest.raises(OSError, match="disk on fire"):
+        for _, staged in lookahead(broken(), c, 4):
+            staged.outputs()
+    for _, staged in lookahead(batches(), c, 4):
+        staged.outputs()
+        break
+    assert threading.active_count() == before
+    c.stage(batches()[0]).outputs()  # the broken-off batch was let go
+
+
+def test_collection_reads_create_nothing():
+    c = Collection([Table("a", 4), Table("b", 4)])
+    assert not c.lookup(batches()[0])["a"].any()
+    assert len(c.tables["a"]) == 0 and c.step == 0
+
+
+def test_staged_out_of_order_is_refused():
+    c, (one, two, *_) = Collection([Table("a", 4), Table("b", 4)]), batches()
+    s1, s2 = c.stage(one), c.stage(two)
+    with pytest.raises(Closed):
+        s1.apply({})
+    s1.outputs()
+    with pytest.raises(Closed, match="previous batch"):
+        s2.outputs()
+    s1.apply({"a": np.ones((16, 4), np.float32)})
+    s2.outputs()
+    with pytest.raises(Closed):
+        s1.apply({})
+    s2.close()
+    s2.close()
+    with pytest.raises(Closed):
+        s2.outputs()
+    reading = c.stage(one, train=False)
+    reading.outputs()
+    with pytest.raises(Closed, match="reading"):
+        reading.apply({})
+
+
+def test_collection_names_the_feature_in_its_errors():
+    c = Collection([Table("a", 4)], {"x": "a"})
+    for batch, error in [
+        ({}, UnknownColumn),
+        ({"x": np.zeros(3)}, InvalidArgument),
+        ({"x": np.zeros((2, 2, 2), np.int64)}, InvalidArgument),
+        ({"x": ["a"]}, InvalidArgument),
+    ]:
+        with pytest.raises(error, match="feature x"):
+            c.stage(batch)
+    staged = c.stage({"x": np.arange(3)})
+    staged.outputs()
+    for grad in (np.zeros((2, 4), np.float32), np.zeros((3, 4), np.int64)):
+        with pytest.raises(InvalidArgument, match="feature x"):
+            staged.apply({"x": grad})
+    with pytest.raises(UnknownColumn):
+        staged.apply({"y": np.zeros((3, 4), np.float32)})
+    with pytest.raises(UnknownColumn, match="no table 'b'"):
+        Collection([Table("a", 4)], {"x": "b"})
+    with pytest.raises(InvalidArgument, match="feature x"):
+        Collection([Table("a", 4)], {"x": "a"}, "max")
+    with pytest.raises(InvalidArgument):
+        Collection([Table("a", 4), Table("a", 4)])
+
+
+def test_collection_leaves_padding_rows_of_a_batch_alone():
+    class Padded(dict):
+        n_rows = 2
+
+    c = Collection([Table("a", 4)])
+    out = c.stage(Padded(a=np.array([5, 6, 0, 0])), size=4).outputs()["a"]
+    assert len(c.tables["a"]) == 2 and not out[2:].any() and out[:2].all()
+
+
+def test_collection_empty_batch():
+    c = Collection([Table("a", 4)])
+    staged = c.stage({"a": np.zeros(0, np.int64)})
+    assert staged.outputs()["a"].shape == (0, 4)
+    staged.apply({"a": np.zeros((0, 4), np.float32)})
+    assert c.step == 1
