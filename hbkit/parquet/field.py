@@ -11,7 +11,8 @@ from hbkit import errors
 
 __all__ = ["ColumnType", "Field"]
 
-_DTYPES = ("bool", *(f"{u}int{b}" for u in ("", "u") for b in (8, 16, 32, 64)), "float16", "float32", "float64", "string")
+_DTYPES = ["bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"]
+_DTYPES += ["string"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ColumnType:
         Whether the column may hold nulls.
     logical : str
         The stored type where values are integers that stand for something else (``"timestamp[us]"``,
-        ``"date32[day]"``, ``"decimal128(10, 2)"``), else empty. A decimal's integer is its unscaled value.
+        ``"date32[day]"``, ``"decimal(scale=2)"``), else empty. A decimal's integer is its unscaled value.
     pad_to : int or None
         Width of a padded, dense column ``[rows, pad_to]``.
     unsupported : str
@@ -101,7 +102,10 @@ class Field:
         self._require(
             self.null in ("error", "default", "empty"), f"null is {self.null!r}", "use 'error', 'default' or 'empty'"
         )
-        self._require(self.null != "default" or self.default is not None, "null='default' has no default", "give default=")
+        self._require(np.ndim(self.default) == 0, "default is no scalar", "a null list is an empty list anyway")
+        self._require(
+            self.null != "default" or self.default is not None, "null='default' has no default", "give default="
+        )
         self._require(self.hash_to in (None, "int64"), f"hash_to is {self.hash_to!r}", "use 'int64'")
         self._require(self.hash_to is None or self.dtype in (None, "int64"), "hash_to gives int64", "leave dtype out")
         self._require(
@@ -147,7 +151,7 @@ class Field:
         kind = "" if string else np.dtype(stored.dtype).kind
         if self.hash_to:
             require(string or kind in "iu", f"{stored.dtype} cannot be hashed", "hash strings, binary or integers")
-            dtype = self.hash_to
+            dtype = str(self.hash_to)
         else:
             dtype = str(self.dtype) if self.dtype is not None else stored.dtype
             require(
@@ -165,7 +169,9 @@ class Field:
             rank = self.ragged_rank
         if rank == 0 and self.null == "empty" and not string:
             require(
-                self.ragged_rank is None, "null='empty' makes a plain column ragged", "use null='default' or ragged_rank=1"
+                self.ragged_rank is None,
+                "null='empty' makes a plain column ragged",
+                "use null='default' or ragged_rank=1",
             )
             rank = 1
         if self.pad_to is not None:
@@ -173,6 +179,4 @@ class Field:
             require(dtype != "string", "strings cannot be padded", "use hash_to='int64' or leave pad_to out")
             rank = 0
         logical = "" if self.hash_to or dtype != stored.dtype else stored.logical
-        return replace(
-            stored, dtype=dtype, ragged_rank=rank, logical=logical, pad_to=self.pad_to, nullable=False
-        )
+        return replace(stored, dtype=dtype, ragged_rank=rank, logical=logical, pad_to=self.pad_to, nullable=False)

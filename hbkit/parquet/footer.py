@@ -1,36 +1,37 @@
 """The few footer fields that must be known before anything else reads the footer.
 
-The reader behind ``File`` aborts the process when asked about a codec that the format does not have, or about an
-encrypted column. So this bounds-checked reader of Thrift's compact protocol looks first. It trusts nothing: nesting
-is bounded, a declared count allocates nothing (elements are read one by one until the bytes end), and every integer
-is checked against the bytes that are there.
+The reader behind ``File`` aborts the process when asked about a column chunk whose metadata is damaged or encrypted:
+about its codec, its type, its statistics. So nothing asks it; what must be known is read here, by a bounds-checked
+reader of Thrift's compact protocol. It trusts nothing: nesting is bounded, a declared count allocates nothing
+(elements are read one by one until the bytes end), and every integer is checked against the bytes that are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from hbkit import errors
 from hbkit.parquet.source import Source
 
-__all__ = ["Footer", "Leaf", "read_footer"]
+__all__ = ["Footer", "Leaf", "Statistics", "read_footer"]
 
 MAGIC, MAGIC_ENCRYPTED = b"PAR1", b"PARE"
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")
 MAX_NESTING = 32  # of Thrift structures: the format itself needs 8
-MAX_DEPTH = 512  # of the schema's tree
+MAX_DEPTH = 99  # groups, of the schema's tree: what pyarrow reads
 
 # SPEC: thrift-compact-protocol.md, "Struct encoding"
 _STOP, _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT, _UUID = range(14)
 _INTS = (_I16, _I32, _I64)
+_WIDTHS = {_BYTE: 1, _DOUBLE: 8, _UUID: 16}
 
 
 @dataclass
 class Leaf:
-    """What the footer says about one leaf column: which codecs its chunks use and whether one is encrypted."""
+    """What the footer says about one leaf column: its type, which codecs its chunks use, whether one is encrypted."""
 
+    physical_type: int
     codecs: set[int] = field(default_factory=set)
     encrypted: bool = False
 
@@ -41,6 +42,14 @@ class Leaf:
             return "the column is encrypted"
         bad = sorted(c for c in self.codecs if not 0 <= c < len(CODECS))
         return f"compression codec {bad[0]} is not in the format" if bad else ""
+
+
+class Statistics(NamedTuple):
+    """Bounds of one column chunk's values, PLAIN-encoded; None where the footer does not say."""
+
+    minimum: bytes | None = None
+    maximum: bytes | None = None
+    n_nulls: int | None = None
 
 
 @dataclass
@@ -54,15 +63,34 @@ class Footer:
     leaves : list of Leaf
         In file order.
     row_group_rows : list of int
+    statistics : list of list of Statistics
+        By row group, then leaf.
     """
 
     columns: list[tuple[str, int, int]]
     leaves: list[Leaf]
     row_group_rows: list[int]
+    statistics: list[list[Statistics]]
 
 
 class _Broken(Exception):
     pass
+
+
+class _TooDeep(Exception):
+    pass
+
+
+# What to keep of a structure: field number to the kind of its value. ``int`` and ``bytes`` are read, ``bool`` only says
+# that the field is there, a dict is a structure, a list of one dict is a list of structures; all else is skipped.
+# SPEC: parquet.thrift
+_Wanted = dict[int, Any]
+_STATISTICS: _Wanted = {3: int, 5: bytes, 6: bytes}  # 1 and 2 are deprecated: their order is undefined
+_COLUMN_META: _Wanted = {4: int, 12: _STATISTICS}
+_CHUNK: _Wanted = {3: _COLUMN_META, 8: bool, 9: bool}
+_GROUP: _Wanted = {1: [_CHUNK], 3: int}
+_ELEMENT: _Wanted = {1: int, 4: bytes, 5: int}
+_FILE: _Wanted = {2: [_ELEMENT], 4: [_GROUP], 7: bool}
 
 
 class _Reader:
@@ -79,23 +107,20 @@ class _Reader:
 
     def varint(self) -> int:
         value = shift = 0
-        while True:
-            b = self.byte()
+        while (b := self.byte()) > 127:
             value |= (b & 127) << shift
-            if b < 128:
-                return value
             shift += 7
             if shift > 63:
                 raise _Broken("an integer is longer than 64 bits")
+        return value | b << shift
 
     def integer(self) -> int:
         n = self.varint()
         return (n >> 1) ^ -(n & 1)
 
-    def binary(self) -> bytes:
-        n = self.varint()
+    def take(self, n: int) -> bytes:
         if n > len(self.data) - self.at:
-            raise _Broken("a string reaches beyond the end")
+            raise _Broken("it ends too early")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -109,74 +134,68 @@ class _Reader:
             raise _Broken("a list reaches beyond the end")
         return n, head & 15
 
-    def struct(self, fields: dict[int, Callable[[int], Any]], depth: int) -> None:
-        """Read a struct, handing the fields that are asked for to their readers and skipping the rest."""
-        last = 0
-        while True:
-            head = self.byte()
-            kind = head & 15
-            if kind == _STOP:
-                return
-            last = last + (head >> 4) if head >> 4 else self.integer()
-            reader = fields.get(last)
-            if reader is None:
-                self.skip(kind, depth + 1)
-            else:
-                reader(kind)
-
-    def structs(self, kind: int, one: Callable[[], None]) -> None:
-        """Read a list of structs."""
-        self.expect(kind, _LIST)
-        n, element = self.array()
-        if n:
-            self.expect(element, _STRUCT)
-        for _ in range(n):
-            one()
-
-    def expect(self, kind: int, *wanted: int) -> None:
-        if kind not in wanted:
-            raise _Broken(f"a field has wire type {kind}")
-
-    def skip(self, kind: int, depth: int) -> None:
+    def struct(self, wanted: _Wanted, depth: int) -> dict[int, Any]:
+        """The wanted fields that are there, by number."""
         if depth > MAX_NESTING:
             raise _Broken(f"it nests more than {MAX_NESTING} deep")
-        if kind in (_TRUE, _FALSE):
+        found: dict[int, Any] = {}
+        last = 0
+        while head := self.byte():
+            wire = head & 15
+            last = last + (head >> 4) if head >> 4 else self.integer()
+            kind = wanted.get(last)
+            if kind is None or kind is bool:
+                self.skip(wire, depth + 1)
+                found[last] = True
+            elif kind is int:
+                self.expect(wire, *_INTS)
+                found[last] = self.integer()
+            elif kind is bytes:
+                self.expect(wire, _BINARY)
+                found[last] = self.take(self.varint())
+            elif isinstance(kind, dict):
+                self.expect(wire, _STRUCT)
+                found[last] = self.struct(kind, depth + 1)
+            else:
+                self.expect(wire, _LIST)
+                n, element = self.array()
+                if n:
+                    self.expect(element, _STRUCT)
+                found[last] = [self.struct(kind[0], depth + 1) for _ in range(n)]
+        return found
+
+    def expect(self, wire: int, *allowed: int) -> None:
+        if wire not in allowed:
+            raise _Broken(f"a field has wire type {wire}")
+
+    def skip(self, wire: int, depth: int) -> None:
+        if wire in (_TRUE, _FALSE):
             return
-        if kind == _BYTE:
-            self.byte()
-        elif kind in _INTS:
+        if wire in _INTS:
             self.varint()
-        elif kind in (_DOUBLE, _UUID):
-            self.take(8 if kind == _DOUBLE else 16)
-        elif kind == _BINARY:
-            self.binary()
-        elif kind in (_LIST, _SET):
-            n, element = self.array()
-            for _ in range(n):
-                self.skip_element(element, depth + 1)
-        elif kind == _MAP:
-            n = self.varint()
-            if n:
-                kinds = self.byte()
-                for _ in range(n):
-                    self.skip_element(kinds >> 4, depth + 1)
-                    self.skip_element(kinds & 15, depth + 1)
-        elif kind == _STRUCT:
+        elif wire == _BINARY:
+            self.take(self.varint())
+        elif wire in _WIDTHS:
+            self.take(_WIDTHS[wire])
+        elif wire == _STRUCT:
             self.struct({}, depth)
+        elif wire in (_LIST, _SET):
+            self.skip_elements(*self.array(), depth)
+        elif wire == _MAP:
+            n = self.varint()
+            kinds = self.byte() if n else 0
+            for _ in range(n):
+                self.skip_elements(1, kinds >> 4, depth)
+                self.skip_elements(1, kinds & 15, depth)
         else:
-            raise _Broken(f"a field has wire type {kind}")
+            raise _Broken(f"a field has wire type {wire}")
 
-    def skip_element(self, kind: int, depth: int) -> None:
-        # a boolean has no bytes as a field but one byte as an element
-        if kind in (_TRUE, _FALSE):
-            self.byte()
-        else:
-            self.skip(kind, depth)
-
-    def take(self, n: int) -> None:
-        if n > len(self.data) - self.at:
-            raise _Broken("it ends too early")
-        self.at += n
+    def skip_elements(self, n: int, wire: int, depth: int) -> None:
+        if depth > MAX_NESTING:
+            raise _Broken(f"it nests more than {MAX_NESTING} deep")
+        for _ in range(n):
+            # a boolean has no bytes as a field but one byte as an element
+            self.skip(_BYTE if wire in (_TRUE, _FALSE) else wire, depth + 1)
 
 
 def read_footer(source: Source) -> Footer:
@@ -187,7 +206,7 @@ def read_footer(source: Source) -> Footer:
     Corrupt
         The file is empty, cut off, not Parquet, or its footer breaks the format.
     Unsupported
-        The footer itself is encrypted.
+        The footer itself is encrypted, or the schema nests too deep.
     """
     rewrite = "write the file again, or leave it out"
     if source.nbytes < 12:
@@ -209,105 +228,73 @@ def read_footer(source: Source) -> Footer:
         )
     try:
         return _parse(bytes(source.read([(source.nbytes - 8 - nbytes, nbytes)])[0]))
+    except _TooDeep:
+        raise errors.Unsupported(
+            f"the schema nests more than {MAX_DEPTH} deep", remedy="write a flatter file", file=source.path
+        ) from None
     except _Broken as e:
         raise errors.Corrupt(f"the footer is damaged: {e}", remedy=rewrite, file=source.path) from e
 
 
 def _parse(data: bytes) -> Footer:
-    r = _Reader(data)
-    elements: list[tuple[str, int]] = []  # name, number of children
+    top = _Reader(data).struct(_FILE, 0)
+    columns, leaves = _columns(top.get(2, []))
     rows: list[int] = []
-    chunks: list[list[Leaf]] = []
-
-    def element() -> None:
-        name, children = "", 0
-
-        def set_name(kind: int) -> None:
-            nonlocal name
-            r.expect(kind, _BINARY)
-            try:
-                name = r.binary().decode()
-            except UnicodeDecodeError:
-                raise _Broken("a column name is not UTF-8") from None
-
-        def set_children(kind: int) -> None:
-            nonlocal children
-            r.expect(kind, *_INTS)
-            children = r.integer()
-
-        r.struct({4: set_name, 5: set_children}, 1)  # SPEC: SchemaElement
-        elements.append((name, children))
-
-    def chunk() -> None:
-        leaf = Leaf()
-
-        def encrypted(kind: int) -> None:
-            leaf.encrypted = True
-            r.skip(kind, 4)
-
-        def codec(kind: int) -> None:
-            r.expect(kind, *_INTS)
-            leaf.codecs.add(r.integer())
-
-        def metadata(kind: int) -> None:
-            r.expect(kind, _STRUCT)
-            r.struct({4: codec}, 4)  # SPEC: ColumnMetaData
-
-        r.struct({3: metadata, 8: encrypted, 9: encrypted}, 3)  # SPEC: ColumnChunk
-        chunks[-1].append(leaf)
-
-    def row_group() -> None:
-        n = -1
-        chunks.append([])
-
-        def set_rows(kind: int) -> None:
-            nonlocal n
-            r.expect(kind, *_INTS)
-            n = r.integer()
-
-        r.struct({1: lambda kind: r.structs(kind, chunk), 3: set_rows}, 2)  # SPEC: RowGroup
+    statistics: list[list[Statistics]] = []
+    for g, group in enumerate(top.get(4, [])):
+        chunks, n = group.get(1, []), group.get(3, -1)
         if n < 0:
-            raise _Broken(f"row group {len(rows)} has {n} rows")
+            raise _Broken(f"row group {g} has {n} rows")
+        if len(chunks) != len(leaves):
+            raise _Broken(f"row group {g} has {len(chunks)} column chunks, the schema {len(leaves)} leaves")
         rows.append(n)
+        statistics.append([])
+        for leaf, chunk in zip(leaves, chunks, strict=True):
+            meta = chunk.get(3, {})
+            if 4 in meta:
+                leaf.codecs.add(meta[4])
+            leaf.encrypted |= 8 in chunk or 9 in chunk
+            bounds = meta.get(12, {})
+            # SPEC: without column_orders, min_value and max_value are to be ignored
+            low, high = (bounds.get(6), bounds.get(5)) if 7 in top else (None, None)
+            statistics[-1].append(Statistics(low, high, bounds.get(3)))
+    return Footer(columns, leaves, rows, statistics)
 
-    # SPEC: FileMetaData
-    r.struct({2: lambda kind: r.structs(kind, element), 4: lambda kind: r.structs(kind, row_group)}, 0)
-    columns, n_leaves = _columns(elements)
-    leaves = [Leaf() for _ in range(n_leaves)]
-    for g, group in enumerate(chunks):
-        if len(group) != n_leaves:
-            raise _Broken(f"row group {g} has {len(group)} column chunks, the schema {n_leaves} leaves")
-        for leaf, one in zip(leaves, group, strict=True):
-            leaf.codecs |= one.codecs
-            leaf.encrypted |= one.encrypted
-    return Footer(columns, leaves, rows)
 
-
-def _columns(elements: list[tuple[str, int]]) -> tuple[list[tuple[str, int, int]], int]:
-    """The top-level columns and the number of leaves, from the schema's elements in depth-first order."""
+def _columns(elements: list[dict[int, Any]]) -> tuple[list[tuple[str, int, int]], list[Leaf]]:
+    """The top-level columns and the leaves, from the schema's elements in depth-first order."""
     if not elements:
         raise _Broken("the schema is empty")
     columns: list[tuple[str, int, int]] = []
-    n_leaves, first, name = 0, 0, ""
-    open_groups = [elements[0][1]]  # children still to come, of the root and each group below it
-    for at, (element_name, children) in enumerate(elements[1:], 1):
+    leaves: list[Leaf] = []
+    first, name = 0, ""
+    open_groups = [elements[0].get(5, 0)]  # children still to come, of the root and each group below it
+    for at, element in enumerate(elements[1:], 1):
+        children, physical = element.get(5, 0), element.get(1, -1)
         while open_groups and open_groups[-1] <= 0:
             open_groups.pop()
         if not open_groups:
             raise _Broken(f"the schema's element {at} belongs to no group")
         if len(open_groups) == 1:
             if at > 1:
-                columns.append((name, first, n_leaves - first))
-            name, first = element_name, n_leaves
+                columns.append((name, first, len(leaves) - first))
+            name, first = _name(element.get(4, b"")), len(leaves)
         open_groups[-1] -= 1
         if children > 0:
             open_groups.append(children)
             if len(open_groups) > MAX_DEPTH:
-                raise _Broken(f"the schema nests more than {MAX_DEPTH} deep")
-        else:
-            n_leaves += 1
+                raise _TooDeep
+        elif physical >= 0:
+            leaves.append(Leaf(physical))
     if len(elements) > 1:
-        columns.append((name, first, n_leaves - first))
+        columns.append((name, first, len(leaves) - first))
     if any(n > 0 for n in open_groups):
         raise _Broken("the schema ends too early")
-    return columns, n_leaves
+    return columns, leaves
+
+
+def _name(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise _Broken("a column name is not UTF-8") from None

@@ -1,0 +1,257 @@
+"""One epoch: row groups in an order, as one numbered stream of rows, cut into batches and dealt to shards.
+
+::
+
+    row groups  │ file 0, group 0 │ file 0, group 1 │ file 1, group 0 │ ...   permuted by (seed, epoch) if shuffled
+    rows        0 . . . . . . . . . . . . . . . . . . . . . . . . . . . ...   numbered after the filter
+    windows     │  buffer_rows  │  buffer_rows  │  buffer_rows  │             rows permuted by (seed, epoch, window)
+    batches     │  0  │  1  │  2  │  3  │  4  │  5  │  6  │  7  │           batch b belongs to shard b % m
+
+Everything is a function of the files, the filter, the seed, the epoch and the batch size; neither threads nor shards
+appear in it. So a row number says exactly where to continue, for any number of shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hbkit import errors, ragged
+from hbkit.data.ahead import in_order
+from hbkit.data.filter import RowFilter
+from hbkit.parquet import Field, File
+from hbkit.ragged import Column
+
+__all__ = ["Epoch", "Shuffle", "Stats", "Unit", "random_order"]
+
+log = logging.getLogger("hbkit.data")
+Columns = dict[str, Column]
+
+
+class Unit(NamedTuple):
+    """One row group; ``number`` counts over all files in their order."""
+
+    number: int
+    file: File
+    row_group: int
+
+
+class Shuffle(NamedTuple):
+    """What fixes a shuffle, with the epoch."""
+
+    seed: int
+    buffer_rows: int
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of the stream: row ``start + i`` is row ``order[i]`` of the columns (row i without order)."""
+
+    start: int
+    n_rows: int
+    columns: Columns
+    order: npt.NDArray[np.int64] | None = None
+
+    def rows(self, first: int, last: int) -> Columns:
+        """Rows of the stream's numbers first..last-1, clipped to the piece."""
+        a, z = max(first - self.start, 0), min(last - self.start, self.n_rows)
+        if self.order is None:
+            return {name: c[a:z] for name, c in self.columns.items()}
+        return {name: _take(c, self.order[a:z]) for name, c in self.columns.items()}
+
+
+def _take(column: Column, rows: npt.NDArray[np.int64]) -> Column:
+    return column[rows] if isinstance(column, np.ndarray) else column.take(rows)
+
+
+def random_order(n: int, *key: int) -> npt.NDArray[np.int64]:
+    """A permutation of n as a pure function of the key, the same in every version of NumPy.
+
+    The bits of Philox are fixed by its definition; those of ``Generator.permutation`` may change.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+
+
+class Stats:
+    """Counts, safe from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self.skipped: list[str] = []
+
+    def add(self, name: str, n: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += n
+
+    def skip(self, what: str, error: Exception) -> None:
+        """Count and log something that was dropped."""
+        with self._lock:
+            self._counts[f"n_{what}_skipped"] += 1
+            self.skipped.append(str(error))
+        log.warning("skipped a bad %s: %s", what.rstrip("s").replace("_", " "), error)
+
+    def child(self) -> Stats:
+        """Fresh counts that remember the files left out when the dataset was made."""
+        out = Stats()
+        out._counts["n_files_skipped"] = self._counts["n_files_skipped"]
+        out.skipped = self.skipped[: out._counts["n_files_skipped"]]
+        return out
+
+    def __getitem__(self, name: str) -> int:
+        return self._counts[name]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How to read one epoch; ``batches`` reads it.
+
+    Attributes
+    ----------
+    units : all row groups, in file order
+    fields : what to decode
+    shard : (i, m)
+    skipped : numbers of row groups known to be bad; grows under ``skip_bad``
+    """
+
+    units: Sequence[Unit]
+    fields: Sequence[Field]
+    batch_size: int
+    shard: tuple[int, int]
+    filter: RowFilter | None
+    shuffle: Shuffle | None
+    epoch: int
+    n_reads: int
+    n_decodes: int
+    skip_bad: bool
+    skipped: set[int]
+    stats: Stats
+
+    def batches(self, start: int) -> Generator[tuple[int, list[Columns], int], None, None]:
+        """Number, parts and rows of each batch of this shard, from row ``start`` (a batch boundary) on."""
+        n, m = self.batch_size, self.shard[1]
+        window = self.shuffle.buffer_rows if self.shuffle else 1
+        pieces = self._pieces(start // window * window)
+        if self.shuffle:
+            pieces = self._windows(pieces, self.shuffle)
+        parts: list[Columns] = []
+        held = b = 0
+        for piece in pieces:
+            lo, hi = max(piece.start, start), piece.start + piece.n_rows
+            for b in range(self._first_batch(lo), -(-hi // n), m):
+                first, last = max(b * n, lo), min((b + 1) * n, hi)
+                parts.append(piece.rows(first, last))
+                held += last - first
+                if last == (b + 1) * n:
+                    yield b, parts, held
+                    parts, held = [], 0
+        if parts:
+            yield b, parts, held
+
+    def _first_batch(self, row: int) -> int:
+        """The first batch of this shard that ends after ``row``."""
+        b, (i, m) = row // self.batch_size, self.shard
+        return b + (i - b) % m
+
+    def _mine(self, first: int, last: int) -> bool:
+        """Whether this shard has a batch with rows among first..last-1; shuffled, with rows of their windows."""
+        if self.shuffle is None:
+            return self._first_batch(first) * self.batch_size < last
+        size = self.shuffle.buffer_rows
+        windows = range(first // size, -(-last // size))
+        return any(self._first_batch(w * size) * self.batch_size < (w + 1) * size for w in windows)
+
+    def _order(self) -> list[Unit]:
+        if self.shuffle is None:
+            return list(self.units)
+        return [self.units[i] for i in random_order(len(self.units), self.shuffle.seed, self.epoch, 0)]
+
+    def count(self, unit: Unit) -> int:
+        """Rows of the row group in the stream."""
+        if unit.number in self.skipped:
+            return 0
+        if self.filter is None:
+            return unit.file.row_group_rows[unit.row_group]
+        try:
+            return self.filter.count(unit.file, unit.row_group)
+        except errors.Corrupt as e:
+            self._drop(unit, e)
+            return 0
+
+    def _drop(self, unit: Unit, e: errors.Corrupt) -> None:
+        if not self.skip_bad:
+            raise e
+        self.skipped.add(unit.number)
+        self.stats.skip("row_groups", e)
+
+    def _pieces(self, start: int) -> Iterator[Piece]:
+        """The row groups from the one that holds row ``start`` on, without those that this shard does not need."""
+        order, at = self._order(), 0
+        while order and at < start and at + (n := self.count(order[0])) <= start:
+            at += n
+            del order[0]
+        # Row numbers depend on what decodes, and on the filter: only without both are they known beforehand.
+        known = self.filter is None and not self.skip_bad
+
+        def jobs() -> Iterator[Callable[[], tuple[Unit, int, Columns | None, errors.Corrupt | None]]]:
+            row = at
+            for unit in order:
+                n = self.count(unit) if known else 0
+                yield partial(self._read, unit, not known or self._mine(max(row, start), row + n))
+                row += n
+
+        for unit, n, columns, bad in in_order(jobs(), self.n_reads):
+            if bad is not None:
+                self._drop(unit, bad)
+            elif columns is not None:
+                yield Piece(at, n, columns)
+            at += n
+
+    def _read(self, unit: Unit, needed: bool) -> tuple[Unit, int, Columns | None, errors.Corrupt | None]:
+        """The row group's rows in the stream and its columns; or the error that makes it bad."""
+        file, g = unit.file, unit.row_group
+        if not needed or unit.number in self.skipped:
+            return unit, 0 if unit.number in self.skipped else file.row_group_rows[g], None, None
+        try:
+            mask = None
+            n = file.row_group_rows[g]
+            if self.filter is not None:
+                mask = self.filter.mask(file, g)
+                n = 0 if mask is None else int(np.count_nonzero(mask))
+            if n == 0:
+                self.stats.add("n_row_groups_pruned", int(file.row_group_rows[g] > 0))
+                return unit, 0, None, None
+            columns = file.read_row_group(g, self.fields, mask, self.n_decodes)
+        except errors.Corrupt as e:
+            return unit, 0, None, e
+        self.stats.add("n_row_groups_read")
+        return unit, n, columns, None
+
+    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle) -> Iterator[Piece]:
+        """The stream cut into windows and shuffled within each; windows without rows of this shard are left out."""
+        size, parts, held, current = shuffle.buffer_rows, list[Columns](), 0, 0
+
+        def window() -> Piece:
+            columns = {name: ragged.concat([p[name] for p in parts]) for name in parts[0]}
+            return Piece(current * size, held, columns, random_order(held, shuffle.seed, self.epoch, current + 1))
+
+        for piece in pieces:
+            for w in range(piece.start // size, -(-(piece.start + piece.n_rows) // size)):
+                if not self._mine(w * size, (w + 1) * size):
+                    continue
+                first, last = max(w * size, piece.start), min((w + 1) * size, piece.start + piece.n_rows)
+                current = w
+                parts.append(piece.rows(first, last))
+                held += last - first
+                if last == (w + 1) * size:
+                    yield window()
+                    parts, held = [], 0
+        if parts:
+            yield window()
