@@ -1,0 +1,181 @@
+"""A plain training loop over staged steps, and the dense half of a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+import hbkit
+from hbkit import errors
+from hbkit.embedding import Collection
+from hbkit_torch.data import Array, Dataset
+from hbkit_torch.nn import EmbeddingCollection
+from hbkit_torch.pipeline import pipeline
+
+__all__ = ["Trainer", "seed"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+class Trainer:
+    """Trains a click model over an embedding collection, and predicts with it.
+
+    Parameters
+    ----------
+    model : Module
+        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B]. The caller seeds
+        torch before building it.
+    embeddings : EmbeddingCollection or hbkit.embedding.Collection
+        Its tables have their own optimizers.
+    optimizer : "adagrad", "adam", "adamw" or "sgd"
+        Of the model's parameters.
+    lr : float
+        Learning rate of that optimizer.
+    compile : bool
+        Whether to compile the model, whole, with ``torch.compile``.
+
+    Raises
+    ------
+    InvalidArgument
+        There is no such optimizer.
+
+    Notes
+    -----
+    For the same model, tables and data, the results are the same for every ``lookahead``, bit for bit, at a fixed
+    number of torch threads.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        embeddings: EmbeddingCollection | Collection,
+        optimizer: str = "adagrad",
+        lr: float = 0.01,
+        compile: bool = False,
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise errors.InvalidArgument(f"no optimizer {optimizer!r}", remedy=f"one of {', '.join(OPTIMIZERS)}")
+        self.model = model
+        self.embeddings = embeddings
+        self._optimizer_name = optimizer
+        self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]
+        self._forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
+
+    def fit(
+        self,
+        ds: Dataset | hbkit.data.Dataset,
+        on_step: Callable[[int, float], None] | None = None,
+        lookahead: int = 8,
+    ) -> None:
+        """Train on one pass of the dataset: binary cross-entropy, times the weights, averaged over the valid rows.
+
+        Parameters
+        ----------
+        ds : Dataset
+            Batched, with a label (``supervised``).
+        on_step : function of (n_rows, loss), optional
+            Called after each step.
+        lookahead : int, batches
+            See `pipeline`.
+
+        Raises
+        ------
+        InvalidArgument
+            The dataset has no label or is not batched.
+        """
+        _need_label(ds)
+        self.model.train()
+        for step in pipeline(ds, self.embeddings, lookahead):
+            logits = self._forward(step.dense, step.embeddings)
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, step.label, reduction="none")
+            loss = (losses * step.weight).sum() / step.n_rows
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            step.apply()
+            if on_step is not None:
+                on_step(step.n_rows, loss.item())
+
+    def predict(self, ds: Dataset | hbkit.data.Dataset, lookahead: int = 8) -> Iterator[tuple[Array, Array, Array]]:
+        """Predictions over one pass of the dataset; creates no rows.
+
+        Yields
+        ------
+        label, probability, weight : float32[n]
+            Of the valid rows of each batch, in the dataset's order.
+
+        Raises
+        ------
+        InvalidArgument
+            The dataset has no label or is not batched.
+        """
+        _need_label(ds)
+        steps = pipeline(ds, self.embeddings, lookahead, train=False)
+
+        def predictions() -> Iterator[tuple[Array, Array, Array]]:
+            for step in steps:
+                self.model.eval()
+                with torch.no_grad():  # not across the yield, where it would be the caller's too
+                    probability = torch.sigmoid(self._forward(step.dense, step.embeddings))
+                n = step.n_rows
+                yield step.label[:n].numpy(), probability[:n].numpy(), step.weight[:n].numpy()
+
+        return predictions()
+
+    def dense_state(self) -> bytes:
+        """The model's parameters and its optimizer's state, as a safetensors file. The tables are not in it."""
+        state = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._optimizer.state[parameter].items():
+                if value is not None:
+                    state[f"{self._optimizer_name}/{name}/{key}"] = torch.as_tensor(value)
+        return safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
+
+    def load_dense_state(self, state: bytes) -> None:
+        """Load what ``dense_state`` gave. The state of an optimizer of another name is left out: this one starts anew.
+
+        Raises
+        ------
+        Corrupt
+            The bytes are not a safetensors file.
+        SchemaMismatch
+            The parameters are not those of this model.
+        """
+        try:
+            tensors = safetensors.torch.load(state)
+        except safetensors.SafetensorError as e:
+            raise errors.Corrupt(f"the dense state is no safetensors file: {e}", remedy="load another commit") from e
+        saved = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+        own = self.model.state_dict()
+        for name in sorted(own.keys() | saved.keys()):  # all before the first is loaded
+            here, there = (list(d[name].shape) if name in d else "none" for d in (own, saved))
+            if here != there:
+                raise errors.SchemaMismatch(
+                    f"parameter {name!r} has shape {here} in the model and {there} in the dense state",
+                    remedy="build the model as it was when it was saved",
+                )
+        self.model.load_state_dict(saved)
+        for name, parameter in self.model.named_parameters():
+            start = f"{self._optimizer_name}/{name}/"
+            state_of = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+            if state_of:
+                self._optimizer.state[parameter] = state_of
+
+
+def _need_label(ds: Dataset | hbkit.data.Dataset) -> None:
+    if ds.label is None:
+        raise errors.InvalidArgument("the dataset has no label", remedy="call .supervised(label) on it")
+
+
+def seed(seed: int) -> None:
+    """Seed the framework's generator: models built next start from equal parameters for equal seeds."""
+    torch.manual_seed(seed)

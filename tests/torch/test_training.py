@@ -1,0 +1,149 @@
+"""Trainer: its loss, that it learns and repeats itself, prediction, and the dense state."""
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import hbkit.torch as hb
+from hbkit import errors
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+OPTIMIZERS = {"adagrad": 0.01, "adam": 0.01, "adamw": 0.01, "sgd": 0.1}
+
+
+def fit(trainer, ds, **options):
+    losses = []
+    trainer.fit(ds, lambda n_rows, loss: losses.append((n_rows, loss)), **options)
+    return losses
+
+
+def test_trainer_loss_is_weighted_and_averaged_over_the_valid_rows(clicks, collection, dlrm):
+    ds = clicks(50, 64, weight="importance")
+    c = collection()
+    created = c.stage(next(iter(ds.core)))
+    created.outputs()  # now there are rows that prediction can read
+    created.close()
+    trainer = hb.training.Trainer(dlrm(), c)
+    ((label, p, weight),) = trainer.predict(ds)
+    expected = (-weight * np.log(np.where(label == 1, p, 1 - p))).sum() / 50
+    assert fit(trainer, ds) == [(50, pytest.approx(expected, rel=1e-5))]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_trainer_learns_and_repeats_itself_for_any_lookahead(clicks, collection, dlrm, rows_of, optimizer):
+    ds = clicks(3000, 128)
+    runs = []
+    for lookahead in (0, 1, 8):
+        c = collection()
+        trainer = hb.training.Trainer(dlrm(), c, optimizer, lr=OPTIMIZERS[optimizer])
+        losses = fit(trainer, ds, lookahead=lookahead)
+        runs.append((losses, rows_of(c), trainer.dense_state()))
+    losses, rows, state = runs[0]
+    assert [n for n, _ in losses] == [128] * 23 + [56]
+    assert np.mean([x for _, x in losses[-8:]]) < np.mean([x for _, x in losses[:4]]) - 0.01
+    for other_losses, other_rows, other_state in runs[1:]:
+        assert other_losses == losses and other_state == state
+        assert all(np.array_equal(other_rows[name], rows[name]) for name in rows)
+
+
+@pytest.mark.parametrize("kind", hb.models.MODELS.values())
+def test_trainer_beats_chance_on_rows_it_has_not_seen(clicks, collection, dlrm, kind):
+    trainer = hb.training.Trainer(dlrm(kind=kind), collection(kind.row_dim(8)))
+    trainer.fit(clicks(8000, 128))
+    auc, loss = hb.metrics.AUC(), hb.metrics.LogLoss()
+    for label, probability, weight in trainer.predict(clicks(2000, 128, seed=7)):
+        auc.update(label, probability, weight)
+        loss.update(label, probability, weight)
+    assert auc.result() > 0.75 and loss.result() < 0.6
+
+
+def test_predict_gives_the_valid_rows_and_creates_none(clicks, collection, dlrm):
+    c = collection()
+    trainer = hb.training.Trainer(dlrm(), c)
+    trainer.fit(clicks(500, 64))
+    n = {name: len(table) for name, table in c.tables.items()}
+    ds = clicks(300, 64, seed=3, weight="importance")
+    parts = list(trainer.predict(ds))
+    assert {name: len(table) for name, table in c.tables.items()} == n and c.step == 8
+    label, probability, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    core = list(ds.core)
+    np.testing.assert_array_equal(label, np.concatenate([b["click"] for b in core]))
+    np.testing.assert_array_equal(weight, np.concatenate([b["importance"] for b in core]))
+    assert len(probability) == 300 and probability.dtype == np.float32 and ((probability > 0) & (probability < 1)).all()
+
+
+def test_predict_leaves_the_gradient_mode_and_can_be_left_early(clicks, collection, dlrm):
+    trainer = hb.training.Trainer(dlrm(), collection())
+    for _ in trainer.predict(clicks(300, 64)):
+        assert torch.is_grad_enabled()
+        break
+    assert len(fit(trainer, clicks(300, 64))) == 5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_dense_state_resumes_exactly(clicks, collection, dlrm, optimizer):
+    first, second = clicks(500, 64), clicks(500, 64, seed=2)
+    c = collection()
+    through = hb.training.Trainer(dlrm(), c, optimizer)
+    through.fit(first)
+    state = through.dense_state()
+    expected = fit(through, second)
+
+    c = collection()
+    hb.training.Trainer(dlrm(), c, optimizer).fit(first)  # brings the tables to the same point
+    resumed = hb.training.Trainer(dlrm(seed=9), c, optimizer)
+    resumed.load_dense_state(state)
+    assert resumed.dense_state() == state
+    assert fit(resumed, second) == expected
+
+
+def test_dense_state_is_safetensors_without_the_tables(clicks, collection, dlrm):
+    trainer = hb.training.Trainer(dlrm(), collection())
+    trainer.fit(clicks(100, 64))
+    tensors = safetensors.torch.load(trainer.dense_state())
+    names = [name for name, _ in trainer.model.named_parameters()]
+    assert set(tensors) == {f"model/{n}" for n in names} | {f"adagrad/{n}/{k}" for n in names for k in ("step", "sum")}
+
+
+def test_dense_state_of_another_optimizer_gives_the_weights(clicks, collection, dlrm):
+    trained = hb.training.Trainer(dlrm(), collection(), "adam")
+    trained.fit(clicks(300, 64))
+    other = hb.training.Trainer(dlrm(seed=9), collection(), "sgd")
+    other.load_dense_state(trained.dense_state())
+    for a, b in zip(trained.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(fit(other, clicks(300, 64))) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda s: b"", lambda s: s[:-5], lambda s: b"\xff" * 100, lambda s: s[9:]])
+def test_dense_state_refuses_damaged_bytes_and_keeps_the_model(collection, dlrm, damage):
+    trainer = hb.training.Trainer(dlrm(), collection())
+    before = trainer.dense_state()
+    with pytest.raises(errors.Corrupt, match="safetensors"):
+        trainer.load_dense_state(damage(before))
+    assert trainer.dense_state() == before
+
+
+def test_dense_state_refuses_another_model_and_keeps_this_one(collection, dlrm):
+    trainer, other = (hb.training.Trainer(dlrm(dim), collection(dim)) for dim in (8, 4))
+    before = trainer.dense_state()
+    with pytest.raises(errors.SchemaMismatch) as caught:
+        trainer.load_dense_state(other.dense_state())
+    assert "\n" not in str(caught.value)
+    assert trainer.dense_state() == before
+    with pytest.raises(errors.SchemaMismatch):
+        trainer.load_dense_state(hb.training.Trainer(dlrm(kind=hb.models.DeepFM), collection()).dense_state())
+    assert trainer.dense_state() == before
+
+
+def test_trainer_refuses_what_it_cannot_train(clicks, collection, dlrm, tmp_path):
+    with pytest.raises(errors.InvalidArgument, match=r"ftrl.*adagrad"):
+        hb.training.Trainer(dlrm(), collection(), "ftrl")
+    trainer = hb.training.Trainer(dlrm(), collection())
+    clicks(10, 5)
+    unlabelled = hb.data.Dataset.from_parquet(str(tmp_path)).batch(5)
+    with pytest.raises(errors.InvalidArgument, match="supervised"):
+        trainer.fit(unlabelled)
+    with pytest.raises(errors.InvalidArgument, match="supervised"):
+        trainer.predict(unlabelled)
