@@ -1,0 +1,187 @@
+"""A plain training loop over staged steps, and the dense half of a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tensorflow as tf
+
+from hbkit import errors
+from hbkit_tensorflow.data import Array, array
+from hbkit_tensorflow.pipeline import leaves, pipeline
+
+__all__ = ["Trainer", "seed"]
+
+# PyTorch's defaults, so that a name means the same in both adapters. Adagrad divides by sqrt(sum + epsilon) in Keras
+# and by sqrt(sum) + epsilon in PyTorch, hence the square: with 1e-10, gradients below 1e-5 would hardly move a weight.
+OPTIMIZERS: dict[str, Callable[[float], keras.optimizers.Optimizer]] = {
+    "adagrad": lambda lr: keras.optimizers.Adagrad(lr, initial_accumulator_value=0.0, epsilon=1e-10**2),
+    "adam": lambda lr: keras.optimizers.Adam(lr, epsilon=1e-8),
+    "adamw": lambda lr: keras.optimizers.AdamW(lr, weight_decay=0.01, epsilon=1e-8),
+    "sgd": lambda lr: keras.optimizers.SGD(lr),
+}
+
+
+class Trainer:
+    """Trains a click model over an embedding collection, and predicts with it.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B]. The caller seeds
+        Keras before building it. Its weights must exist, as those of `hbkit_tensorflow.models` do from the start.
+    embeddings : EmbeddingCollection or hbkit.embedding.Collection
+        Its tables have their own optimizers.
+    optimizer : "adagrad", "adam", "adamw" or "sgd"
+        Of the model's weights, with PyTorch's defaults.
+    lr : float
+        Learning rate of that optimizer.
+    compile : bool
+        Whether XLA compiles the step, whole.
+
+    Raises
+    ------
+    InvalidArgument
+        There is no such optimizer, or the model has no weights yet.
+
+    Notes
+    -----
+    For the same model, tables and data, the results are the same for every ``lookahead``, bit for bit, at a fixed
+    number of TensorFlow threads.
+    """
+
+    def __init__(
+        self, model: keras.Model, embeddings: Any, optimizer: str = "adagrad", lr: float = 0.01, compile: bool = False
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise errors.InvalidArgument(
+                f"no dense optimizer {optimizer!r}", remedy=f"choose of {', '.join(OPTIMIZERS)}"
+            )
+        if not model.built:
+            raise errors.InvalidArgument("the model has no weights yet", remedy="call it once before it is trained")
+        self.model = model
+        self.embeddings = embeddings
+        self._optimizer_name = optimizer
+        self._optimizer = OPTIMIZERS[optimizer](lr)
+        self._optimizer.build(model.trainable_variables)
+        self._train = tf.function(self._train_graph, jit_compile=compile, autograph=False)
+        self._predict = tf.function(self._predict_graph, jit_compile=compile, autograph=False)
+
+    def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
+        """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
+
+        Parameters
+        ----------
+        ds : Dataset
+            Batched, with a label (``supervised``).
+        on_step : function of (n_rows, loss), optional
+            Called after each step.
+        lookahead : int, batches
+            See `pipeline`.
+
+        Raises
+        ------
+        InvalidArgument
+            The dataset has no label or is not batched.
+        """
+        _need_label(ds)
+        for step in pipeline(ds, self.embeddings, lookahead):
+            loss, rows = self._train(step.dense, step.embeddings, step.label, step.weight)
+            step.apply(rows)
+            if on_step is not None:
+                on_step(step.n_rows, float(loss))
+
+    def _train_graph(self, dense: Any, embeddings: Any, label: Any, weight: Any) -> tuple[Any, Any]:
+        inputs, variables = leaves(embeddings), self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(label, self._logits(dense, embeddings, training=True))
+            total = tf.maximum(tf.reduce_sum(weight), np.finfo(np.float32).tiny)  # a batch may weigh nothing
+            loss = tf.reduce_sum(losses * weight) / total
+        grads, rows = tape.gradient(loss, (variables, inputs))
+        self._optimizer.apply_gradients(zip(grads, variables, strict=True))
+        return loss, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+
+    def predict(self, ds: Any, lookahead: int = 8) -> Iterator[tuple[Array, Array, Array]]:
+        """Predictions over one pass of the dataset; creates no rows.
+
+        Yields
+        ------
+        label, probability, weight : float32[n]
+            Of the valid rows of each batch, in the dataset's order.
+
+        Raises
+        ------
+        InvalidArgument
+            The dataset has no label or is not batched.
+        """
+        _need_label(ds)
+        steps = pipeline(ds, self.embeddings, lookahead, train=False)
+
+        def predictions() -> Iterator[tuple[Array, Array, Array]]:
+            for step in steps:
+                n, probability = step.n_rows, self._predict(step.dense, step.embeddings)
+                yield array(step.label)[:n], array(probability)[:n], array(step.weight)[:n]
+
+        return predictions()
+
+    def _predict_graph(self, dense: Any, embeddings: Any) -> Any:
+        return tf.sigmoid(self._logits(dense, embeddings, training=False))
+
+    def _logits(self, dense: Any, embeddings: Any, training: bool) -> Any:
+        mode = {"training": training} if self.model._call_has_training_arg else {}
+        return self.model(dense, embeddings, **mode)
+
+    def _variables(self) -> dict[str, keras.Variable]:
+        """Weights by path, and optimizer state by position: not by the names that Keras numbers if several share one."""
+        weights = {f"model/{w.path.partition('/')[2]}": w for w in self.model.weights}
+        return weights | {f"{self._optimizer_name}/{i}": v for i, v in enumerate(self._optimizer.variables)}
+
+    def dense_state(self) -> bytes:
+        """The model's weights and its optimizer's state, as a safetensors file. The tables are not in it."""
+        return safetensors.numpy.save({path: np.array(array(v.value)) for path, v in self._variables().items()})
+
+    def load_dense_state(self, state: bytes) -> None:
+        """Load what ``dense_state`` gave. The state of an optimizer of another name is left out: this one starts anew.
+
+        Raises
+        ------
+        Corrupt
+            The bytes are not a safetensors file.
+        SchemaMismatch
+            The weights are not those of this model.
+        """
+        try:
+            found = safetensors.numpy.load(state)
+        except safetensors.SafetensorError as e:
+            raise errors.Corrupt(f"the dense state is no safetensors file: {e}", remedy="load another commit") from e
+        variables = self._variables()
+        kinds = ["model"] + [
+            kind for kind in [self._optimizer_name] if any(path.startswith(f"{kind}/") for path in found)
+        ]
+        for kind in kinds:
+            for path in sorted(path for path in variables.keys() | found.keys() if path.startswith(f"{kind}/")):
+                here = tuple(variables[path].shape) if path in variables else None
+                there = found[path].shape if path in found else None
+                if here != there:
+                    raise errors.SchemaMismatch(
+                        f"{path} has the shape {here} in the model and {there} in the dense state",
+                        remedy="build the model as it was when it was saved, with the same names of layers",
+                    )
+        for path in variables.keys() & found.keys():
+            variables[path].assign(found[path])
+
+
+def _need_label(ds: Any) -> None:
+    if ds.label is None:
+        raise errors.InvalidArgument("the dataset has no label", remedy="call .supervised(label) on it")
+
+
+def seed(seed: int) -> None:
+    """Seed the framework's generator: models built next start from equal parameters for equal seeds."""
+    keras.utils.set_random_seed(seed)

@@ -1,0 +1,334 @@
+"""`attach`: Keras's own fit, evaluate and predict over staged steps."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hbkit.tensorflow as hb
+from hbkit import embedding, errors
+from hbkit_tensorflow.pipeline import Feed
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # Keras saving, under NumPy 2
+        yield
+
+
+def compiled(model, optimizer=None, jit=True, **options):
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    model.compile(optimizer or keras.optimizers.Adagrad(0.05), loss, jit_compile=jit, **options)
+    return model
+
+
+def auc():
+    return keras.metrics.AUC(name="auc", from_logits=True, num_thresholds=50)
+
+
+@pytest.mark.parametrize(("jit", "others"), [(True, [(8, 8)]), (False, [(1, 0), (8, 0), (0, 8)])])
+def test_fit_of_any_prefetch_gives_the_same_history_and_tables(
+    clicks, collection, dlrm, rows_of, monkeypatch, jit, others
+):
+    make = Feed.dataset
+
+    def run(lookahead, prefetch):
+        options = tf.data.Options()
+        options.autotune.enabled = False  # which may add a prefetch of its own
+        with monkeypatch.context() as m:
+            m.setattr(Feed, "dataset", lambda feed: make(feed).prefetch(prefetch).with_options(options))
+            model, c = compiled(dlrm(), jit=jit, metrics=[auc()]), collection()
+            hb.nn.attach(model, hb.nn.EmbeddingCollection(c), lookahead=lookahead)
+            history = model.fit(clicks().shuffle(1, 300), epochs=2, validation_data=clicks(200, seed=1), verbose=0)
+        return history.history, rows_of(c), c.step
+
+    history, rows, step = run(lookahead=0, prefetch=0)
+    assert step == 32 and rows.any() and sorted(history) == ["auc", "loss", "val_auc", "val_loss"]
+    for lookahead, prefetch in others:
+        again, same, _ = run(lookahead, prefetch)
+        assert again == history
+        np.testing.assert_array_equal(same.view(np.int32), rows.view(np.int32))
+
+
+def test_fit_equals_a_loop_over_the_pipeline(clicks, collection, dlrm, rows_of):
+    c, d = collection(), collection()
+    model = hb.nn.attach(compiled(dlrm(), keras.optimizers.Adam(0.01), jit=False), c)
+    (loss,) = model.fit(clicks(), verbose=0).history["loss"]
+    by_hand, optimizer, losses = dlrm(), keras.optimizers.Adam(0.01), []
+    for s in hb.pipeline(clicks(), d):
+        with tf.GradientTape() as tape:
+            tape.watch(s.embeddings)
+            logits = by_hand(s.dense, s.embeddings)
+            total = tf.reduce_sum(s.weight * tf.nn.sigmoid_cross_entropy_with_logits(s.label, logits))
+            mean = total / s.n_rows
+        rows, weights = tape.gradient(mean, (s.embeddings, by_hand.trainable_variables))
+        optimizer.apply(weights, by_hand.trainable_variables)
+        s.apply(rows)
+        losses.append(float(total))
+    assert loss == pytest.approx(sum(losses) / 1000, rel=1e-5)
+    np.testing.assert_allclose(rows_of(c), rows_of(d), atol=1e-5)
+
+
+class KerasEmbeddings(keras.Model):
+    """The same model over Keras's own embedding: one more input, the keys."""
+
+    def __init__(self, model, rows):
+        super().__init__()
+        self.model = model
+        constant = keras.initializers.Constant
+        self.tables = {f: keras.layers.Embedding(*r.shape, embeddings_initializer=constant(r)) for f, r in rows.items()}
+
+    def call(self, inputs):
+        return self.model(inputs["dense"], {f: table(inputs[f]) for f, table in self.tables.items()})[:, None]
+
+
+@pytest.mark.parametrize(("weight", "jit"), [(None, False), ("importance", True)])
+def test_fit_agrees_with_keras_embedding_on_unpadded_batches(clicks, collection, weight, jit):
+    """Losses, metrics with and without weights, and predictions, the short last batch included."""
+    features = {"user": "user", "item": "item"}
+    ds = clicks(300, 64, weight=weight).select(["click", "amount", "age", *features] + ([weight] if weight else []))
+    c = collection(features=features, pooling="sum", optimizer=embedding.SGD(lr=0.5))
+    staged = c.stage({f: np.arange(200) for f in features}, train=True)  # creates every row, and moves none
+    start = {f: np.array(rows) for f, rows in staged.outputs().items()}
+    staged.apply({f: np.zeros_like(rows) for f, rows in start.items()})
+
+    def model():
+        keras.utils.set_random_seed(3)
+        return hb.models.DLRM(list(features), 8, n_dense=2, bottom=(16,), top=(16,))
+
+    def metrics():
+        return {
+            "metrics": ["accuracy", auc()],
+            "weighted_metrics": [keras.metrics.BinaryCrossentropy(from_logits=True)],
+        }
+
+    ours = hb.nn.attach(compiled(model(), keras.optimizers.SGD(0.5), jit, **metrics()), c)
+    theirs = compiled(KerasEmbeddings(model(), start), keras.optimizers.SGD(0.5), jit=False, **metrics())
+
+    def unpadded():
+        for b in ds.core:
+            x = {"dense": np.stack([b["amount"], b["age"]], 1).astype(np.float32), **{f: b[f] for f in features}}
+            yield (x, b["click"][:, None], *([b[weight]] if weight else []))
+
+    spec = {"dense": tf.TensorSpec((None, 2)), **{f: tf.TensorSpec((None,), tf.int64) for f in features}}
+    weights = [tf.TensorSpec((None,))] if weight else []
+    data = tf.data.Dataset.from_generator(unpadded, output_signature=(spec, tf.TensorSpec((None, 1)), *weights))
+    data = data.apply(tf.data.experimental.assert_cardinality(5))
+    h = ours.fit(ds, epochs=2, validation_data=ds, verbose=0).history
+    g = theirs.fit(data, epochs=2, validation_data=data, verbose=0, shuffle=False).history
+    assert sorted(h) == sorted(g) and len(h) == 8
+    for name in g:
+        np.testing.assert_allclose(h[name], g[name], atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(ours.predict(ds, verbose=0), theirs.predict(data, verbose=0)[:, 0], atol=1e-4)
+    found, expected = ours.evaluate(ds, verbose=0, return_dict=True), theirs.evaluate(data, verbose=0, return_dict=True)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+COUNT = """
+    import pathlib, sys
+    import keras, numpy as np, tensorflow as tf
+    import hbkit.tensorflow as hb
+    from hbkit import embedding
+
+    path, dump = sys.argv[1:]
+    ds = hb.data.Dataset.from_parquet(path).select(["click", "amount", "age", "user", "item", "tags"])
+    ds = ds.supervised("click").batch(64)
+    model = hb.models.DLRM(["user", "item", "tags"], 8, n_dense=2, bottom=(16,), top=(16,))
+    collection = embedding.Collection([embedding.Table(n, 8) for n in ("user", "item", "tags")])
+    model.compile("adagrad", keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
+    hb.nn.attach(model, collection)
+
+    def unpadded():  # what the padding is for: batches of two sizes
+        step = tf.function(model, jit_compile=True)
+        for b in ds.core:
+            step(tf.zeros((b.n_rows, 2)), {f: tf.constant(r) for f, r in collection.lookup(b).items()})
+
+    for run in lambda: model.fit(ds, epochs=2, verbose=0), lambda: model.predict(ds, verbose=0), unpadded:
+        run()
+        print(collection.step, len(list(pathlib.Path(dump).glob("*.before_optimizations.txt"))))
+    print(len({len(np.unique(b["user"])) for b in ds.core}), "torch" in sys.modules)
+"""
+
+
+def test_steps_compile_exactly_once(click_file, tmp_path):
+    """XLA writes a file per compilation; a fresh process, since it reads its flags once."""
+    dump = str(tmp_path / "xla")
+    env = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={dump}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(COUNT), click_file(64 * 52 + 13), dump]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fit, predict, unpadded, others = (line.split() for line in done.stdout.splitlines())
+    assert (fit, predict, unpadded) == (["106", "1"], ["106", "2"], ["106", "4"])
+    assert int(others[0]) > 5 and others[1] == "False"  # numbers of unique keys in a batch; torch
+
+
+def test_the_graph_sees_batch_shapes_only(clicks, collection, dlrm):
+    shapes = set()
+
+    class Spy(hb.models.DLRM):
+        def call(self, dense, embeddings):
+            shapes.add((tuple(dense.shape), *(tuple(e.shape) for e in embeddings.values())))
+            return super().call(dense, embeddings)
+
+    model = Spy(["user", "item", "tags"], 8, n_dense=2)
+    shapes.clear()  # those of its building
+    hb.nn.attach(compiled(model), collection()).fit(clicks(), verbose=0)
+    assert shapes == {((64, 2), (64, 8), (64, 8), (64, 8))}
+
+
+def test_predict_gives_the_valid_rows_in_order(clicks, collection, dlrm):
+    c = collection()
+    model = hb.nn.attach(compiled(dlrm(), jit=False), c)
+    ds = clicks(150, 64)
+    model.fit(ds, verbose=0)
+    n_keys, step = {n: len(t) for n, t in c.tables.items()}, c.step
+    other = clicks(150, 64, seed=5)  # with keys that have no rows
+    found = model.predict(other, verbose=0)
+    assert found.shape == (150,)
+    expected = [
+        model(
+            np.stack([b["amount"], b["age"]], 1).astype(np.float32), {f: tf.constant(r) for f, r in c.lookup(b).items()}
+        )
+        for b in other.core
+    ]
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    model.evaluate(other, verbose=0)
+    assert ({n: len(t) for n, t in c.tables.items()}, c.step) == (n_keys, step)
+
+
+def test_predict_and_evaluate_work_before_fit(clicks, collection):
+    class Lazy(keras.Model):  # its weights do not exist before the first call
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.dense = keras.layers.Dropout(0.5), keras.layers.Dense(1)
+
+        def call(self, dense, embeddings, training=False):
+            return self.dense(self.dropout(keras.ops.concatenate([dense, *embeddings.values()], 1), training=training))
+
+    model = hb.nn.attach(compiled(Lazy()), collection())
+    assert model.predict(clicks(100), verbose=0).shape == (100, 1)
+    assert model.evaluate(clicks(100), verbose=0) > 0
+    assert len(model.fit(clicks(100), epochs=2, verbose=0).history["loss"]) == 2
+
+
+def test_fit_works_with_callbacks(clicks, collection, dlrm):
+    c, seen = collection(), []
+    model = hb.nn.attach(compiled(dlrm(), jit=False, metrics=[auc()]), c)
+    stop = keras.callbacks.EarlyStopping("val_auc", mode="min", patience=1)
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: seen.append((step, sorted(logs))))
+    history = model.fit(clicks(), epochs=9, validation_data=clicks(200, seed=1), callbacks=[stop, watch], verbose=0)
+    assert len(history.history["loss"]) == 2 and model.stop_training  # the AUC rises, and the callback wants it to fall
+    assert seen == [(i, ["auc", "loss"]) for i in range(16)] * 2
+    assert c.step == 32
+
+
+def test_fit_stops_amid_an_epoch(clicks, collection, dlrm):
+    c = collection()
+    model = hb.nn.attach(compiled(dlrm(), jit=False), c)
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 2
+
+    model.fit(clicks(), epochs=4, callbacks=[Stop()], verbose=0)
+    assert c.step == 3
+    model.fit(clicks(), epochs=3, steps_per_epoch=5, verbose=0)
+    assert c.step == 18
+    with pytest.warns(UserWarning, match="ran out of data"):  # asked for more than there is: Keras's warning stays
+        model.fit(clicks(), epochs=1, steps_per_epoch=50, verbose=0)
+    assert c.step == 34
+
+
+def test_fit_shows_progress_and_eager_mode_works(clicks, collection, dlrm, capsys):
+    c, d = collection(), collection()
+    eager = compiled(dlrm(), jit=False, run_eagerly=True)
+    h = hb.nn.attach(eager, c).fit(clicks(200), epochs=2, verbose=2).history
+    assert "Epoch 2/2" in capsys.readouterr().out
+    g = hb.nn.attach(compiled(dlrm(), jit=False), d).fit(clicks(200), epochs=2, verbose=0).history
+    np.testing.assert_allclose(h["loss"], g["loss"], rtol=1e-5)
+
+
+def test_fit_trains_a_model_without_dense_weights(clicks, collection, rows_of):
+    class Sum(keras.Model):
+        def call(self, dense, embeddings):
+            return sum(keras.ops.sum(e, axis=1) for e in embeddings.values())
+
+    c = collection()
+    losses = hb.nn.attach(compiled(Sum(), jit=False), c).fit(clicks(), epochs=3, verbose=0).history["loss"]
+    assert losses[2] < losses[0] - 0.05
+
+
+def test_fit_raises_what_the_background_raised(clicks, collection, dlrm):
+    def spoil(columns, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) == 4:
+            raise errors.Corrupt("spoilt", file="a.parquet") from OSError("the cause")
+        return columns
+
+    c = collection()
+    model = hb.nn.attach(compiled(dlrm(), jit=False), c)
+    with pytest.raises(errors.Corrupt, match="spoilt") as raised:
+        model.fit(clicks().map(spoil), verbose=0)
+    assert isinstance(raised.value.__cause__, OSError) and c.step == 3
+    model.fit(clicks(), verbose=0)  # nothing is left in the way
+    assert c.step == 19
+
+
+def test_fit_ends_its_thread_when_a_callback_raises(clicks, collection, dlrm):
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    model = hb.nn.attach(compiled(dlrm(), jit=False), collection())
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(clicks(), callbacks=[Interrupt()], verbose=0)
+    assert not [t for t in threading.enumerate() if t.name.startswith("hbkit")]
+
+
+def test_attach_refuses_by_name(click_file, clicks, collection, dlrm):
+    ds, c = clicks(100), collection()
+    model = hb.nn.attach(dlrm(), c)
+    compiled(model, steps_per_execution=2)
+    for run in model.fit, model.evaluate, model.predict:
+        with pytest.raises(errors.Unsupported, match="steps_per_execution=2"):
+            run(ds, verbose=0)
+    compiled(model)
+    with pytest.raises(errors.Unsupported, match="class_weight"):
+        model.fit(ds, class_weight={0: 1.0, 1: 2.0}, verbose=0)
+    for data in np.zeros((8, 2), np.float32), tf.data.Dataset.from_tensors((np.zeros((8, 2)), np.zeros(8))):
+        with pytest.raises(errors.InvalidArgument, match="no hbkit dataset"):
+            model.predict(data, verbose=0)
+    with pytest.raises(errors.InvalidArgument, match="no hbkit dataset"):
+        model.train_on_batch(np.zeros((8, 2), np.float32), np.zeros(8, np.float32))
+    unlabelled = hb.data.Dataset.from_parquet(click_file(100), fields=["amount", "age", "user", "item", "tags"])
+    with pytest.raises(errors.InvalidArgument, match="not batched"):
+        model.predict(unlabelled, verbose=0)
+    with pytest.raises(errors.InvalidArgument, match="no label"):
+        model.fit(unlabelled.batch(64), verbose=0)
+    assert model.predict(unlabelled.batch(64), verbose=0).shape == (100,)
+    compiled(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
+    with pytest.raises(errors.Unsupported, match="loss scaling"):
+        model.fit(ds, verbose=0)
+    assert c.step == 0
+
+
+def test_attached_model_saves_and_loads_its_weights(clicks, collection, dlrm, tmp_path):
+    c = collection()
+    model = hb.nn.attach(compiled(dlrm(), jit=False), c)
+    model.fit(clicks(), verbose=0)
+    model.save_weights(tmp_path / "dense.weights.h5")
+    other = hb.nn.attach(compiled(dlrm(), jit=False), c)
+    other.optimizer.build(other.trainable_variables)  # else Keras warns that it loads no state for it
+    other.load_weights(tmp_path / "dense.weights.h5")
+    np.testing.assert_array_equal(model.predict(clicks(), verbose=0), other.predict(clicks(), verbose=0))

@@ -1,0 +1,82 @@
+"""The models: their formulas, how they start, and what they refuse."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hbkit.tensorflow as hb
+from hbkit import errors
+
+FEATURES = ["a", "b", "c"]
+
+
+def inputs(width, n_dense=2, n=6, seed=0):
+    rng = np.random.default_rng(seed)
+    dense = rng.lognormal(0, 2, (n, n_dense)).astype(np.float32)
+    return dense, {f: rng.normal(size=(n, width)).astype(np.float32) for f in FEATURES}
+
+
+def mlp(layer, x):
+    weights = [w.numpy() for w in layer.weights]
+    for i in range(0, len(weights), 2):
+        x = x @ weights[i] + weights[i + 1]
+        if i + 2 < len(weights):
+            x = np.maximum(x, 0)
+    return x
+
+
+@pytest.mark.parametrize("n_dense", [0, 2])
+def test_dlrm_is_its_formula(n_dense):
+    model, (dense, rows) = hb.models.DLRM(FEATURES, 4, n_dense, bottom=(8,), top=(8,)), inputs(4, n_dense)
+    vectors = [rows[f] for f in FEATURES]
+    bottom = [np.maximum(mlp(model.bottom, np.log1p(dense)), 0)] if n_dense else []
+    vectors = bottom + vectors
+    dots = [(vectors[i] * vectors[j]).sum(1) for i in range(len(vectors)) for j in range(i)]
+    expected = mlp(model.top, np.concatenate([*bottom, np.stack(dots, 1)], 1))[:, 0]
+    np.testing.assert_allclose(model(dense, rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_dense", [0, 2])
+def test_deepfm_is_its_formula(n_dense):
+    model, (dense, rows) = hb.models.DeepFM(FEATURES, 4, n_dense, hidden=(8,)), inputs(5, n_dense)
+    linear, vectors = sum(rows[f][:, 0] for f in FEATURES), [rows[f][:, 1:] for f in FEATURES]
+    pairs = sum((vectors[i] * vectors[j]).sum(1) for i in range(3) for j in range(i))
+    x = np.log1p(dense)
+    expected = linear + pairs + mlp(model.deep, np.concatenate([*vectors, x], 1))[:, 0]
+    if n_dense:
+        expected = expected + (x @ model.linear.kernel.numpy() + model.linear.bias.numpy())[:, 0]
+    np.testing.assert_allclose(model(dense, rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_models_start_glorot_uniform_with_zero_bias(name):
+    model = hb.models.MODELS[name](FEATURES, 16, 13)
+    kernels = [w.numpy() for w in model.weights if w.path.endswith("kernel")]
+    biases = [w.numpy() for w in model.weights if w.path.endswith("bias")]
+    assert len(kernels) == len(biases) >= 4 and not any(b.any() for b in biases)
+    for kernel in kernels:
+        limit = np.sqrt(6 / sum(kernel.shape))
+        assert np.abs(kernel).max() <= limit
+        if kernel.size > 1000:
+            assert kernel.std() == pytest.approx(limit / np.sqrt(3), rel=0.1)
+
+
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_models_compile_whole(name):
+    model = hb.models.MODELS[name](FEATURES, 4, 2)
+    dense, rows = inputs(model.row_dim(4))
+    found = tf.function(model, jit_compile=True)(dense, rows)
+    np.testing.assert_allclose(found, model(dense, rows), rtol=1e-4, atol=1e-5)
+    assert found.shape == (6,)
+
+
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_models_refuse_by_feature(name):
+    model = hb.models.MODELS[name](FEATURES, 4)
+    dense, rows = inputs(model.row_dim(4), 0)
+    with pytest.raises(errors.UnknownColumn, match="feature b"):
+        model(dense, {"a": rows["a"], "c": rows["c"]})
+    with pytest.raises(errors.InvalidArgument, match="feature b"):
+        model(dense, {**rows, "b": rows["b"][:, :2]})
+    with pytest.raises(errors.InvalidArgument, match=r"sequence \(feature c\)"):
+        model(dense, {**rows, "c": rows["c"][:, None]})
