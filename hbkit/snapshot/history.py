@@ -1,0 +1,142 @@
+"""The commits of a snapshot: which there are, what they build on, and whether their files are what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbkit.errors import Corrupt, NotFound
+from hbkit.snapshot import rows
+from hbkit.snapshot.files import RESTORE, FileEntry, check, storage_errors
+from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES, Manifest, TableEntry, decode
+from hbkit.snapshot.rows import Metadata
+from hbkit.store.base import Chunk, Int64s
+
+
+class History:
+    """The commits in a directory, each manifest read and checked once.
+
+    Parameters
+    ----------
+    root : Path
+        Directory of the snapshot.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._read: dict[str, tuple[Manifest, str]] = {}
+
+    def commits(self) -> list[str]:
+        """Ids of all commits, oldest first; none where there is no directory."""
+        if not self.root.is_dir():
+            return []
+        with storage_errors(self.root):
+            names = [p.name for p in self.root.iterdir() if p.suffix == ".json"]
+        return sorted(name[:-5] for name in names if COMMIT.fullmatch(name[:-5]))
+
+    def find(self, commit: str | None) -> Manifest:
+        """The manifest of a commit; the newest where `commit` is None or "latest". Raises NotFound."""
+        commits = self.commits()
+        if not commits:
+            raise NotFound("there is no snapshot", file=str(self.root), remedy="check the path; save one first")
+        if commit is None or commit == "latest":
+            return self.manifest(commits[-1])
+        if commit not in commits:
+            raise NotFound(
+                f"no commit {commit!r}", file=str(self.root), remedy=f"there are {commits[0]} to {commits[-1]}; see log"
+            )
+        return self.manifest(commit)
+
+    def manifest(self, commit: str) -> Manifest:
+        """The manifest of a commit that a name or another manifest promises."""
+        if commit not in self._read:
+            path = self.root / f"{commit}.json"
+            if not path.is_file():
+                raise Corrupt("the manifest is missing or no file", file=str(path), remedy=RESTORE)
+            with storage_errors(path), open(path, "rb") as file:
+                data = file.read(MAX_NBYTES + 1)
+            if len(data) > MAX_NBYTES:
+                raise Corrupt("the manifest is too large", file=str(path), remedy=RESTORE)
+            self._read[commit] = decode(data, commit, str(path))
+        return self._read[commit][0]
+
+    def digest(self, manifest: Manifest) -> str:
+        """What identifies a commit of this history wherever it is copied."""
+        return self._read[manifest.commit][1]
+
+    def chain(self, manifest: Manifest, table: str) -> list[Manifest]:
+        """The commits that hold a table's rows as of `manifest`: the one with all rows first. Raises Corrupt."""
+        chain = [manifest]
+        while (since := (entry := chain[-1].tables[table]).since) is not None:
+            assert chain[-1].parent is not None
+            parent = self.manifest(chain[-1].parent)
+            below = parent.tables.get(table)
+            if below is None or below.step != since or _shape(below) != _shape(entry):
+                raise Corrupt(
+                    f"commit {chain[-1].commit} does not fit its parent",
+                    file=str(self.root / f"{parent.commit}.json"),
+                    table=table,
+                    remedy=RESTORE,
+                )
+            chain.append(parent)
+        return chain[::-1]
+
+    def check_files(self, files: Iterable[FileEntry]) -> None:
+        """Compare files with their manifests: present, whole, every bit. Raises Corrupt."""
+        for file in files:
+            with storage_errors(self.root / file.path):
+                check(self.root, file)
+
+    def check_rows(self, chain: list[Manifest], table: str) -> Int64s:
+        """Decode all rows of a table; its keys, ascending: int64[n]. Raises Corrupt."""
+        return self._metadata(chain, table, rows.read_rows).key
+
+    def metadata(self, chain: list[Manifest], table: str) -> Metadata:
+        """Key, freq and last_step of a table's rows, in key order; no other columns are read. Raises Corrupt."""
+        return self._metadata(chain, table, rows.read_metadata)
+
+    def _metadata(
+        self,
+        chain: list[Manifest],
+        table: str,
+        read: Callable[[Path, FileEntry, TableEntry], Iterable[Chunk | Metadata]],
+    ) -> Metadata:
+        held = rows.NO_METADATA
+        for manifest in chain:
+            entry = manifest.tables[table]
+            for file in entry.erased:
+                held = held.without(rows.read_keys(self.root, file, entry))
+            for file in entry.rows:
+                held = held.updated([Metadata._make(chunk[:3]) for chunk in read(self.root, file, entry)])
+            if len(held.key) != entry.n_rows:
+                raise Corrupt(
+                    f"commit {manifest.commit} has {len(held.key)} rows, its manifest says {entry.n_rows}",
+                    file=str(self.root / f"{manifest.commit}.json"),
+                    table=table,
+                    remedy=RESTORE,
+                )
+        return held
+
+    def replay(self, chain: list[Manifest], table: str) -> Iterator[tuple[Int64s, Chunk | None]]:
+        """What makes an empty table the one saved, in order: keys to erase, or lines to put.
+
+        Yields
+        ------
+        erased : int64[n]
+        chunk : Chunk or None
+        """
+        nothing = np.zeros(0, np.int64)
+        for manifest in chain:
+            entry = manifest.tables[table]
+            for file in entry.erased:
+                yield rows.read_keys(self.root, file, entry), None
+            for file in entry.rows:
+                for chunk in rows.read_rows(self.root, file, entry):
+                    yield nothing, chunk
+
+
+def _shape(entry: TableEntry) -> tuple[Any, ...]:
+    return entry.dim, entry.n_state, entry.dtype, entry.key_dtype, entry.optimizer["name"]

@@ -1,0 +1,93 @@
+"""A table as a snapshot sees it, and which commits it descends from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from hbkit.store.base import Rule, Store
+
+
+class TableLike(Protocol):
+    """What `save` and `load` use of a `hbkit.embedding.Table`."""
+
+    step: int
+
+    @property
+    def name(self) -> str:
+        """Unique among the tables of a snapshot."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Floats of a row."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Type of the rows."""
+        ...
+
+    @property
+    def key_dtype(self) -> str:
+        """How keys are shown."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Where the rows live."""
+        ...
+
+    @property
+    def optimizer(self) -> Rule:
+        """What the state beside each row belongs to."""
+        ...
+
+    @property
+    def initializer(self) -> Any:
+        """A dataclass."""
+        ...
+
+    @property
+    def admission(self) -> Any:
+        """A filter with ``state()`` and ``load_state(columns)``, or None."""
+        ...
+
+
+def config(part: Any) -> dict[str, Any]:
+    """Class name and fields of an optimizer or initializer, for JSON."""
+    values = dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else {}
+    return {**{k: _plain(v) for k, v in values.items()}, "name": type(part).__name__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    finite = isinstance(value, float) and math.isfinite(value)
+    return value if finite or value is None or isinstance(value, int | str) else repr(value)
+
+
+# Commits (by the digest of their manifest) whose rows a table held at some time, changed since only by training steps.
+# Steps alone do not tell: a table trained anew from an older commit may have the same step and other rows.
+_descent: WeakKeyDictionary[TableLike, set[str]] = WeakKeyDictionary()
+
+
+def descends(table: TableLike, digest: str) -> bool:
+    """Whether a delta against this commit is right for `table`."""
+    return digest in _descent.get(table, ())
+
+
+def descend(table: TableLike, digest: str) -> None:
+    """Note that `table` is now what this commit holds, as well as what it descended from."""
+    _descent.setdefault(table, set()).add(digest)
+
+
+def forget(table: TableLike) -> None:
+    """Note that the rows of `table` were replaced."""
+    _descent.pop(table, None)
