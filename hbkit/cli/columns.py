@@ -1,0 +1,123 @@
+"""Which columns of a data set a model takes, and how: named by the user or inferred from the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hbkit.data import Field
+from hbkit.errors import InvalidArgument, UnknownColumn
+from hbkit.parquet import ColumnType
+
+__all__ = ["Columns", "choose"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The chosen columns.
+
+    Attributes
+    ----------
+    label : str
+    dense, sparse : list of str
+    fields : list of Field
+        How to read them all.
+    left_out : dict of str to str
+        Column to why it is not used.
+    """
+
+    label: str
+    dense: list[str]
+    sparse: list[str]
+    fields: list[Field]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen, in words: for people."""
+        ragged = {f.name for f in self.fields if f.ragged_rank == 1}
+        text = {
+            "label": self.label,
+            f"dense ({len(self.dense)})": ", ".join(self.dense) or "-",
+            f"sparse ({len(self.sparse)})": ", ".join(f"{n}:ragged" if n in ragged else n for n in self.sparse) or "-",
+        }
+        if self.left_out:
+            text["left out"] = ", ".join(f"{n} ({why})" for n, why in self.left_out.items())
+        return text
+
+
+def choose(
+    schema: Mapping[str, ColumnType],
+    unsupported: Mapping[str, str],
+    label: str,
+    dense: Sequence[str] = (),
+    sparse: Sequence[str] = (),
+) -> Columns:
+    """Choose columns by name, or by type where neither `dense` nor `sparse` names any.
+
+    Floats are dense (0 stands for a missing one; a list of floats must hold at most one), integers, booleans and
+    strings are sparse keys (strings by their hash; -1 or "" stands for a missing one), lists of those are ragged.
+    Dates, times, decimals and lists of lists are left out unless named.
+
+    Parameters
+    ----------
+    sparse : sequence of str
+        ``name`` or ``name:ragged``.
+
+    Raises
+    ------
+    UnknownColumn
+        A named column does not exist.
+    InvalidArgument
+        A column is named twice, or its type does not suit.
+    """
+    known = ", ".join(schema) or "none"
+    names = [s.removesuffix(":ragged") for s in sparse]
+    for name in (label, *dense, *names):
+        if name not in schema:
+            why = unsupported.get(name)
+            raise UnknownColumn(
+                f"column {name!r} cannot be read: {why}" if why else f"there is no column {name!r}",
+                remedy=f"columns are {known}",
+            )
+    if len({label, *dense, *names}) != 1 + len(dense) + len(names):
+        raise InvalidArgument("a column is named twice among label, dense and sparse", remedy="name each once")
+    fields, left_out = [Field(label, dtype="float32", ragged_rank=0)], dict(unsupported)
+    if schema[label].dtype == "string" or schema[label].ragged_rank > 1:
+        raise InvalidArgument(
+            f"a label of type {_type(schema[label])}", column=label, remedy="give a numeric column, 0 or 1 a row"
+        )
+    inferred = not dense and not sparse
+    chosen_dense, chosen_sparse = list(dense), list(names)
+    for name, kind in schema.items():
+        if name == label:
+            continue
+        if inferred and not kind.logical and kind.ragged_rank < 2:
+            (chosen_dense if kind.dtype.startswith("float") else chosen_sparse).append(name)
+        elif name not in dense and name not in names:
+            left_out[name] = "not named" if not inferred else f"{_type(kind)}; name it to use it"
+    for name in chosen_dense:
+        kind = schema[name]
+        if kind.dtype == "string" or kind.ragged_rank > 1:
+            raise InvalidArgument(f"{_type(kind)} is not dense", column=name, remedy="name it in --sparse")
+        fields.append(Field(name, dtype="float32", ragged_rank=0, null="default", default=0.0))
+    for name in chosen_sparse:
+        kind = schema[name]
+        if kind.dtype.startswith("float") or kind.ragged_rank > 1:
+            raise InvalidArgument(
+                f"{_type(kind)} has no keys", column=name, remedy="name it in --dense or leave it out"
+            )
+        if f"{name}:ragged" in sparse and kind.ragged_rank == 0:
+            raise InvalidArgument("the column holds no lists", column=name, remedy=f"write {name} without ':ragged'")
+        string = kind.dtype == "string"
+        dtype = None if string or kind.dtype == "uint64" else "int64"
+        hashed = "int64" if string else None
+        if kind.ragged_rank:
+            fields.append(Field(name, dtype=dtype, ragged_rank=1, null="empty", hash_to=hashed))
+        else:
+            missing = "" if string else 2**64 - 1 if kind.dtype == "uint64" else -1
+            fields.append(Field(name, dtype=dtype, null="default", default=missing, hash_to=hashed))
+    return Columns(label, chosen_dense, chosen_sparse, fields, left_out)
+
+
+def _type(kind: ColumnType) -> str:
+    return "list of " * kind.ragged_rank + (kind.logical or kind.dtype)

@@ -1,0 +1,59 @@
+"""Which columns `hbkit train` takes."""
+
+import pytest
+
+from hbkit.cli.columns import choose
+from hbkit.errors import InvalidArgument, UnknownColumn
+from hbkit.parquet import ColumnType
+
+SCHEMA = {
+    "y": ColumnType("int8"),
+    "price": ColumnType("float64"),
+    "boxed": ColumnType("float32", ragged_rank=1),
+    "user": ColumnType("int32"),
+    "big": ColumnType("uint64"),
+    "city": ColumnType("string", nullable=True),
+    "seen": ColumnType("int64", ragged_rank=1),
+    "tags": ColumnType("string", ragged_rank=1),
+    "time": ColumnType("int64", logical="timestamp[us]"),
+    "deep": ColumnType("int64", ragged_rank=2),
+}
+
+
+def test_choose_infers_by_type():
+    c = choose(SCHEMA, {"map": "maps cannot be read"}, "y")
+    assert c.dense == ["price", "boxed"] and c.sparse == ["user", "big", "city", "seen", "tags"]
+    assert set(c.left_out) == {"time", "deep", "map"}
+    fields = {f.name: f for f in c.fields}
+    assert fields["y"].null == "error" and fields["y"].ragged_rank == 0
+    assert fields["boxed"].ragged_rank == 0 and fields["boxed"].default == 0.0
+    assert fields["city"].hash_to == "int64" and fields["city"].default == ""
+    assert fields["tags"].hash_to == "int64" and fields["tags"].ragged_rank == 1
+    assert fields["user"].dtype == "int64" and fields["big"].dtype is None
+    assert "seen:ragged" in c.describe()["sparse (5)"]
+
+
+def test_choose_takes_what_is_named_and_nothing_else():
+    c = choose(SCHEMA, {}, "y", ["user"], ["time", "seen:ragged"])
+    assert c.dense == ["user"] and c.sparse == ["time", "seen"]
+    assert set(c.left_out) == {"price", "boxed", "big", "city", "tags", "deep"}
+
+
+@pytest.mark.parametrize(
+    ("label", "dense", "sparse", "error", "words"),
+    [
+        ("nope", [], [], UnknownColumn, "there is no column 'nope'"),
+        ("y", ["nope"], [], UnknownColumn, "columns are y, price"),
+        ("y", [], ["map"], UnknownColumn, "maps cannot be read"),
+        ("city", [], [], InvalidArgument, "label of type string"),
+        ("y", ["city"], [], InvalidArgument, "name it in --sparse"),
+        ("y", [], ["price"], InvalidArgument, "name it in --dense"),
+        ("y", [], ["deep"], InvalidArgument, "has no keys"),
+        ("y", [], ["user:ragged"], InvalidArgument, "holds no lists"),
+        ("y", ["user"], ["user"], InvalidArgument, "named twice"),
+        ("y", ["y"], [], InvalidArgument, "named twice"),
+    ],
+)
+def test_choose_refuses_by_name(label, dense, sparse, error, words):
+    with pytest.raises(error, match=words):
+        choose(SCHEMA, {"map": "maps cannot be read"}, label, dense, sparse)

@@ -1,0 +1,149 @@
+"""`hbkit train` and `hbkit evaluate` as a user runs them: whole processes, each framework in its own."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed"),
+    )
+    for name in ("torch", "tensorflow")
+]
+
+
+def hbkit(*args, status=0):
+    """Run a command; its output. What goes wrong must be one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hbkit.cli", *map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    if status:
+        assert "Traceback" not in done.stderr
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("hbkit: error:")]
+        return line
+    return done.stdout
+
+
+def figure(output, name):
+    return re.search(rf"{name}\W+([\d.]+)", output).group(1)
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    """Training and evaluation files of one planted model: different rows of one data set."""
+    out = tmp_path_factory.mktemp("clicks")
+    hbkit("synth", out / "all", "--rows", 40_000, "--files", 4, "--seed", 1, "--shape", "criteo")
+    for i, part in enumerate(sorted((out / "all").glob("*.parquet"))):
+        to = out / ("test" if i == 3 else "train")
+        to.mkdir(exist_ok=True)
+        part.rename(to / part.name)
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", ["dlrm", "deepfm"])
+def test_train_saves_what_evaluates_to_the_same_figures(clicks, tmp_path, backend, model):
+    common = ["--label", "label", "--batch-size", 1000, "--backend", backend, "--model", model]
+    out = hbkit(
+        "train", "--data", clicks / "train", "--eval-data", clicks / "test", "--save", tmp_path / "m", *common
+    )
+    auc, log_loss = figure(out, "AUC"), figure(out, "log loss")
+    assert 0.55 < float(auc) <= 1 and f"hbkit evaluate {tmp_path / 'm'}" in out
+    again = hbkit("evaluate", tmp_path / "m", "--data", clicks / "test")
+    assert (figure(again, "AUC"), figure(again, "log loss")) == (auc, log_loss)
+    assert re.findall(r"keys in .*", again) == re.findall(r"keys in .*", out)
+
+
+def test_train_is_a_function_of_its_seed_and_the_config_file_holds_the_same_names(clicks, tmp_path):
+    pytest.importorskip("torch")
+    names = ["--label", "label", "--dense", "i1,i2", "--sparse", "c1,c2,c3", "--dim", 4, "--lr", 0.1]
+    data = ["--data", clicks / "test", "--eval-data", clicks / "test"]
+    first = hbkit("train", *data, *names, "--seed", 3)
+    assert figure(hbkit("train", *data, *names, "--seed", 3), "AUC") == figure(first, "AUC")
+    assert figure(hbkit("train", *data, *names, "--seed", 4), "AUC") != figure(first, "AUC")
+    config = tmp_path / "c.toml"
+    config.write_text('label = "label"\ndense = ["i1", "i2"]\nsparse = "c1,c2,c3"\ndim = 4\nlr = 0.1\nseed = 9\n')
+    assert figure(hbkit("train", *data, "--config", config, "--seed", 3), "AUC") == figure(first, "AUC")
+    config.write_text("labels = 1\n")
+    assert "unknown name 'labels'" in hbkit("train", *data, "--config", config, status=2)
+
+
+def test_train_refuses_bad_input_in_one_line(clicks, tmp_path):
+    part = next((clicks / "test").glob("*.parquet"))
+    half = tmp_path / "half.parquet"
+    half.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    nulls = tmp_path / "nulls.parquet"
+    pq.write_table(pa.table({"label": [1.0, None, 0.0], "k": [1, 2, 3]}), nulls)
+    fives = tmp_path / "fives.parquet"
+    pq.write_table(pa.table({"label": [1.0, 5.0, 0.0], "k": [1, 2, 3]}), fives)
+    for data, label, words in [
+        (tmp_path / "nothing.parquet", "label", ["nothing.parquet"]),
+        (empty, "label", ["empty", "Parquet"]),
+        (part, "clicked", ["no column 'clicked'", "label"]),
+        (nulls, "label", ["nulls.parquet", "column label", "null"]),
+        (fives, "label", ["fives.parquet", "label 5"]),
+        (half, "label", ["half.parquet"]),
+    ]:
+        line = hbkit("train", "--data", data, "--label", label, status=2)
+        for word in words:
+            assert word in line
+    assert "bad.parquet" in hbkit("evaluate", tmp_path / "bad.parquet", "--data", part, status=2)
+
+
+def test_train_handles_missing_keys_strings_and_lists(tmp_path):
+    pytest.importorskip("torch")
+    rng, n = np.random.default_rng(0), 4000
+    user = rng.integers(0, 50, n)
+    table = pa.table(
+        {
+            "y": (rng.random(n) < user / 50).astype(np.int8),
+            "user": pa.array(user, mask=rng.random(n) < 0.1),
+            "city": pa.array([None if u % 7 == 0 else f"city-{u % 9}" for u in user.tolist()]),
+            "seen": pa.array([None if u % 5 == 0 else list(range(u % 4)) for u in user.tolist()]),
+            "tags": pa.array([[f"t{u % 3}"] * (u % 3) for u in user.tolist()]),
+            "price": pa.array(rng.random(n), mask=rng.random(n) < 0.2),
+            "big": rng.integers(2**63, 2**64 - 1, n, dtype=np.uint64),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=500)
+    out = hbkit(
+        "train", "--data", tmp_path / "t.parquet", "--eval-data", tmp_path / "t.parquet", "--label", "y", "--epochs", 2,
+        "--batch-size", 256, "--save", tmp_path / "m",
+    )  # fmt: skip
+    assert float(figure(out, "AUC")) > 0.7 and "seen:ragged" in out
+    again = hbkit("evaluate", tmp_path / "m", "--data", tmp_path / "t.parquet")
+    assert figure(again, "AUC") == figure(out, "AUC")
+
+
+@pytest.mark.parametrize("model", ["dlrm", "deepfm"])
+def test_train_beats_the_floor_on_movielens(shared, tmp_path, model):
+    pytest.importorskip("torch")
+    hbkit("convert", shared("data/ml-1m"), tmp_path / "d", "--format", "movielens", "--split", "8:1:1")
+    out = hbkit(
+        "train", "--data", tmp_path / "d/train.parquet", "--eval-data", tmp_path / "d/test.parquet", "--label", "label",
+        "--model", model, "--batch-size", 1024,
+    )  # fmt: skip
+    assert float(figure(out, "AUC")) > 0.863
+
+
+@pytest.mark.parametrize("model", ["dlrm", "deepfm"])
+def test_train_beats_the_floor_on_criteo(shared, tmp_path, model):
+    pytest.importorskip("torch")
+    hbkit(
+        "convert", shared("data/criteo-80k/clicks.parquet"), tmp_path / "d", "--split", "75:25", "--split-by", "order",
+    )  # fmt: skip
+    out = hbkit(
+        "train", "--data", tmp_path / "d/train.parquet", "--eval-data", tmp_path / "d/test.parquet", "--label", "label",
+        "--model", model, "--batch-size", 1024, "--lr", 0.02,
+    )  # fmt: skip
+    assert float(figure(out, "AUC")) > 0.679
