@@ -46,7 +46,7 @@ setup(
                 f"hbkit._ext.{path.stem}",
                 [str(path)],
                 depends=[str(EXT / "kernels.h"), str(EXT / "kernels.c")],
-                extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-unused-function"],
+                extra_compile_args=["-O3", *([] if DEBUG else ["-g0"]), "-ffp-contract=off", "-Wno-unused-function"],
                 define_macros=[("CYTHON_CCOMPLEX", "0")],
             )
             for path in sorted(EXT.glob("*.pyx"))
@@ -60,9 +60,10 @@ setup(
             "nonecheck": DEBUG,
             "cdivision": True,
             "embedsignature": True,
+            "auto_pickle": False,
             "freethreading_compatible": False,
         },
     ),
     cmdclass={"build_ext": BuildExt},
-    options={"build": {"build_base": BUILD}},
+    options={"build": {"build_base": BUILD}, "build_ext": {"parallel": os.cpu_count()}},
 )

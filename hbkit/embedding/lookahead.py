@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Self
 
+from hbkit.data.ahead import prefetch
 from hbkit.embedding.collection import Collection, Staged
 from hbkit.errors import InvalidArgument
 
-__all__ = ["lookahead"]
+__all__ = ["Lookahead", "lookahead"]
 
-Item = TypeVar("Item", bound=tuple[Any, Staged])
+
+class Lookahead:
+    """Iterator of (batch, `Staged`), staged in the background; see `lookahead`.
+
+    Whoever takes a pair applies or closes its `Staged`; `close` lets go of those that nobody took. Both may be called
+    from any thread.
+    """
+
+    def __init__(self, pairs: Callable[[set[Staged]], Generator[tuple[Any, Staged]]], depth: int) -> None:
+        self._lock = threading.Lock()
+        self._waiting: set[Staged] = set()  # staged, and not yet taken
+        self._pairs = prefetch(pairs(self._waiting), depth) if depth else pairs(self._waiting)
+
+    def __iter__(self) -> Iterator[tuple[Any, Staged]]:
+        return self
+
+    def __next__(self) -> tuple[Any, Staged]:
+        with self._lock:
+            prepared, staged = next(self._pairs)
+            self._waiting.discard(staged)
+        staged.wait()
+        return prepared, staged
+
+    def close(self) -> None:
+        """End the thread and let go of the batches that wait. Idempotent."""
+        with self._lock:
+            self._pairs.close()
+            while self._waiting:
+                self._waiting.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def lookahead(
@@ -19,15 +58,20 @@ def lookahead(
     lookahead: int = 8,
     train: bool = True,
     size: int | None = None,
-    prepare: Callable[[Mapping[str, Any]], Any] | None = None,
-) -> Generator[tuple[Any, Staged]]:
+    prepare: Callable[[Any], Any] | None = None,
+) -> Lookahead:
     """Pairs (batch, `Staged`) in order, staged up to `lookahead` batches before their step.
 
     Rows are read at the step, after the previous update, so every value of `lookahead` gives the same results.
 
+    >>> for batch, staged in lookahead(dataset, collection):
+    ...     outputs = staged.outputs()
+    ...     staged.apply(gradients(batch, outputs))
+
     Parameters
     ----------
     dataset : iterable of batches
+        Those without rows are passed over.
     collection : Collection
     lookahead : int
         Batches ahead of the step; 0 stages each one when it is asked for.
@@ -38,29 +82,20 @@ def lookahead(
 
     Raises
     ------
+    InvalidArgument
+        `lookahead` is negative.
     Exception
-        What reading or staging a batch raised, where the batch would have come.
+        When iterated: what reading, staging or preparing a batch raised, where the batch would have come.
     """
-    from hbkit.data.ahead import prefetch
-
     if lookahead < 0:
         raise InvalidArgument(f"lookahead={lookahead}", remedy="give 0 or more batches")
-    alive: dict[int, Staged] = {}  # staged and not yet gone by: to be let go if the loop breaks off
 
-    def stage() -> Generator[tuple[Any, Staged]]:
+    def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
         for batch in dataset:
-            staged = collection.stage(batch, train, size)
-            alive[id(staged)] = staged
-            yield (batch if prepare is None else prepare(batch)), staged
+            if getattr(batch, "n_rows", 1) == 0:
+                continue
+            prepared = batch if prepare is None else prepare(batch)
+            waiting.add(staged := collection.stage(batch, train, size))
+            yield prepared, staged
 
-    steps: Generator[tuple[Any, Staged]] | Any = stage() if lookahead == 0 else prefetch(stage(), lookahead)
-    try:
-        for batch, staged in steps:
-            staged.wait()
-            yield batch, staged
-            staged.close()
-            del alive[id(staged)]
-    finally:
-        steps.close()
-        for staged in alive.values():
-            staged.close()
+    return Lookahead(pairs, lookahead)

@@ -121,12 +121,17 @@ def test_lookahead_surfaces_errors_and_ends_its_thread():
     c, before = Collection([Table("a", 4), Table("b", 4)]), threading.active_count()
     with pytest.raises(OSError, match="disk on fire"):
         for _, staged in lookahead(broken(), c, 4):
-            staged.outputs()
+            staged.close()
     for _, staged in lookahead(batches(), c, 4):
-        staged.outputs()
+        staged.close()
         break
     assert threading.active_count() == before
-    c.stage(batches()[0]).outputs()  # the broken-off batch was let go
+    with lookahead(batches(), c, 4) as steps:
+        _, staged = next(steps)
+        staged.outputs()
+        staged.close()
+    assert threading.active_count() == before
+    c.stage(batches()[0]).outputs()
 
 
 def test_collection_reads_create_nothing():
