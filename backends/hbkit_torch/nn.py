@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection
-from hbkit_torch.data import dense_columns, key_columns, tensor, to_column
+from hbkit_torch.data import tensor, to_column
 from hbkit_torch.pipeline import gradients, leaves
 
 __all__ = [
@@ -97,7 +98,8 @@ class EmbeddingCollection(torch.nn.Module):
         self.drop()
         train = self.training and torch.is_grad_enabled()
         collection = self.collection
-        staged = collection.stage(key_columns(batch, collection.features), train=train)
+        columns = {f: to_column(batch[f], f) for f in collection.features if f in batch}
+        staged = collection.stage(columns, train=train)
         try:
             staged.wait()
             embeddings = leaves(staged.outputs(), train)
@@ -231,7 +233,7 @@ class _Attached(torch.nn.Module):
         columns = {name: to_column(column, name) for name, column in batch.items() if name not in skipped}
         embeddings = self.embeddings(batch)
         n_rows = len(next(value if isinstance(value, Tensor) else value.values for value in embeddings.values()))
-        return self.model(tensor(dense_columns(columns, n_rows, n_rows)), embeddings)
+        return self.model(tensor(hbkit.data.dense_inputs(columns, n_rows, n_rows)), embeddings)
 
 
 def attach(model: torch.nn.Module, embeddings: EmbeddingCollection, ignore: Iterable[str] = ()) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Datasets: Parquet files to batches, sharded, filtered, shuffled and resumable."""
 
-from hbkit.data.batch import Batch
+from hbkit.data.batch import Batch, Inputs, dense_inputs
 from hbkit.data.dataset import Dataset
 from hbkit.data.field import Field
 
-__all__ = ["Batch", "Dataset", "Field"]
+__all__ = ["Batch", "Dataset", "Field", "Inputs", "dense_inputs"]

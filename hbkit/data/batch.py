@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit import errors, ragged
+from hbkit._ext.pool import Pool
 from hbkit.ragged import Column, Ragged, Strings
 
-__all__ = ["Batch", "join", "pad"]
+__all__ = ["Batch", "Inputs", "dense_inputs", "join", "pad"]
+
+# Dense inputs live for one step: their memory is reused. Its alignment lets TensorFlow share it.
+_pool = Pool()
 
 
 class Batch(dict[str, Column]):
@@ -63,3 +68,52 @@ def pad(column: Any, n_rows: int) -> Any:
     if isinstance(column, Strings):
         return Strings(column.data, np.pad(column.row_splits, (0, missing), mode="edge"))
     return np.concatenate([column, np.zeros((missing, *column.shape[1:]), column.dtype)])
+
+
+class Inputs(NamedTuple):
+    """What a model takes of a batch besides its keys, padded to the batch size.
+
+    Attributes
+    ----------
+    dense : float32[size, n_dense]
+        Every column that is neither label, weight nor key, side by side in the dataset's order.
+    label, weight : float32[size]
+        Without such a column, labels are 0 and weights 1. Zeros in padded rows.
+    n_rows : int
+        Rows that are not padding.
+    cursor : dict
+        Where the dataset continues after this batch.
+    """
+
+    dense: npt.NDArray[np.float32]
+    label: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    n_rows: int
+    cursor: dict[str, Any]
+
+
+def dense_inputs(columns: Mapping[str, Any], n_rows: int, size: int) -> npt.NDArray[np.float32]:
+    """The first rows of numeric columns [n] or [n, k] side by side: float32[size, n_dense], zeros from `n_rows` on.
+
+    The memory is aligned to 64 bytes and the receiver's own.
+
+    Raises
+    ------
+    InvalidArgument
+        A column is not numeric, or has more than two dimensions.
+    """
+    for name, column in columns.items():
+        if not isinstance(column, np.ndarray) or column.dtype.kind not in "biuf" or column.ndim > 2:
+            kind = f"{column.dtype} {list(column.shape)}" if isinstance(column, np.ndarray) else type(column).__name__
+            raise errors.InvalidArgument(
+                f"a dense input of type {kind}",
+                column=name,
+                remedy="dense inputs are numbers: give the column a table, or leave it out with select()",
+            )
+    flat = [column[:n_rows].reshape(n_rows, -1) for column in columns.values()]
+    width = sum(part.shape[1] for part in flat)
+    dense = np.frombuffer(_pool.take(4 * size * width), np.float32).reshape(size, width)
+    if flat:
+        np.concatenate(flat, axis=1, out=dense[:n_rows], casting="unsafe")
+    dense[n_rows:] = 0
+    return dense

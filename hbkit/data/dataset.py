@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit import errors, ragged
 from hbkit.data.ahead import prefetch
-from hbkit.data.batch import Batch, join, pad
+from hbkit.data.batch import Batch, Inputs, dense_inputs, join, pad
 from hbkit.data.filter import RowFilter
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
@@ -82,7 +83,7 @@ class Dataset:
         num_parallel_reads: int = 1,
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> Dataset:
+    ) -> Self:
         """A dataset over the rows of Parquet files.
 
         Parameters
@@ -147,10 +148,10 @@ class Dataset:
         )
         return cls(plan, stats)
 
-    def _with(self, **changes: Any) -> Dataset:
-        return Dataset(replace(self._plan, **changes), self._stats.child(), self._resume)
+    def _with(self, **changes: Any) -> Self:
+        return type(self)(replace(self._plan, **changes), self._stats.child(), self._resume)
 
-    def filter(self, expr: pc.Expression) -> Dataset:
+    def filter(self, expr: pc.Expression) -> Self:
         """Keep the rows where a ``pyarrow.compute`` expression over stored columns is true.
 
         Row groups whose statistics rule every row out are not read. The columns need not be among the fields. A
@@ -166,7 +167,7 @@ class Dataset:
             row_filter.check(self._plan.units[0].file)
         return self._with(filter=row_filter if self._plan.filter is None else self._plan.filter & row_filter)
 
-    def shuffle(self, seed: int, buffer_rows: int) -> Dataset:
+    def shuffle(self, seed: int, buffer_rows: int) -> Self:
         """Permute row groups, then rows within windows of ``buffer_rows`` rows.
 
         A pure function of (seed, epoch, window). Every shard that has rows of a window decodes the window.
@@ -175,7 +176,7 @@ class Dataset:
         _positive(buffer_rows=buffer_rows)
         return self._with(shuffle=Shuffle(seed, buffer_rows))
 
-    def batch(self, n: int, remainder: Literal["keep", "drop", "pad"] = "keep") -> Dataset:
+    def batch(self, n: int, remainder: Literal["keep", "drop", "pad"] = "keep") -> Self:
         """Batches of n rows; the last one of an epoch is kept shorter, dropped, or padded.
 
         Padding rows are zeros or empty; ``Batch.n_rows`` says how many are real.
@@ -184,23 +185,23 @@ class Dataset:
         _require(remainder in ("keep", "drop", "pad"), f"remainder is {remainder!r}", "use 'keep', 'drop' or 'pad'")
         return self._with(batch_size=n, remainder=remainder)
 
-    def prefetch(self, k: int) -> Dataset:
+    def prefetch(self, k: int) -> Self:
         """Make up to k batches ahead in a background thread; 0 makes none."""
         _require(isinstance(k, int) and k >= 0, f"k is {k!r}", "use a number of batches")
         return self._with(prefetch=k)
 
-    def repeat(self, n: int | None = None) -> Dataset:
+    def repeat(self, n: int | None = None) -> Self:
         """Let an iteration be n epochs, one after another with the epoch counted up; None: without end."""
         if n is not None:
             _positive(n=n)
         return self._with(n_passes=n)
 
-    def map(self, fn: Callable[[dict[str, Column]], Mapping[str, Column]]) -> Dataset:
+    def map(self, fn: Callable[[dict[str, Column]], Mapping[str, Column]]) -> Self:
         """Replace the columns of each batch by ``fn(columns)``, which must keep the number of rows."""
         _require(callable(fn), f"fn is a {type(fn).__name__}", "give a function of a dict of columns")
         return self._with(ops=(*self._plan.ops, fn))
 
-    def select(self, names: Sequence[str]) -> Dataset:
+    def select(self, names: Sequence[str]) -> Self:
         """Keep these columns, in this order; before any ``map``, the others are not decoded."""
         wanted = [names] if isinstance(names, str) else list(names)
         for kept in (self.label, self.weight):
@@ -211,7 +212,7 @@ class Dataset:
         fields = tuple(_named(by_name, n) for n in wanted)
         return self._with(fields=fields, schema={n: self._plan.schema[n] for n in wanted})
 
-    def supervised(self, label: str, weight: str | None = None) -> Dataset:
+    def supervised(self, label: str, weight: str | None = None) -> Self:
         """Name the column to predict, and optionally the one that weighs rows; both stay in the batches.
 
         Raises
@@ -230,7 +231,7 @@ class Dataset:
                     )
         return self._with(label=label, weight=weight)
 
-    def set_epoch(self, e: int) -> Dataset:
+    def set_epoch(self, e: int) -> Self:
         """The dataset whose next iteration is epoch e: another e, another shuffle."""
         _require(isinstance(e, int) and e >= 0, f"epoch is {e!r}", "use 0, 1, ...")
         out = self._with(epoch=e)
@@ -289,11 +290,45 @@ class Dataset:
             "unsupported": dict(self._plan.unsupported),
         }
 
+    def inputs(self, batch: Batch, features: Collection[str] = ()) -> Inputs:
+        """What a model takes of a batch besides the keys in `features`, padded to the batch size.
+
+        Raises
+        ------
+        InvalidArgument
+            A remaining column is no number (leave it out with ``select``), or the label or weight is not one a row.
+        UnknownColumn
+            The batch lacks the label or weight.
+        """
+        n, size = batch.n_rows, self.batch_size or len(next(iter(batch.values()), ()))
+        used = {self.label, self.weight, *features}
+
+        def one(name: str | None, otherwise: float) -> npt.NDArray[np.float32]:
+            if name is not None and name not in batch:
+                raise errors.UnknownColumn(
+                    "a column is not in the batch", column=name, remedy=f"the batch has {', '.join(batch)}"
+                )
+            column = np.full(n, otherwise) if name is None else batch[name]
+            out = dense_inputs({str(name): column}, n, size)
+            if out.shape[1] != 1:
+                raise errors.InvalidArgument(
+                    f"{out.shape[1]} values a row", column=name, remedy="labels and weights are single numbers"
+                )
+            return out[:, 0]
+
+        return Inputs(
+            dense_inputs({name: column for name, column in batch.items() if name not in used}, n, size),
+            one(self.label, 0),
+            one(self.weight, 1),
+            n,
+            batch.cursor,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Where to continue: the cursor of the batch delivered last, a small JSON dict."""
         return dict(self._delivered or self._resume or self._cursor(self._plan.epoch, 0, 0, set()))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> Dataset:
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Let the next iteration continue at a cursor; the one call that changes the dataset itself.
 
         Shards may be dealt anew: all shards that stopped after the same number of batches have the same cursor, and
@@ -356,7 +391,11 @@ class Dataset:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the start of the epoch, or from where ``load_state_dict`` said, once."""
+        """As `batches`; an adapter's dataset yields its framework's tensors instead."""
+        return self.batches()
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of NumPy columns from the start of the epoch, or from where ``load_state_dict`` said, once."""
         _require(self._plan.batch_size is not None, "the dataset has no batch size", "call .batch(n) first")
         start = self._resume or self._cursor(self._plan.epoch, 0, 0, set())
         self._resume, self._delivered = None, start

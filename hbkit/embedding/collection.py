@@ -255,8 +255,8 @@ class Staged:
         """
         c = self._collection
         if self._state != "read" or not self._train:
-            state = "staged for reading only" if not self._train else self._state
-            raise Closed(f"the batch is {state}", remedy="stage with train=True, call outputs(), then apply() once")
+            state = self._state if self._train else "staged for reading only"
+            raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
         for feature in grads:
             if feature not in c.features:
                 raise UnknownColumn(
@@ -272,6 +272,7 @@ class Staged:
                 c.tables[name].step = step
         c.step += 1
         self.close()
+        self._state = "applied"
 
     def _gradient(self, feature: str, grad: Any) -> tuple[Float32s, Int64s | None, Float32s | None]:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
@@ -305,7 +306,7 @@ class Staged:
 
     def close(self) -> None:
         """Let go of the batch's rows; without ``apply`` it updates nothing. Idempotent."""
-        if self._state != "closed":
+        if self._state not in ("applied", "closed"):
             self._state = "closed"
             if self._collection._training is self:
                 self._collection._training = None
@@ -319,7 +320,7 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
         column = batch[feature]
     except KeyError:
         raise UnknownColumn(
-            f"the batch has no column {feature!r}", feature=feature, remedy=f"it has {', '.join(batch)}"
+            "a feature is not in the batch", feature=feature, remedy=f"the batch has {', '.join(batch) or 'nothing'}"
         ) from None
     if isinstance(column, Ragged) and column.ragged_rank == 1 and isinstance(column.values, np.ndarray):
         keys, splits, length = column.values, column.row_splits[0], None
@@ -332,7 +333,7 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
         raise InvalidArgument(
             f"column is {column!r:.80}",
             feature=feature,
-            remedy="give integer keys as array[n], array[n, L] or a Ragged of rank 1; hash strings when reading",
+            remedy="give integers as array[n], array[n, L] or Ragged of rank 1; hash strings: Field(hash_to='int64')",
         )
     if weight is not None:
         weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)

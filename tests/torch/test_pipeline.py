@@ -26,7 +26,7 @@ def train(step, model):
 
 def test_step_holds_the_columns_of_its_batch_padded(clicks, collection):
     ds = clicks(100, 64, weight="importance")
-    steps = zip(hb.pipeline(ds, collection()), ds.core, strict=True)
+    steps = zip(hb.pipeline(ds, collection()), ds.batches(), strict=True)
     for step, batch in steps:
         n = batch.n_rows
         assert (step.n_rows, step.cursor) == (n, batch.cursor)
@@ -48,7 +48,7 @@ def test_step_without_a_weight_column_weighs_valid_rows_one(clicks, collection):
 
 def test_step_of_a_padding_dataset_is_the_same(clicks, collection):
     ds = clicks(100, 64)
-    padding = hb.data.Dataset(ds.core.batch(64, remainder="pad"))
+    padding = ds.batch(64, remainder="pad")
     c, d = collection(), collection()
     for ours, theirs in zip(hb.pipeline(ds, c), hb.pipeline(padding, d), strict=True):
         assert ours.n_rows == theirs.n_rows and torch.equal(ours.dense, theirs.dense)
@@ -126,7 +126,7 @@ def test_reading_pipeline_creates_no_rows_and_applies_nothing(clicks, collection
     c = collection()
     for step in hb.pipeline(clicks(100, 64), c, train=False):
         assert not any(t.requires_grad or t.any() for t in step.embeddings.values())
-        with pytest.raises(errors.Closed, match="only reads"):
+        with pytest.raises(errors.Closed, match="for reading only"):
             step.apply()
     assert sum(len(t) for t in c.tables.values()) == 0
 
@@ -152,12 +152,12 @@ def test_step_is_applied_once_and_in_its_turn(clicks, collection):
         first.apply()
     first.embeddings["user"].sum().backward()
     first.apply()
-    with pytest.raises(errors.Closed, match="already"):
+    with pytest.raises(errors.Closed, match="was applied"):
         first.apply()
     second = next(steps)
     second.embeddings["user"].sum().backward()
     next(steps)
-    with pytest.raises(errors.Closed, match="gone by"):
+    with pytest.raises(errors.Closed, match="was closed"):
         second.apply()
 
 
@@ -165,7 +165,7 @@ def test_step_is_applied_once_and_in_its_turn(clicks, collection):
 
 
 def alive():
-    return [t for t in threading.enumerate() if t.name == "hbkit-pipeline"]
+    return [t for t in threading.enumerate() if t.name == "hbkit-prefetch"]
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)

@@ -21,7 +21,7 @@ def fit(trainer, ds, **options):
 def test_trainer_loss_is_weighted_and_averaged_over_the_valid_rows(clicks, collection, dlrm):
     ds = clicks(50, 64, weight="importance")
     c = collection()
-    created = c.stage(next(iter(ds.core)))
+    created = c.stage(next(iter(ds.batches())))
     created.outputs()  # now there are rows that prediction can read
     created.close()
     trainer = hb.training.Trainer(dlrm(), c)
@@ -67,7 +67,7 @@ def test_predict_gives_the_valid_rows_and_creates_none(clicks, collection, dlrm)
     parts = list(trainer.predict(ds))
     assert {name: len(table) for name, table in c.tables.items()} == n and c.step == 8
     label, probability, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-    core = list(ds.core)
+    core = list(ds.batches())
     np.testing.assert_array_equal(label, np.concatenate([b["click"] for b in core]))
     np.testing.assert_array_equal(weight, np.concatenate([b["importance"] for b in core]))
     assert len(probability) == 300 and probability.dtype == np.float32 and ((probability > 0) & (probability < 1)).all()
