@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hbkit.data import Field
 from hbkit.errors import InvalidArgument, UnknownColumn
@@ -110,7 +111,7 @@ def choose(
             raise InvalidArgument("the column holds no lists", column=name, remedy=f"write {name} without ':ragged'")
         string = kind.dtype == "string"
         dtype = None if string or kind.dtype == "uint64" else "int64"
-        hashed = "int64" if string else None
+        hashed: Literal["int64"] | None = "int64" if string else None
         if kind.ragged_rank:
             fields.append(Field(name, dtype=dtype, ragged_rank=1, null="empty", hash_to=hashed))
         else:

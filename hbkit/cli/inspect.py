@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hbkit.cli import console
+from hbkit.parquet.footer import CODECS, ENCODINGS
 
 if TYPE_CHECKING:
     from hbkit.parquet import File
@@ -102,10 +103,7 @@ def _parquet(path: str) -> None:
 
 
 def _add(columns: dict[str, _Column], file: File) -> None:
-    """Sum up one file's column chunks, but not ask about those whose metadata cannot be trusted."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.ParquetFile(file.source.file).metadata
+    """Sum up one file's column chunks."""
     for name, first, n_leaves in file.footer.columns:
         leaves = range(first, first + n_leaves)
         kind = str(file.arrow_schema.field(name).type) if file.arrow_schema.names.count(name) == 1 else "?"
@@ -117,18 +115,16 @@ def _add(columns: dict[str, _Column], file: File) -> None:
             column.n_nulls = None
             continue
         is_list = file.schema[name].ragged_rank > 0
-        for g in range(metadata.num_row_groups):
-            for i in leaves:
-                chunk = metadata.row_group(g).column(i)
-                column.nbytes += chunk.total_compressed_size
-                column.codecs.add(chunk.compression)
-                column.encodings.update(chunk.encodings)
-                # In a list column the footer counts empty lists among the nulls.
-                known = not is_list and chunk.is_stats_set and chunk.statistics.has_null_count
-                if not known:
-                    column.n_nulls = None
-                elif column.n_nulls is not None:
-                    column.n_nulls += chunk.statistics.null_count
+        for chunk in (chunks[i] for chunks in file.footer.chunks for i in leaves):
+            column.nbytes += chunk.nbytes
+            if chunk.codec is not None:
+                column.codecs.add(CODECS[chunk.codec])
+            column.encodings.update(ENCODINGS.get(e, f"encoding {e}") for e in chunk.encodings)
+            # In a list column the footer counts empty lists among the nulls.
+            if is_list or chunk.n_nulls is None:
+                column.n_nulls = None
+            elif column.n_nulls is not None:
+                column.n_nulls += chunk.n_nulls
 
 
 def _lengths(files: list[File]) -> tuple[dict[str, str], int]:

@@ -14,10 +14,21 @@ from typing import Any, NamedTuple
 from hbkit import errors
 from hbkit.parquet.source import Source
 
-__all__ = ["Footer", "Leaf", "Statistics", "read_footer"]
+__all__ = ["CODECS", "ENCODINGS", "Chunk", "Footer", "Leaf", "read_footer"]
 
 MAGIC, MAGIC_ENCRYPTED = b"PAR1", b"PARE"
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")
+ENCODINGS = {
+    0: "PLAIN",
+    2: "PLAIN_DICTIONARY",
+    3: "RLE",
+    4: "BIT_PACKED",
+    5: "DELTA_BINARY_PACKED",
+    6: "DELTA_LENGTH_BYTE_ARRAY",
+    7: "DELTA_BYTE_ARRAY",
+    8: "RLE_DICTIONARY",
+    9: "BYTE_STREAM_SPLIT",
+}
 MAX_NESTING = 32  # of Thrift structures: the format itself needs 8
 MAX_DEPTH = 99  # groups, of the schema's tree: what pyarrow reads
 
@@ -44,12 +55,15 @@ class Leaf:
         return f"compression codec {bad[0]} is not in the format" if bad else ""
 
 
-class Statistics(NamedTuple):
-    """Bounds of one column chunk's values, PLAIN-encoded; None where the footer does not say."""
+class Chunk(NamedTuple):
+    """What the footer says of one column chunk; None where it does not say. The bounds are PLAIN-encoded values."""
 
     minimum: bytes | None = None
     maximum: bytes | None = None
     n_nulls: int | None = None
+    codec: int | None = None
+    encodings: tuple[int, ...] = ()
+    nbytes: int = 0  # compressed
 
 
 @dataclass
@@ -63,14 +77,14 @@ class Footer:
     leaves : list of Leaf
         In file order.
     row_group_rows : list of int
-    statistics : list of list of Statistics
+    chunks : list of list of Chunk
         By row group, then leaf.
     """
 
     columns: list[tuple[str, int, int]]
     leaves: list[Leaf]
     row_group_rows: list[int]
-    statistics: list[list[Statistics]]
+    chunks: list[list[Chunk]]
 
 
 class _Broken(Exception):
@@ -82,11 +96,11 @@ class _TooDeep(Exception):
 
 
 # What to keep of a structure: field number to the kind of its value. ``int`` and ``bytes`` are read, ``bool`` only says
-# that the field is there, a dict is a structure, a list of one dict is a list of structures; all else is skipped.
+# that the field is there, a dict is a structure, a list of one of them is a list; all else is skipped.
 # SPEC: parquet.thrift
 _Wanted = dict[int, Any]
 _STATISTICS: _Wanted = {3: int, 5: bytes, 6: bytes}  # 1 and 2 are deprecated: their order is undefined
-_COLUMN_META: _Wanted = {4: int, 12: _STATISTICS}
+_COLUMN_META: _Wanted = {2: [int], 4: int, 7: int, 12: _STATISTICS}
 _CHUNK: _Wanted = {3: _COLUMN_META, 8: bool, 9: bool}
 _GROUP: _Wanted = {1: [_CHUNK], 3: int}
 _ELEMENT: _Wanted = {1: int, 4: bytes, 5: int}
@@ -159,9 +173,10 @@ class _Reader:
             else:
                 self.expect(wire, _LIST)
                 n, element = self.array()
+                integers = kind[0] is int
                 if n:
-                    self.expect(element, _STRUCT)
-                found[last] = [self.struct(kind[0], depth + 1) for _ in range(n)]
+                    self.expect(element, *(_INTS if integers else (_STRUCT,)))
+                found[last] = [self.integer() if integers else self.struct(kind[0], depth + 1) for _ in range(n)]
         return found
 
     def expect(self, wire: int, *allowed: int) -> None:
@@ -240,7 +255,7 @@ def _parse(data: bytes) -> Footer:
     top = _Reader(data).struct(_FILE, 0)
     columns, leaves = _columns(top.get(2, []))
     rows: list[int] = []
-    statistics: list[list[Statistics]] = []
+    found: list[list[Chunk]] = []
     for g, group in enumerate(top.get(4, [])):
         chunks, n = group.get(1, []), group.get(3, -1)
         if n < 0:
@@ -248,7 +263,7 @@ def _parse(data: bytes) -> Footer:
         if len(chunks) != len(leaves):
             raise _Broken(f"row group {g} has {len(chunks)} column chunks, the schema {len(leaves)} leaves")
         rows.append(n)
-        statistics.append([])
+        found.append([])
         for leaf, chunk in zip(leaves, chunks, strict=True):
             meta = chunk.get(3, {})
             if 4 in meta:
@@ -257,8 +272,9 @@ def _parse(data: bytes) -> Footer:
             bounds = meta.get(12, {})
             # SPEC: without column_orders, min_value and max_value are to be ignored
             low, high = (bounds.get(6), bounds.get(5)) if 7 in top else (None, None)
-            statistics[-1].append(Statistics(low, high, bounds.get(3)))
-    return Footer(columns, leaves, rows, statistics)
+            encodings = tuple(meta.get(2, ()))
+            found[-1].append(Chunk(low, high, bounds.get(3), meta.get(4), encodings, meta.get(7, 0)))
+    return Footer(columns, leaves, rows, found)
 
 
 def _columns(elements: list[dict[int, Any]]) -> tuple[list[tuple[str, int, int]], list[Leaf]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbkit import errors
-from hbkit.parquet.footer import read_footer
+from hbkit.parquet.footer import CODECS, ENCODINGS, read_footer
 
 
 class Bytes:
@@ -46,13 +46,19 @@ def written(table, **options):
 
 def test_footer_says_what_pyarrow_wrote():
     table = pa.table({"a": [1, 2, 3], "b": [[1], [], None], "c": [{"x": 1, "y": "s"}] * 3, "d": ["p", None, "q"]})
-    footer = read_footer(Bytes(written(table, row_group_size=2, compression="zstd")))
+    data = written(table, row_group_size=2, compression="zstd")
+    footer = read_footer(Bytes(data))
     assert footer.columns == [("a", 0, 1), ("b", 1, 1), ("c", 2, 2), ("d", 4, 1)]
     assert footer.row_group_rows == [2, 1]
     assert [leaf.codecs for leaf in footer.leaves] == [{6}] * 5
     assert not any(leaf.unsupported for leaf in footer.leaves)
-    assert footer.statistics[0][0] == ((1).to_bytes(8, "little"), (2).to_bytes(8, "little"), 0)
-    assert footer.statistics[0][4] == (b"p", b"p", 1)
+    assert footer.chunks[0][0][:3] == ((1).to_bytes(8, "little"), (2).to_bytes(8, "little"), 0)
+    assert footer.chunks[0][4][:3] == (b"p", b"p", 1)
+    told = pq.read_metadata(io.BytesIO(data)).row_group(0)
+    for i, chunk in enumerate(footer.chunks[0]):
+        theirs = told.column(i)
+        assert CODECS[chunk.codec] == theirs.compression and chunk.nbytes == theirs.total_compressed_size
+        assert {ENCODINGS[e] for e in chunk.encodings} == set(theirs.encodings)
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1PAR1", b"x" * 100, b"PAR1" + b"\0" * 100], ids=repr)
