@@ -10,7 +10,10 @@ from hbkit.cli import console
 
 __all__ = ["convert"]
 
-FORMATS = ("auto", "csv", "tsv", "libsvm", "libffm", "slot", "sequence", "criteo", "movielens", "parquet")
+FORMATS = (
+    *("auto", "csv", "tsv", "libsvm", "libffm", "slot", "sequence"),
+    *("criteo", "aliccp", "movielens", "tfrecord", "parquet"),
+)
 
 
 def _names(ctx: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[str]:
@@ -74,7 +77,9 @@ def convert(
     slot        key:slot ... or slot:key ...       to a list column for each slot
     sequence    user item item ...                 to `user` and a list `items`
     criteo      raw Criteo logs: label, i1..i13, c1..c26 between tabs
+    aliccp      id,click,buy,slot:key,...          to `id`, `click`, `buy` and a list column for each slot
     movielens   MovieLens-1M: a rating of 4 or 5 is a click, those of 3 are left out
+    tfrecord    tf.train.Example (or lists of them), to a scalar or list column for each feature
     parquet     to other row groups, scalars, or a split
     """
     from hbkit.data.convert import Progress

@@ -41,9 +41,8 @@ INITIAL_STD = 0.01
 
 
 def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
-    """``a,b`` (or a list, from a configuration file) as names."""
-    parts = value.split(",") if isinstance(value, str) else value or []
-    return [str(p).strip() for p in parts if str(p).strip()]
+    """``a,b`` as names."""
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
@@ -61,7 +60,8 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
     for name in values:
         if name not in known:
             raise InvalidArgument(f"unknown name {name!r}", file=path, remedy=f"use {', '.join(sorted(known))}")
-    ctx.default_map = {**(ctx.default_map or {}), **values}
+    text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **text}
     return path
 
 

@@ -57,11 +57,6 @@ class Collection:
         A feature is a column of the batch; each table is its own feature when left out.
     pooling : "sum", "mean", "sqrtn", None, or a mapping of feature name to one of them
         How a list of keys becomes one row; None keeps the sequence. A scalar key is its row.
-
-    Attributes
-    ----------
-    step : int
-        Updates so far.
     """
 
     def __init__(
@@ -89,8 +84,12 @@ class Collection:
         for feature, how in self.pooling.items():
             if how not in POOLINGS:
                 raise InvalidArgument(f"pooling {how!r}", feature=feature, remedy="use sum, mean, sqrtn or None")
-        self.step = 0
         self._training: Staged | None = None
+
+    @property
+    def step(self) -> int:
+        """Updates so far: the tables' own, so that a loaded snapshot goes on where it stopped."""
+        return max((t.step for t in self.tables.values()), default=0)
 
     def dim(self, feature: str) -> int:
         """Floats of a feature's row."""
@@ -262,15 +261,15 @@ class Staged:
                 raise UnknownColumn(
                     f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
                 )
+        step = c.step + 1
         parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
         for name, request in self._requests.items():
             features = [f for f, t in c.features.items() if t == name]
             if any(f in parts for f in features):
-                step = c.step + 1
                 dim = c.tables[name].dim
                 request.update(*_join([parts.get(f) or self._no_gradient(f, dim) for f in features]), step)
-                c.tables[name].step = step
-        c.step += 1
+        for table in c.tables.values():
+            table.step = step
         self.close()
         self._state = "applied"
 

@@ -101,7 +101,7 @@ class Table:
                 table=self.name,
                 remedy="give a vector of integers; turn strings into keys with Field(hash_to='int64')",
             )
-        if self.key_dtype == "int32" and k.dtype.itemsize > 4 and k.size and (k.min() < -(2**31) or k.max() >= 2**31):
+        if self.key_dtype == "int32" and k.size and (k.min() < -(2**31) or k.max() >= 2**31):
             raise InvalidArgument("a key does not fit int32", table=self.name, remedy="use key_dtype='int64'")
         if k.dtype == np.uint64:
             k = k.view(np.int64) if k.flags.c_contiguous else np.ascontiguousarray(k).view(np.int64)

@@ -202,3 +202,14 @@ def test_collection_empty_batch():
     assert staged.outputs()["a"].shape == (0, 4)
     staged.apply({"a": np.zeros((0, 4), np.float32)})
     assert c.step == 1
+
+
+def test_collection_goes_on_at_the_step_of_its_tables():
+    tables = [Table("a", 4), Table("b", 4)]
+    tables[0].step = tables[1].step = 7  # as loading a snapshot sets them
+    c = Collection(tables)
+    staged = c.stage(batches()[0])
+    staged.outputs()
+    staged.apply({"a": np.ones((16, 4), np.float32)})
+    assert c.step == tables[0].step == tables[1].step == 8
+    assert {s for chunk in tables[0].store.scan() for s in chunk.last_step.tolist()} == {8}
