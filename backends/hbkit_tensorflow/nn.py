@@ -413,7 +413,10 @@ class _Attached:
         return loss
 
     def _function(self, graph: Callable[..., Any], jit: bool) -> Callable[..., Any]:
-        return graph if self.model.run_eagerly else tf.function(graph, jit_compile=jit, autograph=False)
+        if self.model.run_eagerly:
+            return graph
+        made: Callable[..., Any] = tf.function(graph, jit_compile=jit, autograph=False, reduce_retracing=True)
+        return made
 
     def _step_function(self, graph: Callable[..., Any], train: bool) -> Callable[[Iterator[Any]], dict[str, Any]]:
         """A step over ``graph(dense, embeddings, label, weight, valid) -> (pred, gradients of the rows)``."""

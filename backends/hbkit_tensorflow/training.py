@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import keras
@@ -69,8 +70,8 @@ class Trainer:
         self._optimizer_name = optimizer
         self._optimizer = OPTIMIZERS[optimizer](lr)
         self._optimizer.build(model.trainable_variables)
-        self._train = tf.function(self._train_graph, jit_compile=compile, autograph=False)
-        self._predict = tf.function(self._predict_graph, jit_compile=compile, autograph=False)
+        function = partial(tf.function, jit_compile=compile, autograph=False, reduce_retracing=True)
+        self._train, self._predict = function(self._train_graph), function(self._predict_graph)
 
     def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
         """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
@@ -138,7 +139,7 @@ class Trainer:
         return self.model(dense, embeddings, **mode)
 
     def _variables(self) -> dict[str, keras.Variable]:
-        """Weights by path, and optimizer state by position: not by the names that Keras numbers if several share one."""
+        """Weights by path, optimizer state by position: not by the names that Keras numbers if several share one."""
         weights = {f"model/{w.path.partition('/')[2]}": w for w in self.model.weights}
         return weights | {f"{self._optimizer_name}/{i}": v for i, v in enumerate(self._optimizer.variables)}
 

@@ -17,12 +17,13 @@ def run(code, **env):
 def test_door_gives_the_public_names_and_no_other_framework():
     code = (
         "import sys, hbkit.tensorflow as hb\n"
-        "print(sorted(hb.__all__), callable(hb.pipeline), all(hasattr(hb, n) for n in hb.__all__), 'torch' in sys.modules)"
+        "found = [n for n in sorted(hb.__all__) if hasattr(hb, n)]\n"
+        "print(found, callable(hb.pipeline), 'torch' in sys.modules)"
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
     names = "['data', 'metrics', 'models', 'nn', 'pipeline', 'training']"
-    assert done.stdout.strip() == f"{names} True True False"
+    assert done.stdout.strip() == f"{names} True False"
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "no_such"])
