@@ -114,7 +114,7 @@ class DeepFM(_ClickModel):
 
     def __init__(self, features: Sequence[str], dim: int, n_dense: int = 0, hidden: Sequence[int] = (128, 64)) -> None:
         super().__init__(features, dim, n_dense, "deepfm")
-        self.linear = keras.layers.Dense(1, name="linear") if n_dense else None
+        self.linear = keras.layers.Dense(1, use_bias=False, name="linear") if n_dense else None
         self.machine = FactorizationMachine(name="machine")
         self.deep = MLP([*hidden, 1], name="deep")
         self._make_weights(self.row_dim(dim))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple, Self
@@ -13,9 +12,8 @@ import tensorflow as tf
 
 import hbkit
 from hbkit import errors
-from hbkit.data.ahead import prefetch
-from hbkit.embedding import Collection, Staged
-from hbkit_tensorflow.data import Array, Dataset, array, dense_columns, key_columns, tensor, zeros
+from hbkit.embedding import Collection, Lookahead, Staged
+from hbkit_tensorflow.data import Array, array, tensor
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -33,21 +31,6 @@ class Sequence(NamedTuple):
 
     values: tf.Tensor
     mask: tf.Tensor
-
-
-def _padded(batch: hbkit.data.Batch, name: str | None, otherwise: int, n: int, size: int) -> tf.Tensor:
-    """The label or weight column, or ``otherwise`` without one: float32[size], zeros from row ``n`` on."""
-    if name is not None and name not in batch:
-        raise errors.UnknownColumn(
-            "a column is not in the batch", column=name, remedy=f"the batch has {', '.join(batch) or 'nothing'}"
-        )
-    column = np.full(n, otherwise) if name is None else batch[name]
-    padded = dense_columns({str(name): column}, n, size)
-    if padded.shape[1] != 1:
-        raise errors.InvalidArgument(
-            f"{padded.shape[1]} values a row", column=name, remedy="labels and weights are single numbers"
-        )
-    return tensor(padded[:, 0])
 
 
 def leaves(embeddings: Mapping[str, Any]) -> dict[str, tf.Tensor]:
@@ -92,30 +75,11 @@ class Step:
         Where the dataset continues after this batch. (The dataset's own ``state_dict`` is ahead by the look-ahead.)
     """
 
-    def __init__(
-        self, batch: hbkit.data.Batch, ds: hbkit.data.Dataset, size: int, collection: Collection, train: bool
-    ) -> None:
-        # Runs in the background: everything but the rows, which the step before may still change.
-        n = batch.n_rows
-        keys = key_columns(batch, collection.features)
-        keys = {feature: hbkit.ragged.slice_rows(column, 0, n) for feature, column in keys.items()}
-        used = {ds.label, ds.weight} | collection.features.keys()
-        inputs = {name: column for name, column in batch.items() if name not in used}
-        self.n_rows, self.cursor = n, batch.cursor
-        self.dense = tensor(dense_columns(inputs, n, size))
-        self.label = _padded(batch, ds.label, 0, n, size)
-        self.weight = _padded(batch, ds.weight, 1, n, size)
-        self.embeddings: dict[str, Any] = {}
-        self._train = train
-        self._staged: Staged | None = collection.stage(keys, train=train, size=size)
-
-    def gather(self) -> Step:
-        """Fill ``embeddings``, after the step before was applied; gives this step."""
-        if self._staged is None:
-            raise errors.Closed("this step has gone by", remedy="take the steps in turn")
-        self._staged.wait()
-        self.embeddings = from_outputs(self._staged.outputs())
-        return self
+    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool) -> None:
+        self.dense, self.label, self.weight = tensor(inputs.dense), tensor(inputs.label), tensor(inputs.weight)
+        self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
+        self._train, self._staged = train, staged
+        self.embeddings = from_outputs(staged.outputs())
 
     def apply(self, grads: Mapping[str, Any]) -> None:
         """Update the tables, once.
@@ -131,62 +95,23 @@ class Step:
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no feature has a gradient.
         """
-        if not self._train:
-            raise errors.Closed("this step only reads", remedy="make the pipeline with train=True")
-        if self._staged is None:
-            raise errors.Closed("this step was applied already, or has gone by", remedy="apply each step once, in turn")
-        self._staged.apply(gradients(grads))
-        self.close()
+        self._staged.apply(gradients(grads) if self._train else {})
 
     def close(self) -> None:
-        """Let go of the rows; without ``apply`` the step leaves no trace. Idempotent."""
-        if self._staged is not None:
-            self._staged.close()
-        self._staged = None
+        """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
+        self._staged.close()
 
 
-class Steps:
-    """Iterator of the steps of one pass over a dataset, staged in the background up to ``depth`` ahead, not gathered.
-
-    Whoever takes a step closes it; ``close`` is for the rest. Both may be called from any thread.
-    """
-
-    def __init__(self, ds: Any, embeddings: Any, train: bool, depth: int) -> None:
-        self._ds: hbkit.data.Dataset = ds.core if isinstance(ds, Dataset) else ds
-        self._collection: Collection = getattr(embeddings, "collection", embeddings)
-        self._train = train
-        if self._ds.batch_size is None:
-            raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
-        self._size = self._ds.batch_size
-        if depth < 0:
-            raise errors.InvalidArgument(f"lookahead={depth}", remedy="give the batches to stage ahead, 0 or more")
-        if embeddings is not self._collection:
-            embeddings.drop()
-        self._lock = threading.Lock()
-        self._waiting: set[Step] = set()  # staged, and not yet taken
-        self._steps = prefetch(self._made(), depth) if depth else self._made()
-
-    def _made(self) -> Generator[Step]:
-        for batch in self._ds:
-            if batch.n_rows:
-                self._waiting.add(step := Step(batch, self._ds, self._size, self._collection, self._train))
-                yield step
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        with self._lock:
-            step = next(self._steps)
-            self._waiting.discard(step)
-            return step
-
-    def close(self) -> None:
-        """End the thread and let go of the steps that wait. Idempotent."""
-        with self._lock:
-            self._steps.close()
-            while self._waiting:
-                self._waiting.pop().close()
+def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> Lookahead:
+    """Pairs of what a model takes and a `Staged`, up to ``depth`` batches ahead."""
+    collection: Collection = getattr(embeddings, "collection", embeddings)
+    if collection is not embeddings:
+        embeddings.drop()  # a call that was never applied would stand in the way of the first step
+    if ds.batch_size is None:
+        raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
+    return hbkit.embedding.lookahead(
+        ds.batches(), collection, depth, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+    )
 
 
 class Pipeline:
@@ -212,7 +137,7 @@ class Pipeline:
         self.close()
 
 
-def pipeline(ds: Any, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline:
+def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline:
     """Staged steps over one pass of a dataset, decoded and fetched ``lookahead`` batches ahead.
 
     A step's rows are gathered when the step is reached, after the update before it, so the results are those of no
@@ -228,7 +153,7 @@ def pipeline(ds: Any, embeddings: Any, lookahead: int = 8, train: bool = True) -
 
     Parameters
     ----------
-    ds : Dataset or hbkit.data.Dataset
+    ds : Dataset
         Batched. Each column that is not the label, the weight or a feature of the collection is a dense input, in
         the dataset's order.
     embeddings : EmbeddingCollection or hbkit.embedding.Collection
@@ -251,35 +176,35 @@ def pipeline(ds: Any, embeddings: Any, lookahead: int = 8, train: bool = True) -
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
-    made = Steps(ds, embeddings, train, lookahead)
+    pairs = ahead(ds, embeddings, lookahead, train)
 
     def steps() -> Generator[Step]:
-        with closing(made):
-            for step in made:
-                with closing(step):
-                    yield step.gather()
+        with pairs:
+            for inputs, staged in pairs:
+                with closing(Step(inputs, staged, train)) as step:
+                    yield step
 
     return Pipeline(steps())
 
 
 class Feed:
-    """The steps of a dataset as a `tf.data.Dataset` of ``({"ticket", "dense"}, label, weight)``, as Keras takes data.
+    """The batches of a dataset as a `tf.data.Dataset` of ``({"ticket", "dense"}, label, weight)``, as Keras takes data.
 
-    A ticket names a step that waits here. So Keras may prefetch as far as it likes: rows are gathered when the step is
-    taken. A ticket can also name the error that its step ran into, which TensorFlow would turn into text.
+    A ticket names a staged batch that waits here. So Keras may prefetch as far as it likes: rows are gathered when the
+    step is taken. A ticket can also name the error that a batch ran into, which TensorFlow would turn into text.
     """
 
     _tickets = itertools.count()
 
-    def __init__(self, ds: Any, embeddings: Any, train: bool, lookahead: int) -> None:
-        self.ds: hbkit.data.Dataset = ds.core if isinstance(ds, Dataset) else ds
-        self._start = lambda: Steps(self.ds, embeddings, train, lookahead)
+    def __init__(self, ds: hbkit.data.Dataset, embeddings: Any, train: bool, lookahead: int) -> None:
+        self.ds = ds
+        self._start = lambda: ahead(self.ds, embeddings, lookahead, train)
         self._start().close()  # to raise here what it has to say of its arguments
         self._train = train
         self.error: BaseException | None = None  # what reading or staging raised,
         self.cause: BaseException | None = None  # and why: Keras cuts causes off when it shortens tracebacks
-        self._held: dict[int, Step | Exception] = {}
-        self._running: list[Steps] = []
+        self._held: dict[int, tuple[hbkit.data.Inputs, Staged] | Exception] = {}
+        self._running: list[Lookahead] = []
 
     def dataset(self) -> tf.data.Dataset:
         """Elements of one pass; each further iteration in training is the dataset's next epoch."""
@@ -289,18 +214,18 @@ class Feed:
         return tf.data.Dataset.from_generator(self._elements, output_signature=spec)
 
     def _elements(self) -> Iterator[Any]:
-        self._running.append(steps := self._start())
-        step = None
+        self._running.append(pairs := self._start())
+        inputs = None
         try:
-            for step in steps:
-                self._held[ticket := next(self._tickets)] = step
-                yield {"ticket": ticket, "dense": step.dense}, step.label, step.weight
-            if self._train and step is not None:
-                self.ds = self.ds.set_epoch(step.cursor["epoch"] + 1)
+            for inputs, staged in pairs:
+                self._held[ticket := next(self._tickets)] = inputs, staged
+                yield {"ticket": ticket, "dense": inputs.dense}, inputs.label, inputs.weight
+            if self._train and inputs is not None:
+                self.ds = self.ds.set_epoch(inputs.cursor["epoch"] + 1)
         except Exception as error:
             self.error, self.cause = error, error.__cause__
             self._held[ticket := next(self._tickets)] = error
-            rows = zeros((self.ds.batch_size or 1,))
+            rows = np.zeros(self.ds.batch_size or 1, np.float32)
             yield {"ticket": ticket, "dense": rows[:, None]}, rows, rows
 
     def take(self, ticket: int) -> Step | None:
@@ -308,13 +233,13 @@ class Feed:
         found = self._held.pop(ticket, None)
         if isinstance(found, Exception):
             raise found
-        return found and found.gather()
+        return found and Step(*found, self._train)
 
     def close(self) -> None:
-        """End the threads, and let go of the steps that nobody took."""
-        for steps in self._running:
-            steps.close()
-        for step in self._held.values():
-            if isinstance(step, Step):
-                step.close()
+        """End the threads, and let go of the batches that nobody took."""
+        for pairs in self._running:
+            pairs.close()
+        for held in self._held.values():
+            if not isinstance(held, Exception):
+                held[1].close()
         self._held, self._running = {}, []

@@ -7,6 +7,7 @@ admits, creates, gathers and pools, then sums gradients per key and updates. The
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
+from hbkit._ext.pool import Pool
 from hbkit.embedding.table import Request, Table
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Ragged
 from hbkit.store.base import Float32s, Int64s
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]
+
+# Outputs live for one step: their memory is reused. Its alignment lets TensorFlow share it.
+_memory = Pool()
+
+
+def _output(*shape: int) -> Float32s:
+    """Uninitialised float32 of this shape, aligned to 64 bytes; the receiver's own."""
+    return np.frombuffer(_memory.take(4 * math.prod(shape)), np.float32).reshape(shape)
+
 
 POOLINGS = ("sum", "mean", "sqrtn", None)
 
@@ -128,6 +139,11 @@ class Collection:
         finally:
             staged.close()
 
+    def close(self) -> None:
+        """`Table.close` each table. Idempotent."""
+        for table in self.tables.values():
+            table.close()
+
     def stats(self) -> dict[str, dict[str, Any]]:
         """`Table.stats` of each table by name."""
         return {name: table.stats() for name, table in self.tables.items()}
@@ -209,7 +225,7 @@ class Staged:
         inverse = self._requests[c.features[feature]].inverse[self._spans[feature]]
         dim = rows.shape[1]
         if i.splits is None:
-            out = np.empty((self.size, dim), np.float32)
+            out = _output(self.size, dim)
             if len(rows):
                 np.take(rows, inverse, axis=0, out=out[: self.n_rows], mode="clip")
             if i.weight is not None:
@@ -218,13 +234,14 @@ class Staged:
             return out
         if c.pooling[feature] is None:
             at, length = _positions(i)
-            values = np.zeros((self.size, length, dim), np.float32)
+            values = _output(self.size, length, dim)
+            values[:] = 0
             mask = np.zeros((self.size, length), np.bool_)
             picked = rows[inverse]
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
             mask.reshape(-1)[at] = True
             return SequenceOutput(values, mask)
-        out = np.empty((self.size, dim), np.float32)
+        out = _output(self.size, dim)
         _ext.pool(rows, inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
         out[self.n_rows :] = 0
         return out
@@ -333,6 +350,12 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
             f"column is {column!r:.80}",
             feature=feature,
             remedy="give integers as array[n], array[n, L] or Ragged of rank 1; hash strings: Field(hash_to='int64')",
+        )
+    if keys.dtype.kind not in "iu" and keys.size:
+        raise InvalidArgument(
+            f"keys of type {keys.dtype}",
+            feature=feature,
+            remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
         )
     if weight is not None:
         weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)

@@ -83,12 +83,11 @@ class Table:
         self.eviction = tuple(eviction)
         self.padding_key = padding_key
         self.admission = admission.open() if admission is not None else None
-        self.step = 0
-        layout = Layout(name, self.dim, self.optimizer.initial_state(self.dim), partial(self._initialize))
-        self.store = (store or host_memory()).open(layout)
-
-    def _initialize(self, keys: Int64s) -> Float32s:
-        return self.initializer(self.name, keys, self.dim)
+        initialize = partial(self.initializer, name, dim=self.dim)
+        self.store = (store or host_memory()).open(
+            Layout(name, self.dim, self.optimizer.initial_state(self.dim), initialize)
+        )
+        self.step = self.store.latest_step()
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
         """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits."""
@@ -158,6 +157,10 @@ class Table:
         """Make all rows durable where the store can; its id."""
         return self.store.commit()
 
+    def close(self) -> None:
+        """Let go of the store's memory, files and locks; what was not committed is lost. Idempotent."""
+        self.store.close()
+
     def stats(self) -> dict[str, Any]:
         """What the store counts, with the table's name, dim and step."""
         return {"name": self.name, "dim": self.dim, "step": self.step, **self.store.stats()}
@@ -193,7 +196,9 @@ class Request:
         lease, table = self._use(), self.table
         if train:
             if table.admission is not None:
-                missing = table.store.reserve(lease.keys, lease.counts).slots < 0
+                now = table.store.reserve(lease.keys, lease.counts)  # earlier steps may have created some since
+                missing = now.slots < 0
+                table.store.release(now)
                 lease.admitted = np.zeros(len(missing), np.bool_)
                 lease.admitted[missing] = table.admission.admit(lease.keys[missing], lease.counts[missing])
             table.store.create(lease, step)

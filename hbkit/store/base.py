@@ -74,7 +74,7 @@ class Lease:
     ----------
     keys : int64[u], distinct
     slots : int64[u]
-        Where the store holds each row, -1 while absent; only the store that made the lease reads it.
+        Below 0 exactly where a key is absent; else where the row is, for the store that made the lease to know.
     counts : int64[u]
         Occurrences in the batch, added to the rows' frequencies by ``create``.
     admitted : bool[u] or None
@@ -124,7 +124,7 @@ class Store(Protocol):
         ...
 
     def gather(self, lease: Lease, out: Float32s) -> None:
-        """Copy rows to ``out[u, dim]``; zeros where a key is absent."""
+        """Copy the first columns of lines to ``out[u, w]``, w <= dim + n_state; zeros where a key is absent."""
         ...
 
     def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
@@ -149,6 +149,10 @@ class Store(Protocol):
 
     def commit(self) -> str:
         """Make everything up to now durable where the tier can; its id."""
+        ...
+
+    def latest_step(self) -> int:
+        """Largest step that a row here was stamped with, 0 for none: where an opened store goes on."""
         ...
 
     def __len__(self) -> int: ...

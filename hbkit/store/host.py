@@ -167,6 +167,11 @@ class HostStore:
         self._n_commits += 1
         return str(self._n_commits)
 
+    def latest_step(self) -> int:
+        """Largest step that a row was stamped with, 0 for none."""
+        with self._lock:
+            return int(self._last_step.max(initial=0))
+
     def stats(self) -> dict[str, Any]:
         """Rows and bytes held, keys ignored by updates."""
         with self._lock:

@@ -130,7 +130,7 @@ class TinyLFU(LRU):
         least = np.minimum.reduce([row[cell] for row, cell in zip(self._counts, cells, strict=True)])
         more = np.minimum(least, 254) + 1
         for row, cell in zip(self._counts, cells, strict=True):
-            row[cell] = np.maximum(row[cell], more)  # conservative update: no counter grows beyond what it must
+            np.maximum.at(row, cell, more)  # conservative update: no counter grows beyond what it must
         self._n_added += len(meta)
         if self._n_added >= self._sample:
             self._counts >>= 1

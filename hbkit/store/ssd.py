@@ -428,7 +428,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         numbers += [n for s in manifest["segments"].items() for n in (int(s[0]), s[1])]
         name = manifest["index"]["file"]
         good = all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) and _INDEX.fullmatch(name) is not None
-        good = good and manifest["per_segment"] > 0 and all(isinstance(c, str) for c in manifest["index"]["checks"])
+        good = good and 0 < manifest["per_segment"] < 2**32 and max(map(int, manifest["segments"]), default=0) < 2**30
+        good = good and all(isinstance(c, str) for c in manifest["index"]["checks"])
     except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     if not good:

@@ -450,6 +450,11 @@ class TieredStore(ABC):
             self._n_commits += 1
             return self._commit_home()
 
+    def latest_step(self) -> int:
+        """Largest step that a row was stamped with, 0 for none."""
+        with self._lock:
+            return int(self._last_step.max(initial=0))
+
     def stats(self) -> dict[str, Any]:
         """Rows, bytes held, hits and misses of `reserve`, rows that streamed past the cache, keys ignored."""
         with self._lock:

@@ -117,7 +117,7 @@ def test_fit_agrees_with_keras_embedding_on_unpadded_batches(clicks, collection,
     theirs = compiled(KerasEmbeddings(model(), start), keras.optimizers.SGD(0.5), jit=False, **metrics())
 
     def unpadded():
-        for b in ds.core:
+        for b in ds.batches():
             x = {"dense": np.stack([b["amount"], b["age"]], 1).astype(np.float32), **{f: b[f] for f in features}}
             yield (x, b["click"][:, None], *([b[weight]] if weight else []))
 
@@ -151,13 +151,13 @@ COUNT = """
 
     def unpadded():  # what the padding is for: batches of two sizes
         step = tf.function(model, jit_compile=True)
-        for b in ds.core:
+        for b in ds.batches():
             step(tf.zeros((b.n_rows, 2)), {f: tf.constant(r) for f, r in collection.lookup(b).items()})
 
     for run in lambda: model.fit(ds, epochs=2, verbose=0), lambda: model.predict(ds, verbose=0), unpadded:
         run()
         print(collection.step, len(list(pathlib.Path(dump).glob("*.before_optimizations.txt"))))
-    print(len({len(np.unique(b["user"])) for b in ds.core}), "torch" in sys.modules)
+    print(len({len(np.unique(b["user"])) for b in ds.batches()}), "torch" in sys.modules)
 """
 
 
@@ -200,7 +200,7 @@ def test_predict_gives_the_valid_rows_in_order(clicks, collection, dlrm):
         model(
             np.stack([b["amount"], b["age"]], 1).astype(np.float32), {f: tf.constant(r) for f, r in c.lookup(b).items()}
         )
-        for b in other.core
+        for b in other.batches()
     ]
     np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-4, atol=1e-5)
     model.evaluate(other, verbose=0)

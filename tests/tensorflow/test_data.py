@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hbkit.tensorflow as hb
 from hbkit import Ragged, Strings, errors
-from hbkit_tensorflow.data import array, from_column, tensor, to_column, zeros
+from hbkit_tensorflow.data import array, from_column, tensor, to_column
 
 
 def aligned(n, dtype, offset=0):
@@ -62,13 +62,6 @@ def test_tensor_takes_any_array(column):
     np.testing.assert_array_equal(made.numpy(), column)
 
 
-@pytest.mark.parametrize("shape", [(0,), (7, 0), (1,), (33, 5)])
-def test_zeros_are_aligned_and_zero(shape):
-    made = zeros(shape)
-    assert made.shape == shape and made.dtype == np.float32 and not made.any()
-    assert made.size == 0 or made.ctypes.data % 64 == 0
-
-
 @settings(max_examples=25)
 @given(st.lists(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=2), max_size=2), max_size=5))
 def test_ragged_goes_there_and_back(lists):
@@ -101,7 +94,7 @@ def test_dataset_yields_the_file_as_tensors(click_file, clicks):
     ds = clicks(500, 64).select(["click", "age", "user", "tags"])
     batches = list(ds)
     assert [b.n_rows for b in batches] == [64] * 7 + [52]
-    assert [b.cursor for b in batches] == [b.cursor for b in ds.core]
+    assert [b.cursor for b in batches] == [b.cursor for b in ds.batches()]
     assert isinstance(batches[0]["age"], tf.Tensor) and isinstance(batches[0]["tags"], tf.RaggedTensor)
     stored = pq.read_table(click_file(500)).to_pydict()
     for name in ds.schema:

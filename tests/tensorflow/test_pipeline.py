@@ -27,7 +27,7 @@ def train(step, model):
 
 def test_step_holds_the_columns_of_its_batch_padded(clicks, collection):
     ds = clicks(100, 64, weight="importance")
-    for step, batch in zip(hb.pipeline(ds, collection()), ds.core, strict=True):
+    for step, batch in zip(hb.pipeline(ds, collection()), ds.batches(), strict=True):
         n = batch.n_rows
         assert (step.n_rows, step.cursor) == (n, batch.cursor)
         assert step.dense.dtype == step.label.dtype == step.weight.dtype == tf.float32
@@ -51,7 +51,7 @@ def test_step_without_label_and_weight_columns(click_file, collection):
 def test_step_holds_the_rows_of_the_collection(clicks, collection):
     ds, c = clicks(200, 64), collection()
     steps = hb.pipeline(ds, c, lookahead=2)
-    for step, batch in zip(steps, ds.core, strict=True):
+    for step, batch in zip(steps, ds.batches(), strict=True):
         found = c.lookup(batch)
         assert all(np.array_equal(step.embeddings[f][: step.n_rows], found[f]) for f in found)
         step.apply({f: tf.ones_like(e) for f, e in step.embeddings.items()})
@@ -85,7 +85,7 @@ def test_pipeline_stages_no_further_than_lookahead(clicks, collection, lookahead
 def test_pipeline_only_reads_without_train(clicks, collection):
     c = collection()
     for step in hb.pipeline(clicks(), c, train=False):
-        with pytest.raises(errors.Closed, match="only reads"):
+        with pytest.raises(errors.Closed, match="for reading only"):
             step.apply({"user": step.embeddings["user"]})
     assert sum(map(len, c.tables.values())) == 0 and c.step == 0
 
@@ -133,10 +133,10 @@ def test_step_is_applied_once_and_in_its_turn(clicks, collection, dlrm):
     steps, model = hb.pipeline(clicks(), collection()), dlrm()
     first = next(steps)
     train(first, model)
-    with pytest.raises(errors.Closed, match="applied already"):
+    with pytest.raises(errors.Closed, match="was applied"):
         first.apply({"user": first.embeddings["user"]})
     second, _ = next(steps), next(steps)
-    with pytest.raises(errors.Closed, match="gone by"):
+    with pytest.raises(errors.Closed, match="was closed"):
         second.apply({"user": second.embeddings["user"]})
     steps.close()
 
@@ -170,7 +170,7 @@ def test_step_takes_the_gradient_of_rows_that_were_gathered(clicks, collection):
             tape.watch(step.embeddings)
             loss = tf.reduce_sum(tf.gather(step.embeddings["user"], [0, 0, 5]))  # the gradient is IndexedSlices
         step.apply(tape.gradient(loss, step.embeddings))
-    (batch,) = clicks(100, 100).core
+    (batch,) = clicks(100, 100).batches()
     expected = before.copy()
     np.subtract.at(expected, batch["user"][[0, 0, 5]], 1.0)
     np.testing.assert_allclose(c.tables["user"].lookup(np.arange(200)), expected, rtol=1e-6)
@@ -178,7 +178,7 @@ def test_step_takes_the_gradient_of_rows_that_were_gathered(clicks, collection):
 
 def test_step_gives_a_sequence_where_there_is_no_pooling(clicks, collection):
     ds, c = clicks(100, 64), collection(pooling={"tags": None}, optimizer=embedding.SGD(lr=1.0))
-    for step, batch in zip(hb.pipeline(ds, c), ds.core, strict=True):
+    for step, batch in zip(hb.pipeline(ds, c), ds.batches(), strict=True):
         values, mask = step.embeddings["tags"]
         lengths = np.pad(batch["tags"].lengths(), (0, 64 - batch.n_rows))
         np.testing.assert_array_equal(mask.numpy().sum(1), lengths)

@@ -55,7 +55,7 @@ def test_trainer_predicts_the_valid_rows_and_creates_none(clicks, collection, dl
     n_keys, step = {n: len(t) for n, t in c.tables.items()}, c.step
     ds = clicks(150, 64, seed=3, weight="importance")
     label, probability, weight = map(np.concatenate, zip(*trainer.predict(ds), strict=True))
-    batches = list(ds.core)
+    batches = list(ds.batches())
     np.testing.assert_array_equal(label, np.concatenate([b["click"] for b in batches]))
     np.testing.assert_array_equal(weight, np.concatenate([b["importance"] for b in batches]))
     expected = [

@@ -1,0 +1,132 @@
+"""The device tier against host memory, bit for bit: in Numba's simulator, and on a real device where there is one.
+
+The simulator is chosen before Numba is imported, so this file runs itself once more in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hbkit import errors
+from hbkit.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, Table
+from hbkit.store import cached_ssd, device_cached, host_memory
+from hbkit.store.base import Chunk
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+FIELDS = ("key", "freq", "last_step", "row", "state")
+
+
+def has_device() -> bool:
+    if SIMULATED:
+        return True
+    if importlib.util.find_spec("numba_cuda") is None:
+        return False
+    from numba import cuda
+
+    return cuda.is_available()
+
+
+on_device = pytest.mark.skipif(not has_device(), reason="no CUDA device: see test_device_tier_in_the_simulator")
+
+
+@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
+def test_device_tier_in_the_simulator():
+    pytest.importorskip("numba")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+def contents(store):
+    chunks = list(store.scan())
+    return [b"".join(np.ascontiguousarray(getattr(c, field)).tobytes() for c in chunks) for field in FIELDS]
+
+
+def train(table, seed=0, steps=3):
+    rng = np.random.default_rng(seed)
+    for i in range(steps):
+        keys = rng.zipf(1.4, 24) % 60
+        table.lookup(keys, train=True)
+        table.update(keys, rng.standard_normal((24, table.dim)).astype(np.float32))
+        table.lookup(rng.integers(0, 90, 6), train=i == 2)  # counted, but not updated
+        table.store.erase(rng.integers(0, 60, 2))
+        if i == 1:
+            keys = np.arange(100, 104)
+            row = rng.random((4, table.dim), np.float32)
+            state = rng.random((4, table.store.layout.width - table.dim), np.float32)
+            table.store.put(Chunk(keys, keys, np.ones(4, np.int64), row, state))
+        table.store.validate()
+    table.update(np.arange(60), np.ones((60, table.dim), np.float32))  # an update alone stamps rows too
+    return table
+
+
+@on_device
+@pytest.mark.parametrize("optimizer", [SGD(), SGD(momentum=0.9), Adagrad(), RowWiseAdagrad()], ids=repr)
+def test_device_equals_host(optimizer):
+    want = contents(train(Table("t", 5, optimizer=optimizer)).store)
+    ours = train(Table("t", 5, optimizer=optimizer, store=device_cached(host_memory(), 500, policy="lru")))
+    s = ours.stats()
+    assert s["evictions"] + s["streamed_rows"] > 0 and s["lines_nbytes"] <= 500
+    assert contents(ours.store) == want
+    ours.commit()
+    assert contents(ours.store._below) == want  # rows, states and metadata all came down
+    ours.store.close()
+
+
+@on_device
+def test_device_over_ssd_reopens(tmp_path):
+    want = contents(train(Table("t", 5)).store)
+    place = device_cached(cached_ssd(tmp_path, "100KiB"), 1500, policy="tinylfu")
+    ours = train(Table("t", 5, store=place))
+    ours.commit()
+    ours.update([1, 2], np.ones((2, 5)))
+    ours.store.close()
+    again = Table("t", 5, store=place)
+    assert contents(again.store) == want
+    again.store.close()
+
+
+@on_device
+def test_device_optimizer_without_kernel_is_unsupported():
+    t = Table("t", 4, optimizer=Adam(), store=device_cached(host_memory(), "4KiB"))
+    with pytest.raises(errors.Unsupported, match="Adam"):
+        t.lookup([1], train=True)
+        t.update([1], np.ones((1, 4)))
+
+
+@on_device
+def test_device_budget_too_small_says_what_would_do():
+    with pytest.raises(errors.BudgetExceeded, match="give at least") as caught:
+        Table("t", 64, store=device_cached(host_memory(), 600))
+    enough = int(str(caught.value).split("at least ")[1].split()[0])
+    assert Table("t", 64, store=device_cached(host_memory(), enough)).stats()["cache_lines"] >= 1
+
+
+@on_device
+def test_device_that_does_not_exist_is_unavailable():
+    with pytest.raises(errors.DeviceUnavailable, match="cuda:99"):
+        Table("t", 4, store=device_cached(host_memory(), device="cuda:99"))
+
+
+def test_device_name_is_checked():
+    with pytest.raises(errors.InvalidArgument, match="tpu:0"):
+        Table("t", 4, store=device_cached(host_memory(), device="tpu:0"))
+
+
+@pytest.mark.skipif(has_device(), reason="there is a CUDA device")
+def test_device_absent_is_unavailable_and_names_the_remedy(tmp_path):
+    with pytest.raises(errors.DeviceUnavailable, match=r"hbkit\[cuda\].*another store"):
+        Table("t", 4, store=device_cached(cached_ssd(tmp_path)))
+    assert list(tmp_path.iterdir()) == []  # the store below was not touched
