@@ -65,7 +65,7 @@ def main() -> None:
             columns = choose(whole.schema, {}, "label")
             for model in cli.MODELS:
                 for seed in map(int, a.seeds.split(",")):
-                    hb, trainer, _ = cli.build(
+                    _, trainer, _ = cli.build(
                         cli.settings_of(
                             columns, model=model, backend="torch", dim=16, optimizer="adagrad", lr=lr, dense_lr=0.01,
                             seed=seed, batch_size=BATCH,
@@ -73,7 +73,9 @@ def main() -> None:
                     )  # fmt: skip
                     ds = Dataset.from_parquet(data, columns.fields).supervised("label").batch(BATCH)
                     trainer.fit(ds.shuffle(seed, cli.SHUFFLE_ROWS))
-                    got = list(trainer.predict(Dataset.from_parquet(test, columns.fields).supervised("label").batch(4096)))
+                    got = list(
+                        trainer.predict(Dataset.from_parquet(test, columns.fields).supervised("label").batch(4096))
+                    )
                     label, score = np.concatenate([g[0] for g in got]), np.concatenate([g[1] for g in got])
                     figures = intervals(label, score, 1000 if name == "criteo" else 100)
                     print(

@@ -1,7 +1,8 @@
 """hbkit: recommendation data from Parquet files to trained, servable embeddings.
 
 One framework-neutral core (NumPy in, NumPy out); ``import hbkit.torch as hb`` or ``import hbkit.tensorflow as hb``
-gives the same names over PyTorch or TensorFlow. Importing ``hbkit`` imports no framework, and rooms load when first used.
+gives the same names over PyTorch or TensorFlow. Importing ``hbkit`` imports no framework; rooms load
+when first used.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def use(str isa):
     raise (Unsupported if isa in known else InvalidArgument)(
         f"instruction set {isa!r} cannot be used", remedy=f"HBKIT_ISA may be one of {', '.join(available())} here")
 
+
 if _n_found == 0:
     raise ImportError("hbkit needs an x86-64-v2 CPU (SSE4.2, POPCNT) or aarch64")
 use(os.environ.get("HBKIT_ISA") or available()[_n_found - 1])

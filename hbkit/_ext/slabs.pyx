@@ -7,8 +7,6 @@ chunk; nothing is ever copied, and a pointer to a line stays good as long as the
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, realloc
 
-import numpy as np
-
 from hbkit._ext.isa cimport HB_HYPER, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_line, hb_slabs, kernels
 from hbkit.errors import InvalidArgument
 
@@ -85,7 +83,6 @@ cdef class Slabs:
 
     def gather(self, const int64_t[::1] slots, float[:, ::1] out):
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1."""
-        cdef hb_fp_state fp
         if out.shape[0] != slots.shape[0] or out.shape[1] > self.s.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {slots.shape[0]} slots",
                                   remedy=f"give one row a slot, at most {self.s.width} wide")

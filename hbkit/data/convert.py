@@ -122,7 +122,7 @@ def convert(
     NotFound, UnknownColumn, InvalidArgument
         A file or column that is asked for is not there, or an argument is out of range.
     Corrupt
-        A line or file breaks its format; names the file and, where it can, the line.
+        A line or file breaks its format; names the file and, where it can, the line or byte.
     NullFound, SchemaMismatch, Unsupported, StorageError
 
     Notes
@@ -202,6 +202,10 @@ def _open(
             return formats.Sequences(paths)
         case "criteo":
             return formats.Criteo(paths)
+        case "aliccp":
+            return formats.AliCcp(paths)
+        case "tfrecord":
+            return formats.TfRecord(paths)
         case "movielens":
             if len(paths) > 1:
                 raise errors.InvalidArgument("several inputs", remedy="name the one MovieLens directory", file=paths[1])

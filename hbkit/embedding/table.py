@@ -18,10 +18,9 @@ from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.shuffle.dedupe import dedupe
 from hbkit.store.base import Float32s, Int64s, Layout, StoreSpec
 from hbkit.store.host import host_memory
+from hbkit.store.keys import KEY_DTYPES, as_keys
 
 __all__ = ["Request", "Table"]
-
-KEY_DTYPES = ("int64", "uint64", "int32")
 
 
 class Table:
@@ -91,20 +90,7 @@ class Table:
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
         """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits."""
-        k = np.asarray(keys)
-        if k.size == 0 and k.dtype == np.float64:  # an empty list
-            k = k.astype(np.int64)
-        if k.dtype.kind not in "iu" or k.ndim != 1:
-            raise InvalidArgument(
-                f"keys are {k.dtype} of {k.ndim} dimensions",
-                table=self.name,
-                remedy="give a vector of integers; turn strings into keys with Field(hash_to='int64')",
-            )
-        if self.key_dtype == "int32" and k.size and (k.min() < -(2**31) or k.max() >= 2**31):
-            raise InvalidArgument("a key does not fit int32", table=self.name, remedy="use key_dtype='int64'")
-        if k.dtype == np.uint64:
-            k = k.view(np.int64) if k.flags.c_contiguous else np.ascontiguousarray(k).view(np.int64)
-        return np.ascontiguousarray(k, np.int64)
+        return as_keys(keys, self.key_dtype, self.name)
 
     def request(self, keys: npt.ArrayLike) -> Request:
         """Begin a batch: dedupe its keys and reserve their rows. Creates nothing; may run ahead of the step."""

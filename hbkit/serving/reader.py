@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.index import Index
-from hbkit.errors import Closed, InvalidArgument, UnknownColumn
+from hbkit.errors import Closed, UnknownColumn
 from hbkit.snapshot.files import local
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.base import Float32s
+from hbkit.store.keys import as_keys
 
 __all__ = ["Reader"]
 
@@ -163,19 +164,4 @@ class _Rows:
                 self._rows[slots[there]] = lines.row[there]
 
     def lookup(self, keys: npt.ArrayLike) -> Float32s:
-        return np.take(self._rows, self._index.find(self._keys(keys)), axis=0)
-
-    def _keys(self, keys: npt.ArrayLike) -> Int64s:
-        """Keys as the index holds them, with the checks of `hbkit.embedding.Table.keys`."""
-        k = np.asarray(keys)
-        if k.size == 0 and k.dtype == np.float64:  # an empty list
-            k = k.astype(np.int64)
-        if k.dtype.kind not in "iu" or k.ndim != 1:
-            raise InvalidArgument(
-                f"keys are {k.dtype} of {k.ndim} dimensions",
-                table=self._name,
-                remedy="give a vector of integers; turn strings into keys with Field(hash_to='int64')",
-            )
-        if self._entry.key_dtype == "int32" and k.size and (k.min() < -(2**31) or k.max() >= 2**31):
-            raise InvalidArgument("a key does not fit int32", table=self._name, remedy="save it with key_dtype='int64'")
-        return np.ascontiguousarray(k).astype(np.int64)  # unsigned ones by their bits
+        return np.take(self._rows, self._index.find(as_keys(keys, self._entry.key_dtype, self._name)), axis=0)

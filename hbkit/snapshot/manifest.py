@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 from hbkit.errors import Corrupt, InvalidArgument, Unsupported
 from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry
+from hbkit.store.keys import KEY_DTYPES
 
 VERSION = 1
 MAX_NBYTES = 64 << 20
 MAX_WIDTH = 1 << 20
-KEY_DTYPES = ("int64", "uint64", "int32")
+
 COMMIT = re.compile(r"c[0-9]{8}", re.ASCII)
 
 _HEAD, _MIDDLE, _TAIL = b'{\n"blake2b": "', b'",\n"manifest": ', b"\n}\n"

@@ -19,7 +19,6 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import FileEntry, create, local, lock, storage_errors, sync_directory
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import (
-    KEY_DTYPES,
     MAX_WIDTH,
     VERSION,
     Manifest,
@@ -31,6 +30,7 @@ from hbkit.snapshot.manifest import (
 )
 from hbkit.snapshot.table import TableLike, config, descend, descends
 from hbkit.store.base import Chunk
+from hbkit.store.keys import KEY_DTYPES
 
 DRAFT = ".hbkit-draft"
 

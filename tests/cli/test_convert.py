@@ -108,6 +108,21 @@ def test_choices_are_those_of_the_converter():
     assert options["row_group_rows"].default == ROW_GROUP_ROWS
 
 
+def test_help_says_what_each_format_is():
+    text = run("--help").stdout
+    for name in formats.FORMATS[1:]:
+        assert re.search(rf"^ *(csv, )?{name}(, tsv)?  +\w", text, re.MULTILINE), name
+
+
+def test_convert_tfrecord(shared, tmp_path):
+    source = shared("data/raw/tfrecord")
+    result = run(source / "criteo_sample.tr.tfrecords", tmp_path / "o", "--label", "label", "--split", "8:1:1")
+    assert re.search(r"format +tfrecord\n +rows +160\n +columns +label, C1, C2, ", result.stdout)
+    (tmp_path / "cut.tfrecord").write_bytes((source / "criteo_sample.te.tfrecords").read_bytes()[:-1])
+    line = run(tmp_path / "cut.tfrecord", tmp_path / "p", status=2).stderr.splitlines()[-1]
+    assert re.search(r"error: the record is cut off \(file .*cut.tfrecord, byte \d+\): fetch the file again", line)
+
+
 def test_convert_movielens(shared, tmp_path):
     result = run(shared("data/ml-1m"), tmp_path / "ml", "--split", "8:1:1", "--seed", 0)
     rows = [pq.read_metadata(tmp_path / "ml" / f"{n}.parquet").num_rows for n in ("train", "valid", "test")]

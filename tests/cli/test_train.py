@@ -51,9 +51,7 @@ def clicks(tmp_path_factory):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_train_saves_what_evaluates_to_the_same_figures(clicks, tmp_path, backend):
     common = ["--label", "label", "--batch-size", 1000, "--backend", backend]
-    out = hbkit(
-        "train", "--data", clicks / "train", "--eval-data", clicks / "test", "--save", tmp_path / "m", *common
-    )
+    out = hbkit("train", "--data", clicks / "train", "--eval-data", clicks / "test", "--save", tmp_path / "m", *common)
     auc, log_loss = figure(out, "AUC"), figure(out, "log loss")
     assert 0.55 < float(auc) <= 1 and f"hbkit evaluate {tmp_path / 'm'}" in out
     again = hbkit("evaluate", tmp_path / "m", "--data", clicks / "test")

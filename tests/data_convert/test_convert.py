@@ -245,7 +245,7 @@ def test_several_csv_become_one(tmp_path):
         ("a,b\n1,2\n3\n", {}, errors.Corrupt, "1 cells, not 2 .*line 3"),
         ("", {}, errors.Corrupt, "empty"),
         (b"a,b\n1,\xff\n", {}, errors.Corrupt, "UTF-8"),
-        (b"a,b\n1,\x00\n", {}, errors.Unsupported, "neither Parquet nor text"),
+        (b"a,b\n1,\x00\n", {}, errors.Unsupported, "neither Parquet, TFRecord nor text"),
         ('a,b\n1,"2\n3,4\n', {}, errors.Corrupt, "quote is left open"),
         ('a,b\n"1,2\n3,4\n', {}, errors.Corrupt, "cells, not 2"),
         ("a,a\n1,2\n", {"header": True}, errors.Unsupported, "same name .*column a"),
@@ -497,6 +497,75 @@ def test_slots_in_small_steps_are_the_same(tmp_path, monkeypatch):
     whole, _ = converted(path, tmp_path)
     monkeypatch.setattr(formats.slot, "SLOT_CELLS", 20)
     assert converted(path, tmp_path)[0].equals(whole)
+
+
+def same_as_ali_ccp_lines(table, lines):
+    rows = [line.split(",") for line in lines]
+    head = [table[name].to_pylist() for name in ("id", "click", "buy")]
+    assert list(zip(*head, strict=True)) == [tuple(int(x) for x in row[:3]) for row in rows]
+    pairs = [[w.split(":") for w in row[3:]] for row in rows]
+    slots = {s for row in pairs for s, _ in row}
+    assert set(table.column_names) == {"id", "click", "buy", *(f"slot_{s}" for s in slots)}
+    for s in slots:
+        column = table[f"slot_{s}"]
+        assert column.type == pa.list_(pa.uint64())
+        assert column.to_pylist() == [[int(k) for slot, k in row if slot == s] for row in pairs]
+
+
+def test_real_ali_ccp_has_a_list_for_each_slot(shared, tmp_path):
+    path = shared("data/raw/paddlerec-samples") / "esmm_aliccp_small.txt"
+    table, done = converted(path, tmp_path)
+    assert done.format == "aliccp"
+    same_as_ali_ccp_lines(table, path.read_text().splitlines())
+    assert table.num_rows == 10 and table.num_columns == 3 + 22
+    assert table.column_names[3:6] == ["slot_101", "slot_109_14", "slot_110_14"]
+    assert max(map(len, table["slot_110_14"].to_pylist())) > 300
+    labelled, _ = converted(path, tmp_path, label="click", scalars=["slot_101"])
+    assert labelled.column_names[:4] == ["label", "id", "buy", "slot_101"]
+    assert labelled["label"].to_pylist() == table["click"].to_pylist()
+    assert labelled["slot_101"].type == pa.uint64()
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.sampled_from(["101", "9", "109_14", "20"]), st.integers(0, 2**64 - 1)), max_size=6),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n"]),
+)
+def test_ali_ccp_lines_survive(tmp_path_factory, rows, cells, packed, end):
+    lines = [",".join([f"{i},{i % 2},0", *(f"{s}:{k}" for s, k in row)]) for i, row in enumerate(rows)]
+    tmp_path = tmp_path_factory.mktemp("aliccp")
+    text = end.join(lines).encode()
+    path = written(tmp_path, gzip.compress(text) if packed else text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats.slot, "SLOT_CELLS", cells)
+        table, _ = converted(path, tmp_path, format="aliccp")
+    same_as_ali_ccp_lines(table, lines)
+    slots = sorted(table.column_names[3:], key=lambda name: int(name.split("_")[1]))
+    assert table.column_names[3:] == slots
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("5,1", "the line is not id,click,buy,slot:key,..."),
+        ("5,1,0,7", "'7' is not slot:key"),
+        ("5,1,0,7:8:9", "'7:8:9' is not slot:key"),
+        ("5,1,0,7:x", "key 'x' is not a whole number"),
+        ("5,yes,0,7:1", "click 'yes' is not a whole number"),
+        (f"5,1,0,7:{2**64}", "is not a number of type uint64"),
+    ],
+)
+def test_bad_ali_ccp_line_is_named(tmp_path, small_blocks, line, says):
+    path = written(tmp_path, "1,0,0,7:8,7:9\n" * 500 + line + "\n")
+    with pytest.raises(errors.Corrupt, match=says) as caught:
+        convert([path], tmp_path / "out", format="aliccp")
+    assert "line 501)" in str(caught.value)
 
 
 def test_real_sequences(shared, tmp_path):

@@ -84,7 +84,10 @@ def test_collection_dense_lists_keep_their_length_and_padding_key():
 def batches(n=12, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        {"a": rng.integers(0, 30, 16), "b": ragged([rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(16)])}
+        {
+            "a": rng.integers(0, 30, 16),
+            "b": ragged([rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(16)]),
+        }
         for _ in range(n)
     ]
 
@@ -95,7 +98,9 @@ def train(depth):
     for batch, staged in lookahead(batches(), c, depth):
         out = staged.outputs()
         staged.apply({f: np.sin(v + len(batch["a"])).astype(np.float32) for f, v in out.items()})
-    return [[(x.key.tolist(), x.row.tobytes(), x.state.tobytes(), x.freq.tolist()) for x in t.store.scan()] for t in tables]
+    return [
+        [(x.key.tolist(), x.row.tobytes(), x.state.tobytes(), x.freq.tolist()) for x in t.store.scan()] for t in tables
+    ]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 50])

@@ -43,9 +43,7 @@ def ftrl(o, w, s, g, t):
     s["n"] = old + g * g
     s["z"] = s.get("z", 0) + g - (np.sqrt(s["n"]) - np.sqrt(old)) / o.lr * w
     z = s["z"]
-    return np.where(
-        abs(z) <= o.l1, 0, (np.sign(z) * o.l1 - z) / ((o.beta + np.sqrt(s["n"])) / o.lr + 2 * o.l2)
-    )
+    return np.where(abs(z) <= o.l1, 0, (np.sign(z) * o.l1 - z) / ((o.beta + np.sqrt(s["n"])) / o.lr + 2 * o.l2))
 
 
 CASES = [

@@ -146,14 +146,14 @@ def test_kernels_keep_denormals_whatever_the_thread_flushes(each_isa):
     code = """
 import ctypes, numpy as np, sys
 from hbkit._ext import isa, segment
-# crtfastmath's constructor sets FTZ and DAZ in the thread that loads it.
 x, seg = np.full((2, 16), 1e-40, np.float32), np.zeros(2, np.int64)
 want = segment.segment_sum(x, seg, 1)
 assert want[0, 0] > 0
 import subprocess, tempfile, pathlib
 d = pathlib.Path(tempfile.mkdtemp())
 (d / "f.c").write_text(
-    "#include <immintrin.h>\\nvoid flush(void){_mm_setcsr(_mm_getcsr()|0x8040);}\\nunsigned csr(void){return _mm_getcsr();}")
+    "#include <immintrin.h>\\nvoid flush(void){_mm_setcsr(_mm_getcsr()|0x8040);}\\n"
+    "unsigned csr(void){return _mm_getcsr();}")
 subprocess.run(["cc", "-shared", "-fPIC", "-o", d / "f.so", d / "f.c"], check=True)
 f = ctypes.CDLL(str(d / "f.so"))
 f.flush()
@@ -176,6 +176,9 @@ def test_isa_env_forces_a_path_and_names_an_unknown_one():
         )
         assert done.stdout.strip() == name
     done = subprocess.run(
-        [sys.executable, "-c", "import hbkit._ext.segment"], env={**os.environ, "HBKIT_ISA": "v9"}, capture_output=True, text=True
+        [sys.executable, "-c", "import hbkit._ext.segment"],
+        env={**os.environ, "HBKIT_ISA": "v9"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0 and "HBKIT_ISA may be one of" in done.stderr

@@ -44,7 +44,9 @@ def naive(kind, a, b, seed, key, column):
     }[kind]
 
 
-@given(SEED, st.lists(KEY, min_size=1, max_size=20), st.sampled_from(["uniform", "normal", "truncated_normal", "constant"]))
+@given(
+    SEED, st.lists(KEY, min_size=1, max_size=20), st.sampled_from(["uniform", "normal", "truncated_normal", "constant"])
+)
 def test_initialize_equals_naive(seed, keys, kind):
     got = initialize(kind, 0.25, 1.5, seed, np.array(keys, np.int64), 9)
     want = [[naive(kind, 0.25, 1.5, seed, k, j) for j in range(9)] for k in keys]

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -261,13 +262,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
+def natural(name: str) -> tuple[str, str]:
+    """What to sort names by so that x9 comes before x10."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(20), name), name
+
+
 def head(path: str) -> list[str]:
     """The first lines of a text file, without those that the sample cuts."""
     with opened(path) as stream:
         data = stream.read(SAMPLE_NBYTES)
     if b"\0" in data:
         raise errors.Unsupported(
-            "neither Parquet nor text", remedy="convert Parquet, CSV, TSV, libsvm, libffm or slot files", file=path
+            "neither Parquet, TFRecord nor text",
+            remedy="convert Parquet, TFRecord, CSV, TSV, libsvm, libffm, slot or Ali-CCP files",
+            file=path,
         )
     lines = data.removeprefix(b"\xef\xbb\xbf").decode(errors="replace").splitlines()
     if len(data) == SAMPLE_NBYTES and len(lines) > 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -78,16 +80,20 @@ class Slot(Input):
 
     def _parse(self, lines: pa.StringArray) -> pa.RecordBatch:
         words, splits = words_of(lines)
-        n = len(splits) - 1
         pairs = pairs_of(words, 2, "key:slot")
-        slot_text, key_text = pairs if self._named else pairs[::-1]
-        keys = whole_numbers(key_text, pa.uint64(), "key")
-        slot = pc.index_in(slot_text, self._slots).to_numpy().astype(np.int64)
-        cell = slot * n + np.repeat(np.arange(n), np.diff(splits))
-        keys = keys.take(pa.array(np.argsort(cell, kind="stable")))
-        ends = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=n * len(self._slots)))])
-        columns = []
-        for s in range(len(self._slots)):
-            row_splits = ends[s * n : (s + 1) * n + 1]
-            columns.append(list_array(keys[row_splits[0] : row_splits[-1]], row_splits - row_splits[0]))
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        slots, keys = pairs if self._named else pairs[::-1]
+        return pa.RecordBatch.from_arrays(slot_lists(self._slots, slots, keys, splits), schema=self.schema)
+
+
+def slot_lists(known: pa.StringArray, slots: Any, keys: Any, splits: npt.NDArray[np.int64]) -> list[pa.ListArray]:
+    """The pairs of each row, ``splits[i] .. splits[i + 1]``, as one column of lists for each known slot."""
+    n = len(splits) - 1
+    keys = whole_numbers(keys, pa.uint64(), "key")
+    cell = pc.index_in(slots, known).to_numpy().astype(np.int64) * n + np.repeat(np.arange(n), np.diff(splits))
+    keys = keys.take(pa.array(np.argsort(cell, kind="stable")))
+    ends = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=n * len(known)))])
+    columns = []
+    for s in range(len(known)):
+        row_splits = ends[s * n : (s + 1) * n + 1]
+        columns.append(list_array(keys[row_splits[0] : row_splits[-1]], row_splits - row_splits[0]))
+    return columns
