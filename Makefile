@@ -33,8 +33,8 @@ install-demo: | $(BIN)/python
 	@echo "Installing hbkit[torch] into .venv (the first time takes a minute or two)"
 	$(call install,torch)
 install-dev: | $(BIN)/python
-	@echo "Installing hbkit[torch,tensorflow-cpu,dev] into .venv"
-	$(call install,torch$(COMMA)tensorflow-cpu$(COMMA)dev)
+	@echo "Installing hbkit[torch,tensorflow-cpu,cuda,dev] into .venv"
+	$(call install,torch$(COMMA)tensorflow-cpu$(COMMA)cuda$(COMMA)dev)
 COMMA := ,
 
 demo: install-demo ## train a DeepFM: on MovieLens-1M where it is at hand, else on synthetic clicks
@@ -46,8 +46,8 @@ demo: install-demo ## train a DeepFM: on MovieLens-1M where it is at hand, else 
 	else \
 	    echo "No real data in $(HBKIT_SHARED)/data/ml-1m: making synthetic clicks"; \
 	    data=out/synth; \
-	    hbkit synth $$data/train.parquet --rows 1000000 --shape criteo --seed 0 --overwrite; \
-	    hbkit synth $$data/test.parquet --rows 100000 --shape criteo --seed 1 --overwrite; \
+	    hbkit synth $$data/train.parquet --rows 300000 --shape criteo --seed 0 --overwrite; \
+	    hbkit synth $$data/test.parquet --rows 50000 --shape criteo --seed 1 --overwrite; \
 	fi; \
 	rm -rf out/demo; \
 	hbkit train --data $$data/train.parquet --eval-data $$data/test.parquet --label label \

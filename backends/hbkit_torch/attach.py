@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,11 @@ from torch import Tensor
 import hbkit
 from hbkit_torch.data import tensor, to_column
 
-if TYPE_CHECKING:
-    from hbkit_torch.nn import EmbeddingCollection
-
 __all__ = ["attach"]
 
 
 class _Attached(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module, embeddings: EmbeddingCollection, ignore: frozenset[str]) -> None:
+    def __init__(self, model: torch.nn.Module, embeddings: Any, ignore: frozenset[str]) -> None:
         super().__init__()
         self.model = model
         self.embeddings = embeddings
@@ -32,7 +29,7 @@ class _Attached(torch.nn.Module):
         return self.model(tensor(hbkit.data.dense_inputs(columns, n_rows, n_rows)), embeddings)
 
 
-def attach(model: torch.nn.Module, embeddings: EmbeddingCollection, ignore: Iterable[str] = ()) -> torch.nn.Module:
+def attach(model: torch.nn.Module, embeddings: Any, ignore: Iterable[str] = ()) -> torch.nn.Module:
     """One module from raw batch to output: ``forward(batch)`` is ``model(dense, embeddings(batch))``.
 
     Parameters
