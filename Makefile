@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-torch test-tensorflow check format wheel clean
+.PHONY: help demo test test-core test-torch test-tensorflow test-debug check format wheel clean
 
 PYTHON ?= python3
 HBKIT_SHARED ?= $(abspath ../shared)
 BIN := $(CURDIR)/.venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CODE := hbkit backends tests bench setup.py
-# HBKIT_DEBUG=1 builds the extensions with every Cython check on; `make test HBKIT_DEBUG=1` tests that build.
+# HBKIT_DEBUG=1 builds the extensions with every Cython check on, for any of the commands.
 export HBKIT_DEBUG HBKIT_SHARED
 
 help: ## list the commands
@@ -63,6 +63,9 @@ test-torch: ## only the tests of the PyTorch adapter
 	$(PYTEST) $(CURDIR)/tests/torch
 test-tensorflow: ## only the tests of the TensorFlow adapter
 	$(PYTEST) $(CURDIR)/tests/tensorflow
+test-debug: ## the extensions' tests on a build with every Cython check on; leaves that build in .venv
+	@$(MAKE) --no-print-directory install-dev HBKIT_DEBUG=1
+	$(PYTEST) $(addprefix $(CURDIR)/tests/,ext ragged embedding) -n 2
 
 check: install-dev ## style, types and arrows; `make format` mends what can be mended
 	@export PATH="$(BIN):$$PATH" failed=0; \

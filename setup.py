@@ -57,7 +57,6 @@ setup(
             "boundscheck": DEBUG,
             "wraparound": False,  # with boundscheck, a negative index raises
             "initializedcheck": DEBUG,
-            "nonecheck": DEBUG,
             "cdivision": True,
             "embedsignature": True,
             "auto_pickle": False,

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,3 +28,26 @@ def shared():
         return path
 
     return find
+
+
+@pytest.fixture
+def in_simulator(tmp_path):
+    """``in_simulator(__file__)``: run a test file in a process where Numba simulates CUDA, which must pass.
+
+    The simulator has to be chosen before Numba is imported. The process starts elsewhere than in the checkout, which
+    would hide the installed package.
+    """
+    pytest.importorskip("numba")
+
+    def run(file: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+            cwd=tmp_path,
+            env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "passed" in done.stdout
+
+    return run

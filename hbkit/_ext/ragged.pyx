@@ -75,5 +75,5 @@ def pad_ranges(const uint8_t[::1] items, int64_t itemsize, const int64_t[::1] sp
                 if not tail:
                     first += size - length
                 size = length
-            if size:
+            if size and itemsize:
                 memcpy(&out[b * length * itemsize], &items[first * itemsize], size * itemsize)

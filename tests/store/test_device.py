@@ -5,9 +5,6 @@ The simulator is chosen before Numba is imported, so this file runs itself once 
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,18 +32,8 @@ on_device = pytest.mark.skipif(not has_device(), reason="no CUDA device: see tes
 
 
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
-def test_device_tier_in_the_simulator():
-    pytest.importorskip("numba")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+def test_device_tier_in_the_simulator(in_simulator):
+    in_simulator(__file__)
 
 
 def contents(store):
