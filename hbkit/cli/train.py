@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -19,8 +21,9 @@ from hbkit.cli.columns import Columns, choose
 from hbkit.cli.console import note, progress, summary
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
-from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch
+from hbkit.errors import HbkitError, InvalidArgument, NotFound, SchemaMismatch, StorageError, Unsupported
 from hbkit.parquet import File, list_files
+from hbkit.snapshot.files import local
 
 __all__ = ["evaluate", "train"]
 
@@ -113,9 +116,11 @@ def train(
     for what, text in columns.describe().items():
         note(f"{what}: {text}")
     _check_label(data, columns)
-    # Of the evaluation data too before hours of training, not after.
+    # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
     if eval_data is not None:
         _dataset(eval_data, columns, batch_size)
+    if save is not None:
+        _check_writable(save)
     settings = settings_of(
         columns,
         model=model,
@@ -200,7 +205,10 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
 
 def build(settings: dict[str, Any]) -> tuple[ModuleType, Any, Collection]:
     """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values."""
-    hb = importlib.import_module(f"hbkit.{settings['backend']}")
+    try:
+        hb = importlib.import_module(f"hbkit.{settings['backend']}")
+    except ImportError as e:
+        raise Unsupported(f"backend {settings['backend']} cannot be loaded", remedy=str(e)) from e
     rows, dense_optimizer = OPTIMIZERS[settings["optimizer"]]
     make = hb.models.MODELS[settings["model"]]
     tables = [
@@ -265,6 +273,20 @@ def _check_label(data: str, columns: Columns) -> None:
             )
 
 
+def _check_writable(path: str) -> None:
+    """Make the directory of the save, and a file in it."""
+    try:
+        local(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        if isinstance(e, HbkitError):
+            raise
+        raise StorageError(
+            f"cannot save there: {e.strerror}", file=path, remedy="give --save a directory that you may write to"
+        ) from e
+
+
 class Smoothed:
     """A running mean that forgets: what a progress bar shows of a loss."""
 
@@ -285,6 +307,12 @@ class Smoothed:
 
 def _reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
     def on_step(n_rows: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise InvalidArgument(
+                f"training diverged: the loss is {loss}",
+                step=collection.step,
+                remedy="lower --lr or --dense-lr, or look for extreme values among the dense columns",
+            )
         bar.update(n_rows, loss=f"{losses.add(loss):.4f}", keys=f"{_n_keys(collection.tables.values()):,}")
 
     return on_step

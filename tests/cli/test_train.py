@@ -94,7 +94,24 @@ def test_train_refuses_bad_input_in_one_line(clicks, tmp_path):
         line = hbkit("train", "--data", data, "--label", label, status=2)
         for word in words:
             assert word in line
+    line = hbkit("train", "--data", part, "--label", "label", "--save", fives, status=2)
+    assert "cannot save there" in line and "fives.parquet" in line
     assert "bad.parquet" in hbkit("evaluate", tmp_path / "bad.parquet", "--data", part, status=2)
+
+
+def test_train_that_diverges_fails(clicks):
+    pytest.importorskip("torch")
+    line = hbkit("train", "--data", clicks / "test", "--label", "label", "--dense-lr", 1e30, "--epochs", 3, status=2)
+    assert "training diverged" in line and "lower --lr" in line
+
+
+def test_train_without_its_framework_names_the_extra(clicks):
+    code = (
+        "import sys; sys.modules['torch'] = None\nfrom hbkit.cli.main import main\n"
+        f"main(['train', '--data', {str(clicks / 'test')!r}, '--label', 'label'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'hbkit[torch]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_train_handles_missing_keys_strings_and_lists(tmp_path):
