@@ -82,5 +82,6 @@ def prefetch(source: Generator[T, None, None], depth: int) -> Generator[T, None,
         with change:
             closed = True
             change.notify_all()
-        worker.join()
+        if threading.current_thread() is not worker:  # the garbage collector may close a forgotten iterator anywhere
+            worker.join()
         source.close()
