@@ -133,7 +133,7 @@ class DeepFM(_ClickModel):
         if self.linear is None or self.signed_log is None:
             return logits + self.deep(flat)[:, 0]
         x = self.signed_log(dense)
-        deep = self.deep(keras.ops.concatenate([flat, x], axis=1))
+        deep = self.deep(keras.ops.concatenate([x, flat], axis=1))
         return logits + self.linear(x)[:, 0] + deep[:, 0]
 
 
