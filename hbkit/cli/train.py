@@ -87,6 +87,7 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
 @click.option("--save", help="Directory of the snapshot; each training adds a commit.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
+@click.argument("extra", nargs=-1, metavar="")
 def train(
     config: str | None,
     data: str,
@@ -104,11 +105,17 @@ def train(
     eval_data: str | None,
     save: str | None,
     seed: int,
+    extra: tuple[str, ...],
 ) -> None:
     """Train a click model on Parquet files, evaluate it and save it.
 
     The exit status is 0 only if training, evaluation and saving succeeded.
     """
+    if extra:
+        raise InvalidArgument(
+            f"{len(extra)} arguments belong to no option, the first is {extra[0]}",
+            remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
+        )
     whole = Dataset.from_parquet(data)
     columns = choose(whole.schema, whole.stats()["unsupported"], label, dense, sparse)
     if not columns.sparse:

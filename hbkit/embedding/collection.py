@@ -181,13 +181,12 @@ class Staged:
         self._spans: dict[str, slice] = {}
         for name, table in collection.tables.items():
             features = [f for f, t in collection.features.items() if t == name]
-            parts = [self._keys(table, f) for f in features]
             end = 0
-            for feature, part in zip(features, parts, strict=True):
-                self._spans[feature] = slice(end, end + len(part))
-                end += len(part)
-            if parts:
-                self._requests[name] = table.request(np.concatenate(parts) if len(parts) > 1 else parts[0])
+            for feature in features:
+                start, end = end, end + len(self._inputs[feature].keys)
+                self._spans[feature] = slice(start, end)
+            if features:
+                self._requests[name] = self._request(table, features)
         self._state = "staged"
 
     def _keys(self, table: Table, feature: str) -> Int64s:
@@ -195,6 +194,10 @@ class Staged:
             return table.keys(self._inputs[feature].keys)
         except InvalidArgument as e:
             raise InvalidArgument(e.problem, **e.place, feature=feature, remedy=e.remedy) from None
+
+    def _request(self, table: Table, features: Sequence[str]) -> Request:
+        parts = [self._keys(table, f) for f in features]
+        return table.request(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
     def wait(self) -> None:
         """Return once every row of the batch is resident in the nearest tier."""
@@ -282,9 +285,12 @@ class Staged:
         parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
         for name, request in self._requests.items():
             features = [f for f, t in c.features.items() if t == name]
-            if any(f in parts for f in features):
-                dim = c.tables[name].dim
-                request.update(*_join([parts.get(f) or self._no_gradient(f, dim) for f in features]), step)
+            used = [f for f in features if f in parts]
+            if used:
+                # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
+                touched = request if used == features else self._request(c.tables[name], used)
+                touched.update(*_join([parts[f] for f in used]), step)
+                touched.close()
         for table in c.tables.values():
             table.step = step
         self.close()
@@ -314,11 +320,6 @@ class Staged:
         if per_key is not None and weight is not None:
             per_key = per_key * weight
         return g, rows, weight if per_key is None else per_key
-
-    def _no_gradient(self, feature: str, dim: int) -> tuple[Float32s, Int64s, None]:
-        """A feature left out beside others of its table: its keys get zeros."""
-        n = len(self._inputs[feature].keys)
-        return np.zeros((1, dim), np.float32), np.zeros(n, np.int64), None
 
     def close(self) -> None:
         """Let go of the batch's rows; without ``apply`` it updates nothing. Idempotent."""

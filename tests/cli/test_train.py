@@ -94,6 +94,7 @@ def test_train_refuses_bad_input_in_one_line(clicks, tmp_path):
         line = hbkit("train", "--data", data, "--label", label, status=2)
         for word in words:
             assert word in line
+    assert "put a glob in quotes" in hbkit("train", "--data", part, half, "--label", "label", status=2)
     line = hbkit("train", "--data", part, "--label", "label", "--save", fives, status=2)
     assert "cannot save there" in line and "fives.parquet" in line
     assert "bad.parquet" in hbkit("evaluate", tmp_path / "bad.parquet", "--data", part, status=2)

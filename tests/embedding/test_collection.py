@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit import Ragged
-from hbkit.embedding import SGD, Adagrad, Collection, SequenceOutput, Table, lookahead
+from hbkit.embedding import SGD, Adagrad, Adam, Collection, SequenceOutput, Table, lookahead
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 
 LISTS = st.lists(st.lists(st.integers(-3, 9), max_size=5), min_size=1, max_size=8)
@@ -207,6 +207,18 @@ def test_collection_empty_batch():
     assert staged.outputs()["a"].shape == (0, 4)
     staged.apply({"a": np.zeros((0, 4), np.float32)})
     assert c.step == 1
+
+
+def test_collection_leaves_rows_of_left_out_features_alone():
+    table = Table("t", 4, optimizer=Adam(lr=0.1))  # which would move a row by a gradient of zeros too
+    c = Collection([table], {"used": "t", "left": "t"})
+    for grads in ({"used": 1, "left": 1}, {"used": 1}):
+        before = table.lookup([1, 2, 3])
+        staged = c.stage({"used": np.array([1, 2]), "left": np.array([2, 3])})
+        staged.outputs()
+        staged.apply({f: np.full((2, 4), g, np.float32) for f, g in grads.items()})
+    after = table.lookup([1, 2, 3])
+    assert (before[:2] != after[:2]).all() and np.array_equal(before[2], after[2])
 
 
 def test_collection_goes_on_at_the_step_of_its_tables():
