@@ -51,7 +51,8 @@ demo: install-demo ## train a DeepFM: on MovieLens-1M where it is at hand, else 
 	fi; \
 	rm -rf out/demo; \
 	hbkit train --data $$data/train.parquet --eval-data $$data/test.parquet --label label \
-	    --model deepfm --backend torch --save out/demo --seed 0
+	    --model deepfm --backend torch --save out/demo --seed 0; \
+	echo "(hbkit is in .venv: run  source .venv/bin/activate  first)"
 
 # The tests run from another directory, on the installed wheel. PyTorch and TensorFlow each get a process of their own.
 PYTEST := cd .venv && $(BIN)/python -m pytest
