@@ -173,7 +173,8 @@ class GAUC:
         """AUC (nan: one class only) and impressions of each group."""
         if self._parts:
             # One part from now on: asking for three figures should not sort apart what was joined already.
-            self._parts = [tuple(np.concatenate(column) for column in zip(*self._parts, strict=True))]  # type: ignore[list-item]
+            group, score, label, weight = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+            self._parts = [(group, score, label, weight)]
         if not self._parts or not len(self._parts[0][0]):
             return np.empty(0), np.empty(0)
         group, score, clicked, weight = self._parts[0]

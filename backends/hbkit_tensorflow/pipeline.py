@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 import hbkit
 from hbkit import errors
-from hbkit.embedding import Collection, Lookahead, Staged
+from hbkit.embedding import Collection, Lookahead, Pipeline, Staged
 from hbkit_tensorflow.data import Array, array, tensor
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
@@ -114,30 +114,7 @@ def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> L
     )
 
 
-class Pipeline:
-    """Iterator of gathered steps; ends its thread when exhausted, closed or forgotten. Use `pipeline` to make one."""
-
-    def __init__(self, steps: Generator[Step]) -> None:
-        self._steps = steps
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Step:
-        return next(self._steps)
-
-    def close(self) -> None:
-        """Drop the current step and those staged ahead, and end the thread. Idempotent."""
-        self._steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline:
+def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline[Step]:
     """Staged steps over one pass of a dataset, decoded and fetched ``lookahead`` batches ahead.
 
     A step's rows are gathered when the step is reached, after the update before it, so the results are those of no

@@ -67,7 +67,7 @@ class Trainer:
         self.model = model
         self.embeddings = embeddings
         self._optimizer_name = optimizer
-        self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]
+        self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]  # the base class's
         self._forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
 
     def fit(

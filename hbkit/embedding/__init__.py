@@ -4,7 +4,7 @@ from hbkit.embedding.admission import BloomAdmission, CountAdmission
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged
 from hbkit.embedding.eviction import IdleSteps, L2Below
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
-from hbkit.embedding.lookahead import Lookahead, lookahead
+from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
 from hbkit.embedding.optimizers import SGD, Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, RowWiseAdam
 from hbkit.embedding.table import Table
 
@@ -22,6 +22,7 @@ __all__ = [
     "L2Below",
     "Lookahead",
     "Normal",
+    "Pipeline",
     "RowWiseAdagrad",
     "RowWiseAdam",
     "SequenceOutput",

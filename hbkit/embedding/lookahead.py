@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from hbkit.data.ahead import prefetch
 from hbkit.embedding.collection import Collection, Staged
 from hbkit.errors import InvalidArgument
 
-__all__ = ["Lookahead", "lookahead"]
+__all__ = ["Lookahead", "Pipeline", "lookahead"]
 
 
 class Lookahead:
@@ -49,6 +49,32 @@ class Lookahead:
         self.close()
 
     def __del__(self) -> None:
+        self.close()
+
+
+Step = TypeVar("Step")
+
+
+class Pipeline(Generic[Step]):
+    """Iterator over the steps of a generator; closed when exhausted, closed or forgotten, and in a ``with``."""
+
+    def __init__(self, steps: Generator[Step]) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Drop the current step and those staged ahead, and end the thread. Idempotent."""
+        self._steps.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

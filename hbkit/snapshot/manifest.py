@@ -198,7 +198,7 @@ def _hold(condition: bool, what: str) -> None:
 
 def _object(cls: type[_T], raw: Any) -> _T:
     """`raw` as a dataclass, each field checked by its annotation; raises ValueError."""
-    annotations = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]
+    annotations = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]  # any dataclass
     _hold(isinstance(raw, dict) and raw.keys() == annotations.keys(), f"{cls.__name__}: its fields")
     try:
         return cls(**{name: _PARSE[kind](raw[name]) for name, kind in annotations.items()})

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ BLOCK_NBYTES = 8 << 20
 LINE_NBYTES = 64 << 20  # hostile input without line ends must not fill the memory
 
 
-class Input:
+class Input(ABC):
     """Files of one format.
 
     Attributes
@@ -53,13 +54,13 @@ class Input:
         self.files = list(files)
         self.nbytes = sum(file_size(path) for path in self.files)
 
+    @abstractmethod
     def scan(self, advance: Advance) -> None:
-        """The first pass; ``advance`` is told how many bytes more were read."""
-        raise NotImplementedError
+        """The first pass, where one is needed; ``advance`` is told how many bytes more were read."""
 
+    @abstractmethod
     def batches(self, advance: Advance) -> Batches:
         """The rows."""
-        raise NotImplementedError
 
 
 class Malformed(Exception):
@@ -88,7 +89,7 @@ class _Counted(io.RawIOBase):
 
     def __init__(self, path: str, advance: Advance) -> None:
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `close`
         except OSError as e:
             raise refused(path, e) from e
         self._advance = advance
