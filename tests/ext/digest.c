@@ -1,0 +1,77 @@
+/* Runs every kernel of one instruction set on the same pseudo-random inputs and prints a digest of all results. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+extern const hb_kernels KERNELS; /* -DKERNELS=hb_kernels_<isa> */
+
+enum { N = 500, SEGMENTS = 40, ROWS = 50, LINES = 64 };
+
+static uint64_t digest = 1469598103934665603u; /* FNV-1a */
+
+static void add(const float *x, int64_t n) {
+    const unsigned char *bytes = (const unsigned char *)x;
+    for (size_t i = 0; i < (size_t)n * sizeof(float); i++) digest = (digest ^ bytes[i]) * 1099511628211u;
+}
+
+static uint64_t seed = 42;
+
+static uint64_t draw(void) { return seed = hb_mix64(seed + 0x9E3779B97F4A7C15u); }
+
+static float number(void) {
+    uint64_t bits = draw();
+    return (float)(int32_t)(bits >> 32) / 2147483648.0f * (float)(1 + (bits & 7) * 100);
+}
+
+static void run(int64_t dim) {
+    int64_t width = 3 * dim + 1, segment[N], starts[SEGMENTS + 1] = {0}, next[SEGMENTS], order[N], keys[N];
+    int64_t splits[ROWS + 1], slots[SEGMENTS];
+    float *values = malloc(sizeof(float) * N * (size_t)dim), *out = malloc(sizeof(float) * N * (size_t)dim);
+    float *lines = malloc(sizeof(float) * LINES * (size_t)width), scale[N];
+    const float hyper[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0};
+    for (int64_t i = 0; i < N * dim; i++) values[i] = number();
+    for (int i = 0; i < N; i++) {
+        scale[i] = number();
+        keys[i] = (int64_t)draw();
+        segment[i] = (int64_t)(draw() % SEGMENTS);
+        starts[segment[i] + 1]++;
+    }
+    for (int i = 0; i < SEGMENTS; i++) {
+        next[i] = starts[i];
+        starts[i + 1] += starts[i];
+        slots[i] = i * 7 % SEGMENTS;
+    }
+    for (int i = 0; i < N; i++) order[next[segment[i]]++] = i;
+    for (int i = 0; i <= ROWS; i++) splits[i] = i * (N / ROWS);
+
+    KERNELS.segment_sum(values, NULL, scale, order, starts, SEGMENTS, dim, out);
+    add(out, SEGMENTS * dim);
+    KERNELS.pool(values, segment, splits, scale, scale, ROWS, dim, out);
+    add(out, ROWS * dim);
+    for (int kind = HB_UNIFORM; kind <= HB_CONSTANT; kind++) {
+        KERNELS.initialize(kind, 0.1, 0.7, 99, keys, N, dim, out);
+        add(out, N * dim);
+    }
+    hb_slabs slabs = {.chunks = &lines, .width = width, .shift = 6};
+    for (int rule = HB_SGD; rule <= HB_FTRL; rule++) {
+        for (int64_t i = 0; i < LINES * width; i++) lines[i] = number() < 0 ? 0.25f : number() * number();
+        for (int64_t i = 0; i < LINES; i++)
+            for (int64_t j = dim; j < width; j++) lines[i * width + j] *= lines[i * width + j]; /* sums of squares */
+        KERNELS.apply(rule, &slabs, slots, SEGMENTS, dim, values, hyper);
+        add(lines, LINES * width);
+        KERNELS.gather(&slabs, slots, SEGMENTS, dim, out);
+        add(out, SEGMENTS * dim);
+    }
+    free(values), free(out), free(lines);
+}
+
+int main(void) {
+    const int64_t dims[] = {1, 7, 16, 33, 300};
+    hb_fp_state before = hb_fp_enter();
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) run(dims[i]);
+    hb_fp_leave(before);
+    printf("%016llx\n", (unsigned long long)digest);
+    return 0;
+}
