@@ -19,15 +19,15 @@ if "keras" not in sys.modules:
     _require_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))
 
 try:
-    import tensorflow as _tensorflow  # noqa: F401
+    import tensorflow as _tensorflow  # noqa: F401 only to see that it is there
 except ModuleNotFoundError as e:
     if e.name != "tensorflow":
         raise  # TensorFlow is there and broken, which installing the extra would not mend
     raise ImportError("hbkit.tensorflow needs TensorFlow: pip install 'hbkit[tensorflow]'") from e
 
-import keras as _keras  # noqa: E402
+import keras as _keras  # noqa: E402 after the check above
 
 _require_backend(_keras.config.backend())
 
-from hbkit_tensorflow import *  # noqa: E402, F403
-from hbkit_tensorflow import __all__ as __all__  # noqa: E402
+from hbkit_tensorflow import *  # noqa: E402, F403 a door: all names, after the checks
+from hbkit_tensorflow import __all__ as __all__  # noqa: E402 after the checks
