@@ -1,4 +1,44 @@
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "decode.h" nogil:
+    ctypedef struct hb_runs:
+        const uint8_t *at
+        const uint8_t *end
+        const uint8_t *packed
+        int64_t left, done
+        uint32_t value
+        int32_t width
+
+    ctypedef struct hb_span:
+        uint32_t at, n
+
+    ctypedef struct hb_decoders:
+        int (*runs_read)(hb_runs *, uint32_t *, int64_t) noexcept nogil
+        int (*runs_bits)(hb_runs *, uint64_t *, int64_t) noexcept nogil
+        int (*runs_same)(hb_runs *, int64_t, uint32_t *) noexcept nogil
+        int (*runs_skip)(hb_runs *, int64_t) noexcept nogil
+        int (*gather8)(const uint32_t *, int64_t, const uint64_t *, int64_t, uint64_t *) noexcept nogil
+        int (*gather4)(const uint32_t *, int64_t, const uint32_t *, int64_t, uint32_t *) noexcept nogil
+        int (*gather2)(const uint32_t *, int64_t, const uint16_t *, int64_t, uint16_t *) noexcept nogil
+        int (*gather1)(const uint32_t *, int64_t, const uint8_t *, int64_t, uint8_t *) noexcept nogil
+        uint32_t (*at_least)(const uint32_t *, int64_t, uint32_t, uint64_t *) noexcept nogil
+        int64_t (*count_bits)(const uint64_t *, int64_t, int64_t) noexcept nogil
+        int64_t (*row_starts)(const uint64_t *, const uint64_t *, int64_t, int64_t, int64_t, int64_t, int64_t *,
+                              int64_t *) noexcept nogil
+        int64_t (*expand)(const uint64_t *, const uint64_t *, int64_t, int64_t, const void *, int64_t, uint64_t,
+                          void *) noexcept nogil
+        int64_t (*delta)(const uint8_t *, const uint8_t *, int64_t, int64_t, void *, int64_t *) noexcept nogil
+        void (*unsplit)(const uint8_t *, int64_t, int64_t, uint8_t *) noexcept nogil
+        void (*resize4)(const int32_t *, int64_t, int64_t, void *) noexcept nogil
+        void (*bits_to_bytes)(const uint8_t *, int64_t, int64_t, uint8_t *) noexcept nogil
+        int64_t (*strings_plain)(const uint8_t *, const uint8_t *, int64_t, int64_t *, uint8_t *) noexcept nogil
+        int64_t (*strings_hash)(const uint8_t *, const uint8_t *, int64_t, uint64_t, int64_t *) noexcept nogil
+        int64_t (*strings_size)(const uint32_t *, int64_t, const hb_span *, int64_t) noexcept nogil
+        void (*strings_gather)(const uint32_t *, int64_t, const hb_span *, const uint8_t *, int64_t *,
+                               uint8_t *) noexcept nogil
+
+    int HB_SLACK, HB_CODES, HB_E_END, HB_E_FORMAT, HB_E_RANGE
 
 
 cdef extern from "kernels.h" nogil:
@@ -19,6 +59,7 @@ cdef extern from "kernels.h" nogil:
         int (*apply)(int, const hb_slabs *, const int64_t *, int64_t, int64_t, const float *,
                      const float *) noexcept nogil
         int (*initialize)(int, double, double, uint64_t, const int64_t *, int64_t, int64_t, float *) noexcept nogil
+        const hb_decoders *decode
 
     ctypedef struct hb_fp_state:
         pass

@@ -239,4 +239,6 @@ static int initialize(int kind, double a, double b, uint64_t seed, const int64_t
     return 0;
 }
 
-const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize};
+extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA);
+const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize,
+                                                  &PASTE(hb_decoders_, HBKIT_ISA)};

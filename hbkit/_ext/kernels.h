@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "decode.h"
+
 /* Lines [row | state] of `width` floats in chunks that never move: line s is chunks[s >> shift] + (s & mask) * width. */
 typedef struct {
     float **chunks;
@@ -46,6 +48,7 @@ typedef struct {
     /* out[i, j] = initial value of (seed, key i, column j); see random.pyx. */
     int (*initialize)(int kind, double a, double b, uint64_t seed, const int64_t *keys, int64_t n, int64_t dim,
                       float *out);
+    const hb_decoders *decode; /* of decode.c */
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

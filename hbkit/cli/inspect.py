@@ -110,7 +110,7 @@ def _add(columns: dict[str, _Column], file: File) -> None:
         column = columns.setdefault(name, _Column(kind))
         if column.type != kind:
             column.type = "differs between the files"
-        if reason := next((r for i in leaves if (r := file.footer.leaves[i].unsupported)), ""):
+        if reason := next((r for i in leaves if (r := file.footer.leaves[i].kind.unsupported)), ""):
             column.type = f"unreadable: {reason}"
             column.n_nulls = None
             continue

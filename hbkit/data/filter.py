@@ -138,7 +138,7 @@ def _guarantee(file: File, g: int, name: str) -> pc.Expression:
     _, first, n_leaves = file.footer.columns[file.arrow_schema.names.index(name)]
     if n_leaves != 1:
         return nothing
-    bounds, physical = file.footer.chunks[g][first], file.footer.leaves[first].physical_type
+    bounds, physical = file.footer.chunk(g, first), file.footer.leaves[first].physical
     low, high = _bound(bounds.minimum, kind, physical), _bound(bounds.maximum, kind, physical)
     if low is None or high is None:
         return nothing

@@ -1,7 +1,7 @@
 """Parquet files to arrays, ``Strings`` and ``Ragged``: footer, schema, row groups, nulls, casts and hashing."""
 
 from hbkit.parquet.field import ColumnType, Field
-from hbkit.parquet.file import File, read_columns
+from hbkit.parquet.file import File, RowGroup, read_columns
 from hbkit.parquet.source import Source, list_files, open_source
 
-__all__ = ["ColumnType", "Field", "File", "Source", "list_files", "open_source", "read_columns"]
+__all__ = ["ColumnType", "Field", "File", "RowGroup", "Source", "list_files", "open_source", "read_columns"]

@@ -1,6 +1,7 @@
-"""One column, from the Arrow array that a reader gives to the array, ``Strings`` or ``Ragged`` that hbkit gives.
+"""One column as a field asks for it: what the decoder is told, and what is left to do with what it gives.
 
-The order is: take the lists apart into row splits, deal with nulls, cast or hash the values, put it together again.
+The decoder makes row splits, deals with nulls and hashes; casts, padding, and lists read as plain values come after it.
+A column that another reader decoded arrives as an Arrow array and takes the same way from its values on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbkit import errors, ragged
+from hbkit._ext import chunk as _chunk
 from hbkit._ext import hash as _hash
 from hbkit.parquet.field import ColumnType, Field
+from hbkit.parquet.schema import Leaf
 from hbkit.ragged import Column, Ragged, Strings
 
-__all__ = ["Column", "column_type", "decode", "missing"]
+__all__ = ["Column", "Decoding", "column_type", "decode", "missing"]
 
 Place = dict[str, Any]
 
@@ -65,6 +68,139 @@ def column_type(field: pa.Field) -> ColumnType:
         what = next((n for n in ("struct", "map", "union", "null") if getattr(types, f"is_{n}")(t)), str(t))
         return ColumnType("", rank, nullable, unsupported=f"{what} columns are not supported")
     return ColumnType(dtype, rank, nullable, logical)
+
+
+class Decoding:
+    """How the native decoder reads a leaf for a field: one for a field and a file.
+
+    Attributes
+    ----------
+    form : hbkit._ext.chunk.Form
+    dtype : numpy.dtype or None
+        Of the decoder's values; None for strings.
+    rank : int
+        Lists a row nests in what the decoder gives.
+    """
+
+    def __init__(self, leaf: Leaf, field: Field, place: Place) -> None:
+        stored = leaf.kind
+        self.field, self.stored, self.place = field, stored, place
+        self.out = field.output(stored, place.get("file"))
+        text = stored.dtype == "string"
+        # an empty list read as a plain value is a null, which the decoder cannot know
+        self._squeezes = field.ragged_rank == 0 and stored.ragged_rank == 1
+        null: str = field.null
+        if self._squeezes or (null == "empty" and text and not stored.ragged_rank):
+            null = "default"
+        self._casts = self.out.dtype != stored.dtype and not field.hash_to
+        self._scale = leaf.scale if self.out.dtype.startswith("float") else 0
+        self.with_mask = self._squeezes or (self._casts and null == "default")
+        self.rank = stored.ragged_rank or int(null == "empty")
+        self.dtype = None if text and not field.hash_to else np.dtype("int64" if field.hash_to else stored.dtype)
+        fill = b""
+        if self.dtype is not None:
+            fill = bytes(self.dtype.itemsize)
+        if null == "default" and not self.with_mask:
+            fill = self.dtype.type(self._default()).tobytes() if self.dtype is not None else self._default_text()
+        self.form = _chunk.Form(
+            leaf.physical,
+            leaf.type_length,
+            leaf.max_def,
+            leaf.thresholds,
+            leaf.is_null,
+            _conversion(leaf, field),
+            leaf.bits,
+            leaf.is_signed,
+            1 if self.dtype is None else self.dtype.itemsize,
+            null,
+            fill,
+            field.hash_seed,
+        )
+
+    def _default(self) -> Any:
+        """What stands for a null, as one value of the output's dtype."""
+        if self.field.null == "empty":  # of a hashed plain string: as the empty string
+            return _hash.hash_bytes(np.zeros(0, np.uint8), np.zeros(2, np.int64), self.field.hash_seed)[0]
+        return default_value(self.field, self.out.dtype, self.place)
+
+    def _default_text(self) -> bytes:
+        return b"" if self.field.null == "empty" else _default_bytes(self.field, self.place)
+
+    def output(self, limit_nbytes: int) -> Any:
+        """An empty `hbkit._ext.chunk.Output` for the decoder."""
+        return _chunk.Output(_chunk.pool, self.dtype, self.rank, limit_nbytes, self.with_mask)
+
+    def finish(self, output: Any) -> Column:
+        """The column that the field asks for, of what was decoded.
+
+        Raises
+        ------
+        NullFound, SchemaMismatch
+        """
+        field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
+        values, splits, mask = output.finish()
+        if self._squeezes:
+            values, mask, n_nulls = self._squeeze(values, splits[0], mask)
+            splits = ()
+        if n_nulls and field.null == "error":
+            raise errors.NullFound(
+                f"{n_nulls} of {n_rows} rows or values are null",
+                remedy="set Field(null='default' or 'empty')",
+                **self.place,
+            )
+        if self.dtype is None:
+            values = Strings(*values)
+        elif self._casts:
+            values = _cast(values, np.dtype(self.out.dtype), self._scale, self.place)
+        if mask is not None and not mask.all():
+            values[~mask] = default_value(field, self.out.dtype, self.place)
+        if not splits and self.out.ragged_rank + (self.out.pad_to is not None) == 1:
+            splits = (np.arange(n_rows + 1, dtype=np.int64),)
+        if not splits:
+            return values
+        column = Ragged(values, splits)
+        return column if self.out.pad_to is None else column.to_padded(self.out.pad_to, truncate=field.truncate)
+
+    def _squeeze(self, values: Any, splits: Any, mask: Any) -> tuple[Any, Any, int]:
+        """Lists of at most one value as one value a row; an empty list is a null."""
+        lengths = np.diff(splits)
+        if len(lengths) and lengths.max() > 1:
+            raise errors.SchemaMismatch(
+                f"a row holds {lengths.max()} values where ragged_rank=0 allows one",
+                remedy="leave ragged_rank out, or use pad_to=1 to keep the first",
+                **self.place,
+            )
+        valid = lengths == 1
+        valid[valid] = mask
+        n_nulls = len(valid) - int(np.count_nonzero(valid))
+        if self.dtype is None:
+            strings = Strings(*values)
+            text = self._default_text() if n_nulls and self.field.null != "error" else b""
+            sizes = np.full(len(valid), len(text))
+            sizes[valid] = strings.lengths()[mask]
+            ends = _splits(sizes)
+            out = np.empty(ends[-1], np.uint8)
+            inside = np.repeat(valid, sizes)
+            out[inside] = strings.data
+            out[~inside] = np.tile(np.frombuffer(text, np.uint8), n_nulls)
+            return (out, ends), None, n_nulls
+        dense = np.zeros(len(valid), values.dtype)
+        dense[valid] = values[mask]
+        if self.field.null == "empty":  # of a hashed string
+            dense[~valid] = self._default()
+            return dense, None, n_nulls
+        return dense, valid if self.field.null == "default" else None, n_nulls
+
+
+def _conversion(leaf: Leaf, field: Field) -> str:
+    """A key of `hbkit._ext.chunk.CONVERSIONS`."""
+    if leaf.kind.dtype == "string":
+        return "hash_bytes" if field.hash_to else "strings"
+    if field.hash_to:
+        return "hash_int"
+    if leaf.kind.logical.startswith("decimal"):
+        return {1: "resize", 2: "copy"}.get(leaf.physical, "decimal")
+    return "resize" if leaf.physical == 1 and leaf.kind.dtype not in ("int32", "uint32") else "copy"
 
 
 def decode(array: pa.ChunkedArray, field: Field, stored: ColumnType, place: Place) -> Column:
@@ -119,6 +255,8 @@ def _plain(array: pa.Array) -> pa.Array:
     while True:
         if isinstance(array, pa.ExtensionArray):
             array = array.storage
+        elif pa.types.is_struct(array.type) and array.type.num_fields == 1:  # one leaf of it was read
+            array = array.flatten()[0]
         elif pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
         else:

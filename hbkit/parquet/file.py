@@ -1,10 +1,11 @@
-"""One Parquet file: its checked footer, its schema, and its row groups as columns."""
+"""One Parquet file: its checked footer, its columns, and its row groups read row by row."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,102 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hbkit import errors, ragged
-from hbkit.parquet.column import column_type, decode, missing
+from hbkit._ext import chunk as _chunk
+from hbkit.parquet import codecs
+from hbkit.parquet.column import Decoding, decode, missing
 from hbkit.parquet.field import ColumnType, Field
-from hbkit.parquet.footer import read_footer
+from hbkit.parquet.footer import CODECS, read_footer
+from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source
+from hbkit.parquet.threads import each
 from hbkit.ragged import Column
 
-__all__ = ["File", "read_columns"]
+__all__ = ["File", "RowGroup", "read_columns"]
+
+LIMIT_NBYTES = 1 << 32
+INT96 = 3
+_REWRITE = "write the file again, or leave it out"
+# PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
+_SHORT_CHUNKS = re.compile(r"parquet-mr version (1\.[01]\.|1\.2\.[0-8]\b)")
+_SHORT_BY = 100
+
+
+class RowGroup(Protocol):
+    """A row group's rows, from the first on."""
+
+    def read(self, n_rows: int) -> dict[str, Column]:
+        """The next n_rows rows; the caller owns their memory."""
+
+    def skip(self, n_rows: int) -> None:
+        """Step over the next n_rows rows."""
+
+
+class _Native:
+    """One column of a row group, by our own decoder."""
+
+    def __init__(self, decoding: Decoding, source: Any, codec: int, n_values: int, n_rows: int, limit_nbytes: int) -> None:
+        self._decoding, self._limit = decoding, limit_nbytes
+        self._chunk = _chunk.Chunk(decoding.form, source, codec, n_values, codecs.decompress, decoding.place)
+        self._left = n_rows
+        self._per_row = n_values / max(n_rows, 1)
+        # lists vary: rooms of their mean length would be moved
+        self._room = 1.0 if not decoding.stored.ragged_rank else 1.1
+
+    def read(self, n_rows: int) -> Column:
+        output = self._decoding.output(self._limit)
+        n_values = int(n_rows * self._per_row * self._room) + 64
+        output.reserve(n_rows, n_values, 16 * n_values)
+        self.read_into(n_rows, output)
+        return self._decoding.finish(output)
+
+    def read_into(self, n_rows: int, output: Any) -> None:
+        self._chunk.read(n_rows, output)
+        self._left -= n_rows
+        if self._left == 0:
+            self._chunk.finish()
+
+    def skip(self, n_rows: int) -> None:
+        self._chunk.skip(n_rows)
+        self._left -= n_rows
+
+
+class _Whole:
+    """One column of a row group that was decoded whole."""
+
+    def __init__(self, column: Column) -> None:
+        self._column, self._at = column, 0
+
+    def read(self, n_rows: int) -> Column:
+        self._at += n_rows
+        return ragged.slice_rows(self._column, self._at - n_rows, self._at)
+
+    def skip(self, n_rows: int) -> None:
+        self._at += n_rows
+
+
+class _Missing:
+    """A column that the file lacks."""
+
+    def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
+        self._arguments = field, out, place
+
+    def read(self, n_rows: int) -> Column:
+        return missing(n_rows, *self._arguments)
+
+    def skip(self, n_rows: int) -> None:
+        pass
+
+
+class _RowGroup:
+    def __init__(self, columns: dict[str, Any], num_threads: int) -> None:
+        self._columns, self._n = columns, num_threads
+
+    def read(self, n_rows: int) -> dict[str, Column]:
+        columns = each(lambda column: column.read(n_rows), self._columns.values(), self._n)
+        return dict(zip(self._columns, columns, strict=True))
+
+    def skip(self, n_rows: int) -> None:
+        each(lambda column: column.skip(n_rows), self._columns.values(), self._n)
 
 
 class File:
@@ -27,19 +117,22 @@ class File:
     Parameters
     ----------
     source : Source, str or path
+    ignore_case : bool
+        Find columns by name whatever the case of their letters; what they are called stays as the caller says.
+    limit_nbytes : int
+        The most that one column of one read may take.
 
     Attributes
     ----------
     path : str
     schema : dict of str to ColumnType
-        Columns in file order; the ones that cannot be read say why in ``.unsupported``.
+        Columns in file order; members of structures and maps by dotted path. The ones that cannot be read say why in
+        ``.unsupported``.
     row_group_rows : list of int
         Rows of each row group.
     n_rows : int
     metadata : dict of str to str
         The footer's key-value pairs, without the Arrow schema.
-    arrow_schema : pyarrow.Schema
-        What expressions on the file's rows are bound to.
 
     Raises
     ------
@@ -48,44 +141,149 @@ class File:
     Corrupt
         The footer is damaged, or the file is not Parquet.
     Unsupported
-        The footer is encrypted, or describes a type that no reader here knows.
+        The footer is encrypted.
 
     Notes
     -----
     Reading is safe from several threads at once.
     """
 
-    def __init__(self, source: Source | str | os.PathLike[str]) -> None:
+    def __init__(
+        self, source: Source | str | os.PathLike[str], ignore_case: bool = False, limit_nbytes: int = LIMIT_NBYTES
+    ) -> None:
         self.source: Source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
         self.path = self.source.path
         self.footer = read_footer(self.source)
         self.row_group_rows = self.footer.row_group_rows
         self.n_rows = sum(self.row_group_rows)
-        try:
-            reader = pq.ParquetFile(self.source.file)
-            self._metadata = reader.metadata
-            arrow = reader.schema_arrow
-            pairs = self._metadata.metadata or {}
-            self.metadata = {k.decode(): v.decode() for k, v in pairs.items() if k != b"ARROW:schema"}
-        except Exception as e:
-            raise self.broken(e, "the footer") from e
-        if arrow.names != [name for name, _, _ in self.footer.columns]:
-            raise errors.Corrupt("the footer's schema contradicts itself", remedy=_REWRITE, file=self.path)
-        self.arrow_schema: pa.Schema = arrow
+        self.metadata = {k: v for k, v in self.footer.pairs.items() if k != "ARROW:schema"}
+        self._limit = limit_nbytes
+        self._arrow: tuple[Any, pa.Schema] | None = None
+        self._leaves: dict[str, Leaf] = {}
         self.schema: dict[str, ColumnType] = {}
-        self._leaves: dict[str, range] = {}
-        self._unreadable: dict[str, str] = {}
-        for (name, first, n_leaves), field in zip(self.footer.columns, arrow, strict=True):
-            kind = column_type(field)
-            leaves = range(first, first + n_leaves)
-            reason = next((r for i in leaves if (r := self.footer.leaves[i].unsupported)), "")
-            if name in self.schema:
-                reason = "two columns have this name"
-            if reason:
-                self._unreadable[name] = reason
-                kind = ColumnType(kind.dtype, kind.ragged_rank, kind.nullable, unsupported=reason)
-            self.schema[name] = kind
-            self._leaves[name] = leaves
+        for leaf in self.footer.leaves:
+            if leaf.name in self._leaves:
+                leaf.refuse("two columns have this name")
+            self._leaves[leaf.name] = leaf
+            self.schema[leaf.name] = leaf.kind
+        self._names = {name: name for name in self.schema}
+        if ignore_case:
+            self._fold()
+
+    def _fold(self) -> None:
+        folded: dict[str, str] = {}
+        for name in self.schema:
+            if name.casefold() in folded:
+                other = folded[name.casefold()]
+                raise errors.SchemaMismatch(
+                    f"columns {other!r} and {name!r} differ in case alone",
+                    remedy="read this file without ignore_case",
+                    file=self.path,
+                )
+            folded[name.casefold()] = name
+        self._names = folded
+
+    def find(self, name: str) -> str | None:
+        """The name in this file of the column that a field calls `name`; None where there is none."""
+        return self._names.get(name) or self._names.get(name.casefold()) if self._names else None
+
+    def decoder(self, name: str) -> str:
+        """Which decoder takes a column: "native" or "pyarrow"."""
+        leaf = self._leaves[name]
+        groups = range(len(self.row_group_rows))
+        return "native" if all(self._is_native(leaf, self.footer.chunk(g, leaf.index).codec) for g in groups) else "pyarrow"
+
+    @staticmethod
+    def _is_native(leaf: Leaf, codec: int) -> bool:
+        return leaf.physical != INT96 and codec in codecs.NATIVE
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """What expressions on the file's rows are bound to."""
+        return self._reader()[1]
+
+    def _reader(self) -> tuple[Any, pa.Schema]:
+        """pyarrow's metadata and schema; asked for where it is needed, since reading them takes a while."""
+        if self._arrow is None:
+            try:
+                reader = pq.ParquetFile(self.source.file)
+                self._arrow = reader.metadata, reader.schema_arrow
+            except Exception as e:
+                raise self.broken(e, "the footer") from e
+            if self._arrow[1].names != [name for name, _, _ in self.footer.columns]:
+                raise errors.Corrupt("the footer's schema contradicts itself", remedy=_REWRITE, file=self.path)
+        return self._arrow
+
+    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> RowGroup:
+        """The rows of one row group, each column as its field asks.
+
+        Parameters
+        ----------
+        g : int
+        fields : sequence of Field
+        num_threads : int
+            More than 1 decodes columns in parallel.
+
+        Raises
+        ------
+        Corrupt
+            The bytes break the format; says which column. Also while reading.
+        UnknownColumn, Unsupported, SchemaMismatch, NullFound
+            A field does not suit the file. Also while reading.
+        """
+        return _RowGroup(self._open(g, fields, num_threads), num_threads)
+
+    def _open(self, g: int, fields: Sequence[Field], num_threads: int) -> dict[str, Any]:
+        if not 0 <= g < len(self.row_group_rows):
+            raise errors.InvalidArgument(
+                f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
+            )
+        readers: dict[str, Any] = {}
+        wanted = []
+        for field in fields:
+            place = {"file": self.path, "column": field.name, "row_group": g}
+            name = self.find(field.name)
+            if name is None:
+                readers[field.name] = _Missing(field, _type_of_missing(field), place)
+                continue
+            leaf = self._leaves[name]
+            if leaf.kind.unsupported:
+                raise errors.Unsupported(leaf.kind.unsupported, remedy="leave it out of fields", **place)
+            chunk = self.footer.chunk(g, leaf.index)
+            readers[field.name] = None
+            if self._is_native(leaf, chunk.codec):
+                wanted.append((field, leaf, chunk, place))
+            else:
+                readers[field.name] = _Whole(self._decode(g, leaf, field, place))
+        ranges = [self._range(chunk, place) for _, _, chunk, place in wanted]
+        for (field, leaf, chunk, place), data in zip(wanted, self.source.read(ranges), strict=True):
+            readers[field.name] = _Native(
+                Decoding(leaf, field, place), data, chunk.codec, chunk.n_values, self.row_group_rows[g], self._limit
+            )
+        return readers
+
+    def _range(self, chunk: Any, place: dict[str, Any]) -> tuple[int, int]:
+        """Offset and size of a column chunk's pages."""
+        if chunk.n_values == 0 and chunk.first_page < 0:
+            return 0, 0
+        nbytes = chunk.nbytes
+        if _SHORT_CHUNKS.match(self.footer.writer):
+            nbytes = min(nbytes + _SHORT_BY, self.source.nbytes - chunk.first_page)
+        if chunk.first_page < 0 or nbytes < 0 or chunk.first_page + nbytes > self.source.nbytes:
+            raise errors.Corrupt("the column chunk lies outside the file", remedy=_REWRITE, **place)
+        return chunk.first_page, nbytes
+
+    def _decode(self, g: int, leaf: Leaf, field: Field, place: dict[str, Any]) -> Column:
+        """A whole column chunk by pyarrow."""
+        try:
+            table = self._read(g, [leaf.index], 1)
+            if table.num_rows != self.row_group_rows[g]:
+                raise pa.ArrowInvalid("the number of rows is not the footer's")
+            return decode(table.column(0), field, leaf.kind, place)
+        except errors.HbkitError:
+            raise
+        except Exception as e:
+            raise self.broken(e, "the column", g, field.name) from e
 
     def read_row_group(
         self,
@@ -98,66 +296,46 @@ class File:
 
         Parameters
         ----------
-        g : int
-        fields : sequence of Field
+        g, fields, num_threads
+            As of `open_row_group`.
         rows : bool[row_group_rows[g]], optional
-            Only these rows; nulls and misfits elsewhere do not matter.
-        num_threads : int
-            More than 1 decodes columns in parallel.
+            Only these rows.
 
         Raises
         ------
-        Corrupt
-            The bytes break the format; says which column.
-        UnknownColumn, Unsupported, SchemaMismatch, NullFound
-            A field does not suit the file.
+        HbkitError
+            As `open_row_group`.
         """
-        if not 0 <= g < len(self.row_group_rows):
-            raise errors.InvalidArgument(
-                f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
-            )
-        names = [f.name for f in fields if f.name in self.schema]
-        for name in names:
-            if reason := self.schema[name].unsupported:
-                raise errors.Unsupported(reason, remedy="leave it out of fields", file=self.path, column=name)
-        table = self.read_arrow(g, names, num_threads)
-        n = self.row_group_rows[g]
-        if rows is not None:
-            table, n = table.filter(pa.array(rows)), int(np.count_nonzero(rows))
-        return {f.name: self._column(table, n, f, g) for f in fields}
+        columns = self.open_row_group(g, fields, num_threads).read(self.row_group_rows[g])
+        return columns if rows is None else {name: ragged.take(c, rows) for name, c in columns.items()}
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""
-        table = self.arrow_schema.empty_table()
-        return {f.name: self._column(table, 0, f, None) for f in fields}
-
-    def _column(self, table: pa.Table, n_rows: int, field: Field, g: int | None) -> Column:
-        place = {"file": self.path, "column": field.name, "row_group": g}
-        if field.name not in self.schema:
-            return missing(n_rows, field, _type_of_missing(field), place)
-        try:
-            return decode(table.column(field.name), field, self.schema[field.name], place)
-        except errors.HbkitError:
-            raise
-        except Exception as e:
-            raise self.broken(e, "the column", g, field.name) from e
+        out: dict[str, Column] = {}
+        for field in fields:
+            place = {"file": self.path, "column": field.name}
+            name = self.find(field.name)
+            if name is None:
+                out[field.name] = missing(0, field, _type_of_missing(field), place)
+            else:
+                decoding = Decoding(self._leaves[name], field, place)
+                out[field.name] = decoding.finish(decoding.output(self._limit))
+        return out
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
         """Columns of one row group as they are stored, for expressions on them."""
+        leaves = []
         for name in names:
-            if reason := self._unreadable.get(name):
-                raise errors.Unsupported(
-                    reason, remedy="leave it out of fields and filters", file=self.path, column=name
-                )
+            _, first, n = self.footer.columns[self.arrow_schema.names.index(name)]
+            for leaf in self.footer.leaves[first : first + n]:
+                if leaf.kind.unsupported and not leaf.kind.unsupported.startswith("decimal"):
+                    raise errors.Unsupported(
+                        leaf.kind.unsupported, remedy="leave it out of fields and filters", file=self.path, column=name
+                    )
+                leaves.append(leaf.index)
         try:
-            table = self._read(g, names, num_threads)
+            table = self._read(g, leaves, num_threads)
         except Exception as e:
-            # again one by one, to name the column
-            for name in names if len(names) > 1 else ():
-                try:
-                    self._read(g, [name], num_threads)
-                except Exception as one:
-                    raise self.broken(one, "the column", g, name) from one
             what, only = ("the column", names[0]) if len(names) == 1 else ("the row group", None)
             raise self.broken(e, what, g, only) from e
         if names and table.num_rows != self.row_group_rows[g]:
@@ -169,16 +347,15 @@ class File:
             )
         return table
 
-    def _read(self, g: int, names: Sequence[str], num_threads: int) -> pa.Table:
+    def _read(self, g: int, leaves: Sequence[int], num_threads: int) -> pa.Table:
         # a reader of its own for every call: readers are not safe to share between threads, the metadata is
         reader = pq.ParquetFile(
             self.source.file,
-            metadata=self._metadata,
+            metadata=self._reader()[0],
             pre_buffer=self.source.remote,
             page_checksum_verification=True,
         )
-        leaves = [i for name in names for i in self._leaves[name]]
-        table = reader.reader.read_row_group(g, column_indices=leaves, use_threads=num_threads > 1)
+        table = reader.reader.read_row_group(g, column_indices=list(leaves), use_threads=num_threads > 1)
         table.validate()
         return table
 
@@ -195,9 +372,6 @@ class File:
     def close(self) -> None:
         """Close the source."""
         self.source.close()
-
-
-_REWRITE = "write the file again, or leave it out"
 
 
 def _type_of_missing(field: Field) -> ColumnType:
@@ -238,7 +412,7 @@ def read_columns(
     Raises
     ------
     HbkitError
-        See ``File`` and ``File.read_row_group``.
+        See ``File`` and ``File.open_row_group``.
     """
     file = File(path)
     try:
