@@ -97,13 +97,14 @@ cdef enum:  # Output.vecs
     ENDS = 2
     SPLITS = 3
 
+cdef enum:  # what is known of a window's definition levels
+    SAME = 0
+    BITS = 1
+    NUMBERS = 2
+
 cdef struct Vec:
     uint8_t *data
     int64_t capacity  # bytes; HB_SLACK more are there
-
-
-class NotNative(Unsupported):
-    """Valid, but so rare that another reader must take the column."""
 
 
 cdef class Output:
@@ -316,8 +317,7 @@ cdef class Chunk:
     # the current window
     cdef int64_t window_at, window_n
     cdef bint all_elements, all_valid, any_before
-    cdef int last_def
-    cdef int64_t n_nulls
+    cdef int last_def, levels_are
     cdef uint64_t *starts
     cdef uint64_t *elements
     cdef uint64_t *valid
@@ -476,8 +476,7 @@ cdef class Chunk:
         """SPEC: the levels of a v1 page are RLE behind their length, or (deprecated) BIT_PACKED."""
         cdef uint32_t nbytes = 0
         if encoding == BIT_PACKED:
-            with gil:
-                raise NotNative("levels in the deprecated BIT_PACKED encoding", remedy=REWRITE, **self.place)
+            return self.levels_packed(r, p, end, width, n)
         if encoding != RLE:
             self.fail("levels have an unknown encoding")
         if end - p < 4:
@@ -487,6 +486,32 @@ cdef class Chunk:
         if nbytes > <uint64_t>(end - p):
             self.fail("levels reach beyond their page")
         self.set_runs(r, p, p + nbytes, width)
+        return p + nbytes
+
+    cdef const uint8_t *levels_packed(self, hb_runs *r, const uint8_t *p, const uint8_t *end, int width,
+                                      int64_t n) except? NULL nogil:
+        """SPEC: BIT_PACKED levels have neither length nor runs, and the most significant bit first: as one run."""
+        cdef Vec *v = &self.lengths if r == &self.reps else &self.prefixes  # idle: strings are rewritten later
+        cdef int64_t nbytes = (n * width + 7) // 8, groups = (n + 7) // 8, i, bit, to
+        cdef int k
+        if nbytes > end - p:
+            self.fail("levels reach beyond their page")
+        with gil:
+            if r == &self.reps:
+                self.lengths_owner = self.take(v, groups * width + 5, self.lengths_owner)
+            else:
+                self.prefixes_owner = self.take(v, groups * width + 5, self.prefixes_owner)
+        memset(v.data, 0, groups * width + 5)
+        for k in range(4):
+            v.data[k] = <uint8_t>((groups << 1 | 1) >> 7 * k & 127 | 128)
+        v.data[4] = <uint8_t>((groups << 1 | 1) >> 28 & 127)
+        for i in range(n):
+            for k in range(width):
+                bit = i * width + width - 1 - k
+                if p[bit >> 3] >> (7 - (bit & 7)) & 1:
+                    to = i * width + k
+                    v.data[5 + (to >> 3)] |= <uint8_t>(1 << (to & 7))
+        self.set_runs(r, v.data, v.data + 5 + groups * width, width)
         return p + nbytes
 
     cdef void set_runs(self, hb_runs *r, const uint8_t *at, const uint8_t *end, int width) noexcept nogil:
@@ -767,10 +792,11 @@ cdef class Chunk:
 
     cdef int decimal(self, const uint8_t *p, int64_t n, uint8_t *out) except -1 nogil:
         """SPEC: the unscaled value in two's complement, most significant byte first."""
-        cdef uint64_t x = 0
+        cdef uint64_t x
         cdef int64_t i
-        if n:
-            x = <uint64_t>-(p[0] >> 7)
+        if n == 0:
+            self.fail("a decimal has no digits")
+        x = <uint64_t>-<int64_t>(p[0] >> 7)
         for i in range(n):
             if i < n - 8 and p[i] != (p[0] >> 7) * 255:
                 self.fail("a decimal has more digits than its column allows")
@@ -1051,7 +1077,7 @@ cdef class Chunk:
             if not self.all_valid:
                 memset(self.valid, 0, WORDS * 8)
             self.def_levels[0] = level
-            self.count_nulls(n, True)
+            self.levels_are = SAME
             return 0
         if f.def_width == 1:
             self.check(self.k.runs_bits(&self.defs, self.valid, n))
@@ -1059,8 +1085,7 @@ cdef class Chunk:
             self.all_elements = least == 0 or self.all_valid
             if not self.all_elements:
                 memcpy(self.elements, self.valid, WORDS * 8)
-            if f.null == NULL_ERROR and f.is_null[0]:
-                self.n_nulls += n - self.k.count_bits(self.valid, 0, n)
+            self.levels_are = BITS
             return 0
         self.check(self.k.runs_read(&self.defs, self.def_levels, n))
         most = self.k.at_least(self.def_levels, n, f.max_def, self.valid)
@@ -1071,21 +1096,22 @@ cdef class Chunk:
         if least:
             self.k.at_least(self.def_levels, n, least, self.elements)
             self.all_elements = self.k.count_bits(self.elements, 0, n) == n
-        self.count_nulls(n, False)
+        self.levels_are = NUMBERS
         return 0
 
-    cdef void count_nulls(self, int64_t n, bint same) noexcept nogil:
-        """Nulls of the window, lists and structures included; only where they are an error."""
-        cdef int64_t i
-        if self.f.null != NULL_ERROR or self.all_valid:
-            return
-        if same:
-            if self.f.is_null[self.def_levels[0]]:
-                self.n_nulls += n
-            return
-        for i in range(n):
-            if self.def_levels[i] < <uint32_t>self.f.max_def and self.f.is_null[self.def_levels[i]]:
-                self.n_nulls += 1
+    cdef int64_t nulls_between(self, int64_t a, int64_t b) noexcept nogil:
+        """Nulls among the window's entries a..b-1, lists and structures included."""
+        cdef int64_t i, n = 0
+        if self.all_valid:
+            return 0
+        if self.levels_are == SAME:
+            return (b - a) * self.f.is_null[self.def_levels[0]]
+        if self.levels_are == BITS:
+            return (b - a - self.k.count_bits(self.valid, a, b)) * self.f.is_null[0]
+        for i in range(a, b):
+            if self.def_levels[i] < <uint32_t>self.f.max_def:
+                n += self.f.is_null[self.def_levels[i]]
+        return n
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -1104,9 +1130,29 @@ cdef class Chunk:
                 done = self.rows(n_rows, out)
         except BudgetExceeded as e:
             raise BudgetExceeded(e.problem, remedy=e.remedy, **self.place) from None
-        out.n_nulls += self.n_nulls
-        self.n_nulls = 0
         if done < n_rows:
+            self.fail("the column chunk holds fewer rows than its row group")
+
+    def read_masked(self, const uint8_t[::1] mask, Output out):
+        """Append those of the next len(mask) rows whose byte is not 0; the others are stepped over.
+
+        Raises
+        ------
+        HbkitError
+            As `read`.
+        """
+        cdef int64_t a = 0, b, n = mask.shape[0], done = 0
+        try:
+            with nogil:
+                while a < n:
+                    b = a + 1
+                    while b < n and (mask[b] != 0) == (mask[a] != 0):
+                        b += 1
+                    done += self.rows(b - a, out) if mask[a] else self.skip_rows(b - a)
+                    a = b
+        except BudgetExceeded as e:
+            raise BudgetExceeded(e.problem, remedy=e.remedy, **self.place) from None
+        if done < n:
             self.fail("the column chunk holds fewer rows than its row group")
 
     def skip(self, int64_t n_rows):
@@ -1114,7 +1160,6 @@ cdef class Chunk:
         cdef int64_t done
         with nogil:
             done = self.skip_rows(n_rows)
-        self.n_nulls = 0
         if done < n_rows:
             self.fail("the column chunk holds fewer rows than its row group")
 
@@ -1147,6 +1192,8 @@ cdef class Chunk:
                     self.flat_splits(self.window_at, p, out.n_values, splits + row)
                 row += p - self.window_at
             if p > self.window_at:
+                if self.f.null == NULL_ERROR:
+                    out.n_nulls += self.nulls_between(self.window_at, p)
                 if self.all_valid:
                     n_slots = n_valid = p - self.window_at
                 else:
@@ -1261,7 +1308,7 @@ cdef class Chunk:
                             out.n_items[j] += 1
                     j += 1
                 if d < <uint32_t>f.max_def and f.null == NULL_ERROR and f.is_null[d]:
-                    self.n_nulls += 1
+                    out.n_nulls += 1
                 i += 1
             self.all_elements = self.all_valid = False
             b = self.k.count_bits(self.valid, a, i)

@@ -29,15 +29,15 @@ LIMIT_NBYTES = 1 << 32
 INT96 = 3
 _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
-_SHORT_CHUNKS = re.compile(r"parquet-mr version (1\.[01]\.|1\.2\.[0-8]\b)")
+_SHORT_CHUNKS = re.compile(r"parquet-mr(?! version)|parquet-mr version (0|1\.[01]|1\.2\.[0-8])\b")
 _SHORT_BY = 100
 
 
 class RowGroup(Protocol):
     """A row group's rows, from the first on."""
 
-    def read(self, n_rows: int) -> dict[str, Column]:
-        """The next n_rows rows; the caller owns their memory."""
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
+        """The next n_rows rows, or those of them where the mask `rows` is true; the caller owns their memory."""
 
     def skip(self, n_rows: int) -> None:
         """Step over the next n_rows rows."""
@@ -54,15 +54,18 @@ class _Native:
         # lists vary: rooms of their mean length would be moved
         self._room = 1.0 if not decoding.stored.ragged_rank else 1.1
 
-    def read(self, n_rows: int) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
         output = self._decoding.output(self._limit)
         n_values = int(n_rows * self._per_row * self._room) + 64
         output.reserve(n_rows, n_values, 16 * n_values)
-        self.read_into(n_rows, output)
+        self.read_into(n_rows, output, rows)
         return self._decoding.finish(output)
 
-    def read_into(self, n_rows: int, output: Any) -> None:
-        self._chunk.read(n_rows, output)
+    def read_into(self, n_rows: int, output: Any, rows: npt.NDArray[np.bool_] | None = None) -> None:
+        if rows is None:
+            self._chunk.read(n_rows, output)
+        else:
+            self._chunk.read_masked(rows.view(np.uint8), output)
         self._left -= n_rows
         if self._left == 0:
             self._chunk.finish()
@@ -78,9 +81,10 @@ class _Whole:
     def __init__(self, column: Column) -> None:
         self._column, self._at = column, 0
 
-    def read(self, n_rows: int) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
         self._at += n_rows
-        return ragged.slice_rows(self._column, self._at - n_rows, self._at)
+        column = ragged.slice_rows(self._column, self._at - n_rows, self._at)
+        return column if rows is None else ragged.take(column, rows)
 
     def skip(self, n_rows: int) -> None:
         self._at += n_rows
@@ -92,8 +96,8 @@ class _Missing:
     def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
         self._arguments = field, out, place
 
-    def read(self, n_rows: int) -> Column:
-        return missing(n_rows, *self._arguments)
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
+        return missing(n_rows if rows is None else int(np.count_nonzero(rows)), *self._arguments)
 
     def skip(self, n_rows: int) -> None:
         pass
@@ -103,8 +107,8 @@ class _RowGroup:
     def __init__(self, columns: dict[str, Any], num_threads: int) -> None:
         self._columns, self._n = columns, num_threads
 
-    def read(self, n_rows: int) -> dict[str, Column]:
-        columns = each(lambda column: column.read(n_rows), self._columns.values(), self._n)
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
+        columns = each(lambda column: column.read(n_rows, rows), self._columns.values(), self._n)
         return dict(zip(self._columns, columns, strict=True))
 
     def skip(self, n_rows: int) -> None:
@@ -299,15 +303,14 @@ class File:
         g, fields, num_threads
             As of `open_row_group`.
         rows : bool[row_group_rows[g]], optional
-            Only these rows.
+            Only these rows; nulls and misfits elsewhere do not matter.
 
         Raises
         ------
         HbkitError
             As `open_row_group`.
         """
-        columns = self.open_row_group(g, fields, num_threads).read(self.row_group_rows[g])
-        return columns if rows is None else {name: ragged.take(c, rows) for name, c in columns.items()}
+        return self.open_row_group(g, fields, num_threads).read(self.row_group_rows[g], rows)
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""

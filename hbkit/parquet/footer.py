@@ -73,7 +73,7 @@ class Footer:
             self.pairs = {k.decode(): v.decode() for k, v in raw.pairs}
         except UnicodeDecodeError:
             raise SchemaError("its key-value metadata is not UTF-8") from None
-        self._raw, self._numbers = raw, raw.chunks.reshape(len(raw.row_group_rows), -1, len(_FIELDS))
+        self._raw, self._numbers = raw, raw.chunks.reshape(len(raw.row_group_rows), len(self.leaves), len(_FIELDS))
         self.writer: str = raw.created_by.decode(errors="replace")
         encrypted = self._numbers[:, :, _FIELDS["is_encrypted"]].any(axis=0)
         elsewhere = self._numbers[:, :, _FIELDS["is_elsewhere"]].any(axis=0)

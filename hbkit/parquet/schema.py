@@ -264,8 +264,6 @@ def _type(node: _Node) -> tuple[str, str, str, int, bool, int]:
         unit = _UNITS.get(a, "us") if kind == _L_TIMESTAMP else "ms" if c == _C_TS_MS else "us"
         # SPEC: the older type says nothing of zones, and counts as adjusted to UTC
         logical = f"timestamp[{unit}, tz=UTC]" if b or kind < 0 else f"timestamp[{unit}]"
-    if physical == _INT32 and bits == 64:
-        bits = 32
-    if physical == _INT64:
-        bits = 64 if bits < 64 else bits
+    if (physical == _INT64) != (bits == 64) or (logical and logical.startswith("timestamp") and physical != _INT64):
+        return "", "", "its logical type does not suit its physical type", 0, True, 0
     return f"{'' if signed else 'u'}int{bits}", logical, "", bits, signed, 0
