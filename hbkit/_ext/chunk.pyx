@@ -475,8 +475,13 @@ cdef class Chunk:
                                   int64_t n) except? NULL nogil:
         """SPEC: the levels of a v1 page are RLE behind their length, or (deprecated) BIT_PACKED."""
         cdef uint32_t nbytes = 0
-        if encoding == BIT_PACKED:
-            return self.levels_packed(r, p, end, width, n)
+        if encoding == BIT_PACKED:  # one packed run without a header; least significant bit first, as its writers do
+            nbytes = <uint32_t>((n * width + 7) // 8)
+            if nbytes > <uint64_t>(end - p):
+                self.fail("levels reach beyond their page")
+            self.set_runs(r, p + nbytes, p + nbytes, width)
+            r.packed, r.left = p, n
+            return p + nbytes
         if encoding != RLE:
             self.fail("levels have an unknown encoding")
         if end - p < 4:
@@ -486,32 +491,6 @@ cdef class Chunk:
         if nbytes > <uint64_t>(end - p):
             self.fail("levels reach beyond their page")
         self.set_runs(r, p, p + nbytes, width)
-        return p + nbytes
-
-    cdef const uint8_t *levels_packed(self, hb_runs *r, const uint8_t *p, const uint8_t *end, int width,
-                                      int64_t n) except? NULL nogil:
-        """SPEC: BIT_PACKED levels have neither length nor runs, and the most significant bit first: as one run."""
-        cdef Vec *v = &self.lengths if r == &self.reps else &self.prefixes  # idle: strings are rewritten later
-        cdef int64_t nbytes = (n * width + 7) // 8, groups = (n + 7) // 8, i, bit, to
-        cdef int k
-        if nbytes > end - p:
-            self.fail("levels reach beyond their page")
-        with gil:
-            if r == &self.reps:
-                self.lengths_owner = self.take(v, groups * width + 5, self.lengths_owner)
-            else:
-                self.prefixes_owner = self.take(v, groups * width + 5, self.prefixes_owner)
-        memset(v.data, 0, groups * width + 5)
-        for k in range(4):
-            v.data[k] = <uint8_t>((groups << 1 | 1) >> 7 * k & 127 | 128)
-        v.data[4] = <uint8_t>((groups << 1 | 1) >> 28 & 127)
-        for i in range(n):
-            for k in range(width):
-                bit = i * width + width - 1 - k
-                if p[bit >> 3] >> (7 - (bit & 7)) & 1:
-                    to = i * width + k
-                    v.data[5 + (to >> 3)] |= <uint8_t>(1 << (to & 7))
-        self.set_runs(r, v.data, v.data + 5 + groups * width, width)
         return p + nbytes
 
     cdef void set_runs(self, hb_runs *r, const uint8_t *at, const uint8_t *end, int width) noexcept nogil:
