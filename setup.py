@@ -15,18 +15,19 @@ BUILD = "build/debug" if DEBUG else "build"  # apart, since timestamps do not te
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
+SOURCES = [str(EXT / name) for name in ("kernels.c", "snappy_kernel.c")]
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
 
 
 class BuildExt(build_ext):
-    """Compiles kernels.c for each instruction set and links the objects to hbkit._ext.isa alone."""
+    """Compiles SOURCES for each instruction set and links the objects to hbkit._ext.isa alone."""
 
     def build_extensions(self) -> None:
         objects = []
         for isa, march in MARCH.items():
             objects += self.compiler.compile(
-                [str(EXT / "kernels.c")],
+                SOURCES,
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("HBKIT_ISA", isa)],
                 extra_postargs=["-std=c11", *CFLAGS, *([f"-march={march}"] if march else [])],
@@ -45,7 +46,7 @@ setup(
             Extension(
                 f"hbkit._ext.{path.stem}",
                 [str(path)],
-                depends=[str(EXT / "kernels.h"), str(EXT / "kernels.c")],
+                depends=[str(EXT / "kernels.h"), str(EXT / "snappy.h"), *SOURCES],
                 extra_compile_args=["-O3", *([] if DEBUG else ["-g0"]), "-ffp-contract=off", "-Wno-unused-function"],
                 define_macros=[("CYTHON_CCOMPLEX", "0")],
             )

@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "kernels.h" nogil:
@@ -19,6 +19,7 @@ cdef extern from "kernels.h" nogil:
         int (*apply)(int, const hb_slabs *, const int64_t *, int64_t, int64_t, const float *,
                      const float *) noexcept nogil
         int (*initialize)(int, double, double, uint64_t, const int64_t *, int64_t, int64_t, float *) noexcept nogil
+        int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
 
     ctypedef struct hb_fp_state:
         pass
