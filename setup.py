@@ -14,20 +14,20 @@ DEBUG = os.environ.get("HBKIT_DEBUG") == "1"
 BUILD = "build/debug" if DEBUG else "build"  # apart, since timestamps do not tell the two builds' files from each other
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-KERNELS = ("kernels.c", "decode.c")
 MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
+SOURCES = [str(EXT / name) for name in ("kernels.c", "decode.c", "snappy_kernel.c")]
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
 
 
 class BuildExt(build_ext):
-    """Compiles the kernels for each instruction set and links the objects to hbkit._ext.isa alone."""
+    """Compiles SOURCES for each instruction set and links the objects to hbkit._ext.isa alone."""
 
     def build_extensions(self) -> None:
         objects = []
         for isa, march in MARCH.items():
             objects += self.compiler.compile(
-                [str(EXT / name) for name in KERNELS],
+                SOURCES,
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("HBKIT_ISA", isa)],
                 extra_postargs=["-std=c11", *CFLAGS, *([f"-march={march}"] if march else [])],

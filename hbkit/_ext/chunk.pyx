@@ -36,6 +36,13 @@ from hbkit.errors import BudgetExceeded, Corrupt, Unsupported
 cdef extern from "xxh64.h" nogil:
     uint64_t hb_xxh64(const uint8_t *, int64_t, uint64_t)
 
+cdef extern from "snappy.h" nogil:
+    int64_t hb_snappy_length(const uint8_t *, int64_t)
+
+cdef enum:
+    SNAPPY = 1  # SPEC: parquet.thrift, enum CompressionCodec
+    MOST_OF_SNAPPY = 22  # bytes that one compressed byte can give: three are a copy of 64
+
 cdef enum:
     WINDOW = 16384  # entries
     WORDS = 16384 // 64 + 2
@@ -294,10 +301,11 @@ cdef class Chunk:
 
     cdef Form form
     cdef const Shape *f
-    cdef object data, decompress, place, page_owner, flat_owner, dict_owner, span_owner
+    cdef object data, decompress, place, page_owner, other_page_owner, flat_owner, dict_owner, span_owner
     cdef object lengths_owner, prefixes_owner
     cdef Output dictionary
     cdef const hb_decoders *k
+    cdef int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
     cdef int codec
     cdef const uint8_t *at
     cdef const uint8_t *end
@@ -332,6 +340,7 @@ cdef class Chunk:
         self.f = &form.shape
         self.dictionary = dictionary
         self.k = kernels().decode
+        self.snappy = kernels().snappy
         self.at = &data[0] if data.shape[0] else NULL
         self.end = self.at + data.shape[0]
         self.entries_left = n_entries
@@ -432,6 +441,17 @@ cdef class Chunk:
             return source
         if stored == 0:
             self.fail("a compressed page is empty")
+        if self.codec == SNAPPY:
+            if hb_snappy_length(source, stored) != nbytes or nbytes > MOST_OF_SNAPPY * stored:
+                self.fail("a page decompresses to another size than it claims")
+            if into == NULL:
+                if self.page.capacity < nbytes:
+                    with gil:
+                        self.page_owner = self.take(&self.page, nbytes, self.page_owner)
+                into = self.page.data
+            if self.snappy(source, stored, into, nbytes):
+                self.fail("a page's snappy data is damaged")
+            return into
         with gil:
             try:
                 owner = self.decompress(self.codec, PyMemoryView_FromMemory(<char *>source, stored, PyBUF_READ), nbytes)
@@ -446,7 +466,7 @@ cdef class Chunk:
                 memcpy(into, out, nbytes)
                 out = into
             else:
-                self.page_owner = owner
+                self.other_page_owner = owner
         return out
 
     cdef int body(self, const uint8_t *source, int64_t stored, int64_t nbytes, bint is_compressed,

@@ -60,6 +60,7 @@ cdef extern from "kernels.h" nogil:
                      const float *) noexcept nogil
         int (*initialize)(int, double, double, uint64_t, const int64_t *, int64_t, int64_t, float *) noexcept nogil
         const hb_decoders *decode
+        int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
 
     ctypedef struct hb_fp_state:
         pass

@@ -1,6 +1,6 @@
 """Which instruction set the kernels use: the best this CPU has, or what ``HBKIT_ISA`` names.
 
-The objects of kernels.c are linked to this module alone; the other extensions cimport `kernels`, so that
+The objects of kernels.c and snappy_kernel.c are linked to this module alone; the other extensions cimport `kernels`, so that
 there is one table of functions in a process.
 """
 

@@ -1,6 +1,8 @@
 /* Compiled once for each instruction set, with -DHBKIT_ISA=<name>; see kernels.h for the rules all must keep. */
 #include "kernels.h"
 
+#include "snappy.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -239,6 +241,8 @@ static int initialize(int kind, double a, double b, uint64_t seed, const int64_t
     return 0;
 }
 
-extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA);
-const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize,
-                                                  &PASTE(hb_decoders_, HBKIT_ISA)};
+extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA); /* decode.c */
+HB_SNAPPY_DECLARE(PASTE(hb_snappy_, HBKIT_ISA)); /* snappy_kernel.c */
+
+const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
+    TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize, &PASTE(hb_decoders_, HBKIT_ISA), PASTE(hb_snappy_, HBKIT_ISA)};

@@ -1,7 +1,7 @@
 /* The kernels whose speed depends on the instruction set, and what they share.
  *
- * kernels.c is compiled once for each instruction set into a table of functions (hb_kernels); isa.pyx picks one table
- * when it is imported. All tables give the same bits (docs/design: Promise 1), by these rules:
+ * kernels.c and snappy_kernel.c are compiled once for each instruction set into a table of functions (hb_kernels);
+ * isa.pyx picks one table when it is imported. All tables give the same bits (docs/design: Promise 1), by these rules:
  *   - no fused multiply-add (-ffp-contract=off), no reassociation (no -ffast-math);
  *   - a sum over a row uses 16 partial sums, added as a fixed tree (sum_squares);
  *   - denormals are kept: every entry point runs between hb_fp_enter and hb_fp_leave, since TensorFlow's threads flush.
@@ -49,6 +49,8 @@ typedef struct {
     int (*initialize)(int kind, double a, double b, uint64_t seed, const int64_t *keys, int64_t n, int64_t dim,
                       float *out);
     const hb_decoders *decode; /* of decode.c */
+    /* Snappy's raw format, decompressed; see snappy.h. */
+    int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

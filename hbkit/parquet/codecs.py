@@ -1,4 +1,4 @@
-"""Decompression of pages, by pyarrow's codecs: as fast as any library for these, and at hand. Snappy is our own."""
+"""Decompression of pages by pyarrow's codecs: as fast as any library's, and at hand. Snappy is our own (`hbkit._ext`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pyarrow as pa
 __all__ = ["NATIVE", "decompress"]
 
 # SPEC: parquet.thrift, CompressionCodec. LZ4 (5) is framed as Hadoop does, which pyarrow's reader takes apart.
-_NAMES = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
-NATIVE = frozenset({0, *_NAMES})
+_NAMES = {2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+NATIVE = frozenset({0, 1, *_NAMES})
 _codecs = {codec: pa.Codec(name) for codec, name in _NAMES.items() if pa.Codec.is_available(name)}
 
 

@@ -13,16 +13,18 @@ FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", f"-I{EXT}"] 
 
 def digest(where, isa, compiler, *options, emulator=()):
     program = where / f"digest_{isa}"
-    kernels = where / f"kernels_{isa}.o"
-    subprocess.run(
-        [*compiler, *FLAGS, *options, f"-DHBKIT_ISA={isa}", "-c", EXT / "kernels.c", "-o", kernels], check=True
-    )
+    objects = []
+    for source in ("kernels.c", "snappy_kernel.c"):
+        objects.append(where / f"{source}_{isa}.o")
+        subprocess.run(
+            [*compiler, *FLAGS, *options, f"-DHBKIT_ISA={isa}", "-c", EXT / source, "-o", objects[-1]], check=True
+        )
     link = [
         *compiler,
         *FLAGS,
         f"-DKERNELS=hb_kernels_{isa}",
         HERE / "digest.c",
-        kernels,
+        *objects,
         "-lm",
         "-static",
         "-o",
