@@ -30,7 +30,7 @@ import zlib
 
 import numpy as np
 
-from hbkit._ext.pool import Pool
+from hbkit._ext.pool import shared
 from hbkit.errors import BudgetExceeded, Corrupt, Unsupported
 
 cdef extern from "xxh64.h" nogil:
@@ -49,8 +49,6 @@ cdef enum:
     BLOCK = 2048  # values between the nulls of a window
     UNPACKED = 4096 + 16  # HB_CODES and its slack
 
-# Pages, dictionaries and decoded rows: memory that was touched once is several times as fast as fresh memory.
-pool = Pool()
 MAX_PAGE_NBYTES = 1 << 28
 cdef int64_t _max_page = MAX_PAGE_NBYTES
 REWRITE = "write the file again, or leave it out"
@@ -115,11 +113,10 @@ cdef struct Vec:
 
 
 cdef class Output:
-    """Rows of one column as they are decoded, in memory of a pool.
+    """Rows of one column as they are decoded, in memory of the shared pool.
 
     Parameters
     ----------
-    pool : Pool
     dtype : numpy.dtype or None
         Of the values; None for strings.
     rank : int
@@ -130,7 +127,7 @@ cdef class Output:
         Also keep a byte for each value that says whether it was not null.
     """
 
-    cdef object pool, dtype
+    cdef object dtype
     cdef list owners
     cdef Vec *vecs
     cdef readonly int rank
@@ -139,8 +136,8 @@ cdef class Output:
     cdef readonly int64_t n_rows, n_values, n_nulls
     cdef int64_t *n_items  # by level below the rows: items so far, values last
 
-    def __cinit__(self, pool, dtype, int rank, int64_t limit_nbytes, bint with_mask=False):
-        self.pool, self.dtype, self.rank, self.limit, self.with_mask = pool, dtype, rank, limit_nbytes, with_mask
+    def __cinit__(self, dtype, int rank, int64_t limit_nbytes, bint with_mask=False):
+        self.dtype, self.rank, self.limit, self.with_mask = dtype, rank, limit_nbytes, with_mask
         self.is_text = dtype is None
         self.item = 1 if dtype is None else dtype.itemsize
         self.vecs = <Vec *>calloc(SPLITS + rank, sizeof(Vec))
@@ -183,7 +180,7 @@ cdef class Output:
         if need > self.limit:
             raise BudgetExceeded(f"the decoded rows take more than {self.limit} bytes",
                                  remedy="read fewer rows at once, or raise limit_nbytes")
-        owner = self.pool.take(want + HB_SLACK)
+        owner = shared.take(want + HB_SLACK)
         view = owner
         if v.data != NULL:
             memcpy(&view[0], v.data, used)
@@ -378,7 +375,7 @@ cdef class Chunk:
         cdef uint8_t[::1] view
         if v.data != NULL and nbytes <= v.capacity:
             return owner
-        owner = pool.take(nbytes + HB_SLACK)
+        owner = shared.take(nbytes + HB_SLACK)
         view = owner
         v.data, v.capacity = &view[0], len(owner) - HB_SLACK
         return owner

@@ -128,7 +128,7 @@ class Decoding:
 
     def output(self, limit_nbytes: int) -> Any:
         """An empty `hbkit._ext.chunk.Output` for the decoder."""
-        return _chunk.Output(_chunk.pool, self.dtype, self.rank, limit_nbytes, self.with_mask)
+        return _chunk.Output(self.dtype, self.rank, limit_nbytes, self.with_mask)
 
     def finish(self, output: Any) -> Column:
         """The column that the field asks for, of what was decoded.

@@ -20,7 +20,7 @@ from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import CODECS, read_footer
 from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source
-from hbkit.parquet.threads import each
+from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
 __all__ = ["File", "RowGroup", "read_columns"]
@@ -104,15 +104,15 @@ class _Missing:
 
 
 class _RowGroup:
-    def __init__(self, columns: dict[str, Any], num_threads: int) -> None:
-        self._columns, self._n = columns, num_threads
+    def __init__(self, columns: dict[str, Any], threads: Threads) -> None:
+        self._columns, self._threads = columns, threads
 
     def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        columns = each(lambda column: column.read(n_rows, rows), self._columns.values(), self._n)
+        columns = self._threads.each(lambda column: column.read(n_rows, rows), self._columns.values())
         return dict(zip(self._columns, columns, strict=True))
 
     def skip(self, n_rows: int) -> None:
-        each(lambda column: column.skip(n_rows), self._columns.values(), self._n)
+        self._threads.each(lambda column: column.skip(n_rows), self._columns.values())
 
 
 class File:
@@ -218,15 +218,15 @@ class File:
                 raise errors.Corrupt("the footer's schema contradicts itself", remedy=_REWRITE, file=self.path)
         return self._arrow
 
-    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> RowGroup:
+    def open_row_group(self, g: int, fields: Sequence[Field], threads: Threads = ALONE) -> RowGroup:
         """The rows of one row group, each column as its field asks.
 
         Parameters
         ----------
         g : int
         fields : sequence of Field
-        num_threads : int
-            More than 1 decodes columns in parallel.
+        threads : Threads
+            They share the columns of each read.
 
         Raises
         ------
@@ -235,9 +235,9 @@ class File:
         UnknownColumn, Unsupported, SchemaMismatch, NullFound
             A field does not suit the file. Also while reading.
         """
-        return _RowGroup(self._open(g, fields, num_threads), num_threads)
+        return _RowGroup(self._open(g, fields), threads)
 
-    def _open(self, g: int, fields: Sequence[Field], num_threads: int) -> dict[str, Any]:
+    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, Any]:
         if not 0 <= g < len(self.row_group_rows):
             raise errors.InvalidArgument(
                 f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
@@ -245,7 +245,7 @@ class File:
         readers: dict[str, Any] = {}
         wanted = []
         for field in fields:
-            place = {"file": self.path, "column": field.name, "row_group": g}
+            place = {"file": self.path, "row_group": g, "column": field.name}
             name = self.find(field.name)
             if name is None:
                 readers[field.name] = _Missing(field, _type_of_missing(field), place)
@@ -300,8 +300,10 @@ class File:
 
         Parameters
         ----------
-        g, fields, num_threads
+        g, fields
             As of `open_row_group`.
+        num_threads : int
+            More than 1 decodes columns in parallel.
         rows : bool[row_group_rows[g]], optional
             Only these rows; nulls and misfits elsewhere do not matter.
 
@@ -310,7 +312,8 @@ class File:
         HbkitError
             As `open_row_group`.
         """
-        return self.open_row_group(g, fields, num_threads).read(self.row_group_rows[g], rows)
+        with Threads(num_threads) as threads:
+            return self.open_row_group(g, fields, threads).read(self.row_group_rows[g], rows)
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""
