@@ -17,7 +17,7 @@ Encodings other than PLAIN and dictionaries are rare: their pages are rewritten 
 """
 
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -46,6 +46,7 @@ cdef enum:
 cdef enum:
     WINDOW = 16384  # entries
     WORDS = 16384 // 64 + 2
+    UNPACKED_WINDOW = 16384 + 16
     BLOCK = 2048  # values between the nulls of a window
     UNPACKED = 4096 + 16  # HB_CODES and its slack
 
@@ -125,6 +126,8 @@ cdef class Output:
         The most that the values may take.
     with_mask : bool
         Also keep a byte for each value that says whether it was not null.
+    past_cache : bool
+        Write values around the caches: for outputs that are larger than they are.
     """
 
     cdef object dtype
@@ -132,11 +135,13 @@ cdef class Output:
     cdef Vec *vecs
     cdef readonly int rank
     cdef int64_t item, limit
-    cdef bint with_mask, is_text
+    cdef bint with_mask, is_text, past_cache
     cdef readonly int64_t n_rows, n_values, n_nulls
     cdef int64_t *n_items  # by level below the rows: items so far, values last
 
-    def __cinit__(self, dtype, int rank, int64_t limit_nbytes, bint with_mask=False):
+    def __cinit__(self, dtype, int rank, int64_t limit_nbytes, bint with_mask=False,
+                  bint past_cache=False):
+        self.past_cache = past_cache
         self.dtype, self.rank, self.limit, self.with_mask = dtype, rank, limit_nbytes, with_mask
         self.is_text = dtype is None
         self.item = 1 if dtype is None else dtype.itemsize
@@ -220,6 +225,7 @@ cdef struct Shape:
     const uint8_t *is_null
     const uint8_t *fill_bytes
     uint64_t fill, seed
+    uint32_t null_levels  # is_null as bits, where they are few
 
 
 cdef class Form:
@@ -269,6 +275,8 @@ cdef class Form:
             f.thresholds[k + 1] = thresholds[k]
         f.is_null, f.fill_bytes, f.fill_nbytes = self.is_null, self.fill, len(fill)
         f.fill = int.from_bytes(fill[:8], "little")
+        for k in range(min(max_def, 31)):
+            f.null_levels |= <uint32_t>(is_null[k] != 0) << k
         # a flat column whose nulls make empty rows is read as lists of at most one value
         f.is_ragged = f.max_rep > 0 or (f.null == NULL_EMPTY and f.convert != STRINGS)
 
@@ -322,17 +330,15 @@ cdef class Chunk:
     # the current window
     cdef int64_t window_at, window_n
     cdef bint all_elements, all_valid, any_before
-    cdef int last_def, levels_are
+    cdef int last_def, levels_are, same_level
     cdef uint64_t *starts
     cdef uint64_t *elements
     cdef uint64_t *valid
     cdef uint32_t *rep_levels
     cdef uint32_t *def_levels
-    cdef void *memory
 
     def __cinit__(self, Form form, const uint8_t[::1] data, int codec, int64_t n_entries, decompress, dict place,
                   Output dictionary=None):
-        cdef int64_t words = 3 * WORDS * 8, levels = 2 * (WINDOW + 16) * 4
         self.form, self.data, self.codec, self.decompress, self.place = form, data, codec, decompress, place
         self.f = &form.shape
         self.dictionary = dictionary
@@ -343,17 +349,18 @@ cdef class Chunk:
         self.entries_left = n_entries
         if n_entries < 0:
             self.fail("the footer claims a negative number of values")
-        self.memory = calloc(1, words + levels)
-        if self.memory == NULL:
+        if self.f.max_def:
+            self.starts = <uint64_t *>malloc(3 * WORDS * 8)
+            self.elements, self.valid = self.starts + WORDS, self.starts + 2 * WORDS
+        if self.f.max_def > 1:
+            self.rep_levels = <uint32_t *>malloc(2 * UNPACKED_WINDOW * 4)
+            self.def_levels = self.rep_levels + UNPACKED_WINDOW
+        if self.f.max_def and self.starts == NULL or self.f.max_def > 1 and self.rep_levels == NULL:
             raise MemoryError
-        self.starts = <uint64_t *>self.memory
-        self.elements = self.starts + WORDS
-        self.valid = self.elements + WORDS
-        self.rep_levels = <uint32_t *>(self.valid + WORDS)
-        self.def_levels = self.rep_levels + WINDOW + 16
 
     def __dealloc__(self):
-        free(self.memory)
+        free(self.starts)
+        free(self.rep_levels)
 
     cdef int fail(self, const char *problem) except -1 nogil:
         with gil:
@@ -836,6 +843,23 @@ cdef class Chunk:
             done += m
         return 0
 
+    cdef int values_past_cache(self, int64_t n, uint8_t *out) except -1 nogil:
+        """As `values`, by way of a block in the first cache, or from where they lie."""
+        cdef uint64_t block[BLOCK + 8]
+        cdef int64_t done = 0, m, item = self.f.item
+        if not self.is_dict and self.f.convert == COPY and self.f.width:
+            if n > (self.value_end - self.value_at) // item:
+                self.fail("a page holds fewer values than it claims")
+            self.k.copy_past_cache(out, self.value_at, n * item)
+            self.value_at += n * item
+            return 0
+        while done < n:
+            m = min(n - done, <int64_t>BLOCK)
+            self.values(m, <uint8_t *>block)
+            self.k.copy_past_cache(out + done * item, block, m * item)
+            done += m
+        return 0
+
     cdef int codes(self, int64_t n, uint8_t *out) except -1 nogil:
         """As `values`, but positions in self.dictionary; what is in no dictionary is appended to it."""
         cdef uint32_t codes[UNPACKED]
@@ -869,6 +893,8 @@ cdef class Chunk:
             out.room(VALUES, out.n_values * out.item, n * out.item)
             if self.dictionary is not None and out is not self.dictionary:
                 self.codes(n, out.vecs[VALUES].data + 4 * out.n_values)
+            elif out.past_cache:
+                self.values_past_cache(n, out.vecs[VALUES].data + out.n_values * out.item)
             else:
                 self.values(n, out.vecs[VALUES].data + out.n_values * out.item)
         out.n_values += n
@@ -1072,7 +1098,7 @@ cdef class Chunk:
                 memset(self.elements, 0, WORDS * 8)
             if not self.all_valid:
                 memset(self.valid, 0, WORDS * 8)
-            self.def_levels[0] = level
+            self.same_level = <int>level
             self.levels_are = SAME
             return 0
         if f.def_width == 1:
@@ -1101,9 +1127,11 @@ cdef class Chunk:
         if self.all_valid:
             return 0
         if self.levels_are == SAME:
-            return (b - a) * self.f.is_null[self.def_levels[0]]
+            return (b - a) * self.f.is_null[self.same_level]
         if self.levels_are == BITS:
             return (b - a - self.k.count_bits(self.valid, a, b)) * self.f.is_null[0]
+        if self.f.max_def < 32:
+            return self.k.count_levels(self.def_levels + a, b - a, self.f.null_levels)
         for i in range(a, b):
             if self.def_levels[i] < <uint32_t>self.f.max_def:
                 n += self.f.is_null[self.def_levels[i]]

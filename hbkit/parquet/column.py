@@ -126,11 +126,11 @@ class Decoding:
     def _default_text(self) -> bytes:
         return b"" if self.field.null == "empty" else _default_bytes(self.field, self.place)
 
-    def output(self, limit_nbytes: int) -> Any:
+    def output(self, limit_nbytes: int, past_cache: bool = False) -> Any:
         """An empty `hbkit._ext.chunk.Output` for the decoder."""
-        return _chunk.Output(self.dtype, self.rank, limit_nbytes, self.with_mask)
+        return _chunk.Output(self.dtype, self.rank, limit_nbytes, self.with_mask, past_cache)
 
-    def finish(self, output: Any) -> Column:
+    def finish(self, output: Any, place: Place) -> Column:
         """The column that the field asks for, of what was decoded.
 
         Raises
@@ -140,35 +140,35 @@ class Decoding:
         field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
         values, splits, mask = output.finish()
         if self._squeezes:
-            values, mask, n_nulls = self._squeeze(values, splits[0], mask)
+            values, mask, n_nulls = self._squeeze(values, splits[0], mask, place)
             splits = ()
         if n_nulls and field.null == "error":
             raise errors.NullFound(
                 f"{n_nulls} of {n_rows} rows or values are null",
                 remedy="set Field(null='default' or 'empty')",
-                **self.place,
+                **place,
             )
         if self.dtype is None:
-            values = Strings(*values)
+            values = Strings._trusted(*values)
         elif self._casts:
-            values = _cast(values, np.dtype(self.out.dtype), self._scale, self.place)
+            values = _cast(values, np.dtype(self.out.dtype), self._scale, place)
         if mask is not None and not mask.all():
-            values[~mask] = default_value(field, self.out.dtype, self.place)
+            values[~mask] = default_value(field, self.out.dtype, place)
         if not splits and self.out.ragged_rank + (self.out.pad_to is not None) == 1:
             splits = (np.arange(n_rows + 1, dtype=np.int64),)
         if not splits:
             return values
-        column = Ragged(values, splits)
+        column = Ragged._trusted(values, splits)
         return column if self.out.pad_to is None else column.to_padded(self.out.pad_to, truncate=field.truncate)
 
-    def _squeeze(self, values: Any, splits: Any, mask: Any) -> tuple[Any, Any, int]:
+    def _squeeze(self, values: Any, splits: Any, mask: Any, place: Place) -> tuple[Any, Any, int]:
         """Lists of at most one value as one value a row; an empty list is a null."""
         lengths = np.diff(splits)
         if len(lengths) and lengths.max() > 1:
             raise errors.SchemaMismatch(
                 f"a row holds {lengths.max()} values where ragged_rank=0 allows one",
                 remedy="leave ragged_rank out, or use pad_to=1 to keep the first",
-                **self.place,
+                **place,
             )
         valid = lengths == 1
         valid[valid] = mask

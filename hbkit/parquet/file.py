@@ -17,7 +17,7 @@ from hbkit._ext import chunk as _chunk
 from hbkit.parquet import codecs
 from hbkit.parquet.column import Decoding, decode, missing
 from hbkit.parquet.field import ColumnType, Field
-from hbkit.parquet.footer import CODECS, read_footer
+from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source
 from hbkit.parquet.threads import ALONE, Threads
@@ -26,6 +26,7 @@ from hbkit.ragged import Column
 __all__ = ["File", "RowGroup", "read_columns"]
 
 LIMIT_NBYTES = 1 << 32
+CACHE_NBYTES = 8 << 20  # a read of more goes around the caches: it would not be there when it is used
 INT96 = 3
 _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
@@ -46,42 +47,49 @@ class RowGroup(Protocol):
 class _Native:
     """One column of a row group, by our own decoder."""
 
-    def __init__(self, decoding: Decoding, source: Any, codec: int, n_values: int, n_rows: int, limit_nbytes: int) -> None:
-        self._decoding, self._limit = decoding, limit_nbytes
-        self._chunk = _chunk.Chunk(decoding.form, source, codec, n_values, codecs.decompress, decoding.place)
+    def __init__(
+        self, decoding: Decoding, data: Any, chunk: Chunk, n_rows: int, limit_nbytes: int, place: dict[str, Any]
+    ) -> None:
+        self._decoding, self._limit, self._place = decoding, limit_nbytes, place
+        self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
         self._left = n_rows
-        self._per_row = n_values / max(n_rows, 1)
         # lists vary: rooms of their mean length would be moved
-        self._room = 1.0 if not decoding.stored.ragged_rank else 1.1
+        self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
+        self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
-        output = self._decoding.output(self._limit)
-        n_values = int(n_rows * self._per_row * self._room) + 64
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
+        output = self._decoding.output(self._limit, past_cache)
+        n_values = int(n_rows * self._values_per_row) + 64
         output.reserve(n_rows, n_values, 16 * n_values)
         self.read_into(n_rows, output, rows)
-        return self._decoding.finish(output)
+        return self._decoding.finish(output, self._place)
 
     def read_into(self, n_rows: int, output: Any, rows: npt.NDArray[np.bool_] | None = None) -> None:
         if rows is None:
             self._chunk.read(n_rows, output)
         else:
             self._chunk.read_masked(rows.view(np.uint8), output)
-        self._left -= n_rows
-        if self._left == 0:
-            self._chunk.finish()
+        self._step(n_rows)
 
     def skip(self, n_rows: int) -> None:
         self._chunk.skip(n_rows)
+        self._step(n_rows)
+
+    def _step(self, n_rows: int) -> None:
         self._left -= n_rows
+        if self._left == 0:
+            self._chunk.finish()
 
 
 class _Whole:
     """One column of a row group that was decoded whole."""
 
+    nbytes_per_row = 0.0
+
     def __init__(self, column: Column) -> None:
         self._column, self._at = column, 0
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
         self._at += n_rows
         column = ragged.slice_rows(self._column, self._at - n_rows, self._at)
         return column if rows is None else ragged.take(column, rows)
@@ -93,10 +101,12 @@ class _Whole:
 class _Missing:
     """A column that the file lacks."""
 
+    nbytes_per_row = 0.0
+
     def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
         self._arguments = field, out, place
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
         return missing(n_rows if rows is None else int(np.count_nonzero(rows)), *self._arguments)
 
     def skip(self, n_rows: int) -> None:
@@ -106,13 +116,18 @@ class _Missing:
 class _RowGroup:
     def __init__(self, columns: dict[str, Any], threads: Threads) -> None:
         self._columns, self._threads = columns, threads
+        self._nbytes_per_row = sum(c.nbytes_per_row for c in columns.values())
+        # the longest first, so that no thread begins with it when the others are done
+        self._order = sorted(columns, key=lambda name: -columns[name].nbytes_per_row)
 
     def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        columns = self._threads.each(lambda column: column.read(n_rows, rows), self._columns.values())
-        return dict(zip(self._columns, columns, strict=True))
+        past_cache = n_rows * self._nbytes_per_row > CACHE_NBYTES
+        columns = self._threads.each(lambda name: self._columns[name].read(n_rows, rows, past_cache), self._order)
+        found = dict(zip(self._order, columns, strict=True))
+        return {name: found[name] for name in self._columns}
 
     def skip(self, n_rows: int) -> None:
-        self._threads.each(lambda column: column.skip(n_rows), self._columns.values())
+        self._threads.each(lambda name: self._columns[name].skip(n_rows), self._order)
 
 
 class File:
@@ -163,6 +178,7 @@ class File:
         self.metadata = {k: v for k, v in self.footer.pairs.items() if k != "ARROW:schema"}
         self._limit = limit_nbytes
         self._arrow: tuple[Any, pa.Schema] | None = None
+        self._planned: list[tuple[Field, Leaf | None, Decoding | None]] | None = None
         self._leaves: dict[str, Leaf] = {}
         self.schema: dict[str, ColumnType] = {}
         for leaf in self.footer.leaves:
@@ -242,29 +258,42 @@ class File:
             raise errors.InvalidArgument(
                 f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
             )
+        n_rows = self.row_group_rows[g]
         readers: dict[str, Any] = {}
         wanted = []
-        for field in fields:
+        for field, leaf, decoding in self._plan(fields):
             place = {"file": self.path, "row_group": g, "column": field.name}
-            name = self.find(field.name)
-            if name is None:
+            readers[field.name] = None
+            if leaf is None or decoding is None:
                 readers[field.name] = _Missing(field, _type_of_missing(field), place)
                 continue
-            leaf = self._leaves[name]
-            if leaf.kind.unsupported:
-                raise errors.Unsupported(leaf.kind.unsupported, remedy="leave it out of fields", **place)
             chunk = self.footer.chunk(g, leaf.index)
-            readers[field.name] = None
             if self._is_native(leaf, chunk.codec):
-                wanted.append((field, leaf, chunk, place))
+                wanted.append((field.name, decoding, chunk, place))
             else:
                 readers[field.name] = _Whole(self._decode(g, leaf, field, place))
-        ranges = [self._range(chunk, place) for _, _, chunk, place in wanted]
-        for (field, leaf, chunk, place), data in zip(wanted, self.source.read(ranges), strict=True):
-            readers[field.name] = _Native(
-                Decoding(leaf, field, place), data, chunk.codec, chunk.n_values, self.row_group_rows[g], self._limit
-            )
+        buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
+        for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
+            readers[name] = _Native(decoding, data, chunk, n_rows, self._limit, place)
         return readers
+
+    def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
+        """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
+        last = self._planned
+        if last is not None and len(last) == len(fields) and all(p[0] is f for p, f in zip(last, fields, strict=True)):
+            return last
+        plan: list[tuple[Field, Leaf | None, Decoding | None]] = []
+        for field in fields:
+            name = self.find(field.name)
+            if name is None:
+                plan.append((field, None, None))
+                continue
+            leaf, place = self._leaves[name], {"file": self.path, "column": field.name}
+            if leaf.kind.unsupported:
+                raise errors.Unsupported(leaf.kind.unsupported, remedy="leave it out of fields", **place)
+            plan.append((field, leaf, Decoding(leaf, field, place)))
+        self._planned = plan
+        return plan
 
     def _range(self, chunk: Any, place: dict[str, Any]) -> tuple[int, int]:
         """Offset and size of a column chunk's pages."""
@@ -318,14 +347,12 @@ class File:
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""
         out: dict[str, Column] = {}
-        for field in fields:
+        for field, _, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name}
-            name = self.find(field.name)
-            if name is None:
+            if decoding is None:
                 out[field.name] = missing(0, field, _type_of_missing(field), place)
             else:
-                decoding = Decoding(self._leaves[name], field, place)
-                out[field.name] = decoding.finish(decoding.output(self._limit))
+                out[field.name] = decoding.finish(decoding.output(self._limit), place)
         return out
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
