@@ -20,7 +20,7 @@ from hbkit.errors import InvalidArgument
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Column", "Ragged", "Sparse", "Strings", "concat", "n_rows", "slice_rows", "take"]
+__all__ = ["Column", "Dictionary", "Ragged", "Sparse", "Strings", "concat", "n_rows", "slice_rows", "take"]
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -391,6 +391,28 @@ class Ragged:
 
     def __repr__(self) -> str:
         return f"Ragged(n={len(self)}, values={self.dtype}[{len(self.values)}], ragged_rank={self.ragged_rank})"
+
+
+class Dictionary(NamedTuple):
+    """A column by its distinct values: what is done once for each entry need not be done for each value.
+
+    Attributes
+    ----------
+    dictionary : array[n] or Strings
+        The entries; one may occur more than once.
+    codes : uint32[n_rows], or Ragged of uint32
+        For each value the position of its entry.
+    """
+
+    dictionary: npt.NDArray[Any] | Strings
+    codes: npt.NDArray[np.uint32] | Ragged
+
+    def decode(self) -> npt.NDArray[Any] | Ragged | Strings:
+        """The column itself."""
+        if isinstance(self.codes, Ragged):
+            values = take(self.dictionary, self.codes.values.astype(np.int64))
+            return Ragged(values, self.codes.row_splits)
+        return take(self.dictionary, self.codes.astype(np.int64))
 
 
 Column: TypeAlias = "npt.NDArray[Any] | Ragged | Strings"

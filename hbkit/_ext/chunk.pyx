@@ -31,7 +31,7 @@ import zlib
 import numpy as np
 
 from hbkit._ext.pool import shared
-from hbkit.errors import BudgetExceeded, Corrupt, Unsupported
+from hbkit.errors import BudgetExceeded, Corrupt, InvalidArgument, Unsupported
 
 cdef extern from "xxh64.h" nogil:
     uint64_t hb_xxh64(const uint8_t *, int64_t, uint64_t)
@@ -128,6 +128,9 @@ cdef class Output:
         Also keep a byte for each value that says whether it was not null.
     past_cache : bool
         Write values around the caches: for outputs that are larger than they are.
+    dictionary : Output, optional
+        Where entries go when rows are to be uint32 positions in it: those of the file's dictionaries, and values that
+        stand in none.
     """
 
     cdef object dtype
@@ -136,12 +139,13 @@ cdef class Output:
     cdef readonly int rank
     cdef int64_t item, limit
     cdef bint with_mask, is_text, past_cache
+    cdef readonly Output dictionary
     cdef readonly int64_t n_rows, n_values, n_nulls
     cdef int64_t *n_items  # by level below the rows: items so far, values last
 
     def __cinit__(self, dtype, int rank, int64_t limit_nbytes, bint with_mask=False,
-                  bint past_cache=False):
-        self.past_cache = past_cache
+                  bint past_cache=False, Output dictionary=None):
+        self.past_cache, self.dictionary = past_cache, dictionary
         self.dtype, self.rank, self.limit, self.with_mask = dtype, rank, limit_nbytes, with_mask
         self.is_text = dtype is None
         self.item = 1 if dtype is None else dtype.itemsize
@@ -194,6 +198,20 @@ cdef class Output:
         self.owners[which] = owner
         v.data, v.capacity = &view[0], want
         return 0
+
+    def append(self, bytes value):
+        """Append one value, or string, to a flat output."""
+        cdef int64_t n = len(value), at = self.n_values * self.item
+        cdef const uint8_t *data = value
+        if self.is_text:
+            at = self.n_bytes()
+            self.room(ENDS, 8 * (self.n_values + 1), 8)
+            (<int64_t *>self.vecs[ENDS].data)[self.n_values + 1] = at + n
+        elif n != self.item:
+            raise InvalidArgument(f"a value of {n} bytes", remedy=f"give {self.item}")
+        self.room(VALUES, at, n)
+        memcpy(self.vecs[VALUES].data + at, data, n)
+        self.n_values += 1
 
     cdef object _array(self, int which, object dtype, int64_t n):
         return np.empty(n, dtype) if n == 0 else np.frombuffer(self.owners[which], dtype, n)
@@ -299,16 +317,13 @@ cdef class Chunk:
         ``decompress(codec, source, nbytes)`` for every codec but "none" and snappy: a buffer of nbytes, or an exception.
     place : dict
         For errors: file, column, row group.
-    dictionary : Output, optional
-        Read codes rather than values: dictionary entries, and values that are in no dictionary, are appended to it, and
-        rows are uint32 positions in it.
     """
 
     cdef Form form
     cdef const Shape *f
     cdef object data, decompress, place, page_owner, other_page_owner, flat_owner, dict_owner, span_owner
     cdef object lengths_owner, prefixes_owner
-    cdef Output dictionary
+    cdef Output dictionary  # of the output that is being read into
     cdef const hb_decoders *k
     cdef int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
     cdef int codec
@@ -337,11 +352,9 @@ cdef class Chunk:
     cdef uint32_t *rep_levels
     cdef uint32_t *def_levels
 
-    def __cinit__(self, Form form, const uint8_t[::1] data, int codec, int64_t n_entries, decompress, dict place,
-                  Output dictionary=None):
+    def __cinit__(self, Form form, const uint8_t[::1] data, int codec, int64_t n_entries, decompress, dict place):
         self.form, self.data, self.codec, self.decompress, self.place = form, data, codec, decompress, place
         self.f = &form.shape
-        self.dictionary = dictionary
         self.k = kernels().decode
         self.snappy = kernels().snappy
         self.at = &data[0] if data.shape[0] else NULL
@@ -983,7 +996,7 @@ cdef class Chunk:
                 else:
                     self.values(m, <uint8_t *>dense)
                 out.room(VALUES, out.n_values * out.item, n_slots * out.item)
-                self.k.expand(slots, self.valid, a, z, dense, out.item, self.f.fill,
+                self.k.expand(slots, self.valid, a, z, dense, out.item, 0 if self.dictionary is not None else self.f.fill,
                               out.vecs[VALUES].data + out.n_values * out.item)
                 out.n_values += n_slots
             a = z
@@ -1139,6 +1152,13 @@ cdef class Chunk:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
+    cdef int bind(self, Output out) except -1:
+        if out.dictionary is not self.dictionary:
+            if self.n_pages:
+                raise InvalidArgument("the chunk was begun with another dictionary", remedy="read it with one output")
+            self.dictionary = out.dictionary
+        return 0
+
     def read(self, int64_t n_rows, Output out):
         """Append the next n_rows rows.
 
@@ -1149,6 +1169,7 @@ cdef class Chunk:
         Unsupported, BudgetExceeded
         """
         cdef int64_t done
+        self.bind(out)
         try:
             with nogil:
                 done = self.rows(n_rows, out)
@@ -1166,6 +1187,7 @@ cdef class Chunk:
             As `read`.
         """
         cdef int64_t a = 0, b, n = mask.shape[0], done = 0
+        self.bind(out)
         try:
             with nogil:
                 while a < n:

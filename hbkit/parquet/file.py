@@ -52,7 +52,7 @@ class _Native:
     ) -> None:
         self._decoding, self._limit, self._place = decoding, limit_nbytes, place
         self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
-        self._left = n_rows
+        self._left, self.n_values = n_rows, chunk.n_values
         # lists vary: rooms of their mean length would be moved
         self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
         self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
@@ -70,6 +70,9 @@ class _Native:
         else:
             self._chunk.read_masked(rows.view(np.uint8), output)
         self._step(n_rows)
+
+    def check_nulls(self, output: Any) -> None:
+        self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
 
     def skip(self, n_rows: int) -> None:
         self._chunk.skip(n_rows)
@@ -181,16 +184,21 @@ class File:
         self._planned: list[tuple[Field, Leaf | None, Decoding | None]] | None = None
         self._leaves: dict[str, Leaf] = {}
         self.schema: dict[str, ColumnType] = {}
+        self._members: dict[str, list[str]] = {}
+        tops = [name for name, _, _ in self.footer.columns]
         for leaf in self.footer.leaves:
+            top = tops[leaf.column]
+            if leaf.name != top:
+                self._members.setdefault(top, []).append(leaf.name)
+                if leaf.name in tops:  # a column that is called so comes before a member
+                    continue
             if leaf.name in self._leaves:
                 leaf.refuse("two columns have this name")
             self._leaves[leaf.name] = leaf
             self.schema[leaf.name] = leaf.kind
-        self._names = {name: name for name in self.schema}
-        if ignore_case:
-            self._fold()
+        self._folded = self._fold() if ignore_case else {}
 
-    def _fold(self) -> None:
+    def _fold(self) -> dict[str, str]:
         folded: dict[str, str] = {}
         for name in self.schema:
             if name.casefold() in folded:
@@ -201,11 +209,26 @@ class File:
                     file=self.path,
                 )
             folded[name.casefold()] = name
-        self._names = folded
+        return folded
 
     def find(self, name: str) -> str | None:
-        """The name in this file of the column that a field calls `name`; None where there is none."""
-        return self._names.get(name) or self._names.get(name.casefold()) if self._names else None
+        """The name in this file of the column that a field calls `name`; None where there is none.
+
+        Raises
+        ------
+        Unsupported
+            It is a structure or map, whose members are columns of their own.
+        """
+        if name in self.schema:
+            return name
+        if name in self._members:
+            raise errors.Unsupported(
+                "a structure or map is read by its members",
+                remedy=f"name {' or '.join(self._members[name][:5])}",
+                file=self.path,
+                column=name,
+            )
+        return self._folded.get(name.casefold())
 
     def decoder(self, name: str) -> str:
         """Which decoder takes a column: "native" or "pyarrow"."""
@@ -344,6 +367,30 @@ class File:
         with Threads(num_threads) as threads:
             return self.open_row_group(g, fields, threads).read(self.row_group_rows[g], rows)
 
+    def read(self, fields: Sequence[Field], row_groups: Sequence[int], dictionary: bool = False) -> dict[str, Any]:
+        """Several row groups end to end; see `read_columns`."""
+        opened = [self._open(g, fields) for g in row_groups]
+        n_rows = sum(self.row_group_rows[g] for g in row_groups)
+        out: dict[str, Any] = {}
+        for field, _, decoding in self._plan(fields):
+            readers = [columns.pop(field.name) for columns in opened]
+            place = {"file": self.path, "column": field.name}
+            if decoding is not None and all(isinstance(r, _Native) for r in readers):
+                output = decoding.output(self._limit, dictionary=dictionary)
+                output.reserve(n_rows, sum(r.n_values for r in readers))
+                for g, reader in zip(row_groups, readers, strict=True):
+                    reader.read_into(self.row_group_rows[g], output)
+                    reader.check_nulls(output)
+                out[field.name] = decoding.finish(output, place)
+                continue
+            if dictionary:
+                raise errors.Unsupported(
+                    "this column has no dictionary to read", remedy="read it without dictionary=True", **place
+                )
+            parts = [r.read(self.row_group_rows[g], None, False) for g, r in zip(row_groups, readers, strict=True)]
+            out[field.name] = ragged.concat(parts or [self.read_no_rows([field])[field.name]])
+        return out
+
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""
         out: dict[str, Column] = {}
@@ -425,7 +472,9 @@ def read_columns(
     path: str | os.PathLike[str],
     columns: Sequence[str | Field] | None = None,
     row_groups: Sequence[int] | None = None,
-) -> dict[str, Column]:
+    dictionary: bool = False,
+    ignore_case: bool = False,
+) -> dict[str, Any]:
     """Whole columns of one file.
 
     Parameters
@@ -436,24 +485,31 @@ def read_columns(
         None reads every column that can be read.
     row_groups : sequence of int, optional
         None reads all.
+    dictionary : bool
+        Give each column as ``Dictionary(dictionary, codes)``: the entries (array or Strings) and, in place of values, a
+        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value. Every
+        row group brings its own entries, so one may occur more than once.
+    ignore_case : bool
+        Find columns whatever the case of their letters.
 
     Returns
     -------
-    dict of str to array, Ragged or Strings
+    dict of str to array, Ragged, Strings or Dictionary
         In memory that the caller owns.
 
     Raises
     ------
+    Unsupported
+        `dictionary` with a cast, padding or a rank other than the file's.
     HbkitError
         See ``File`` and ``File.open_row_group``.
     """
-    file = File(path)
+    file = File(path, ignore_case)
     try:
         if columns is None:
             columns = [name for name, kind in file.schema.items() if not kind.unsupported]
         fields = [c if isinstance(c, Field) else Field(c) for c in columns]
-        groups = range(len(file.row_group_rows)) if row_groups is None else row_groups
-        parts = [file.read_row_group(g, fields) for g in groups] or [file.read_no_rows(fields)]
-        return {f.name: ragged.concat([p[f.name] for p in parts]) for f in fields}
+        groups = list(range(len(file.row_group_rows)) if row_groups is None else row_groups)
+        return file.read(fields, groups, dictionary)
     finally:
         file.close()
