@@ -285,7 +285,7 @@ class File:
         readers: dict[str, Any] = {}
         wanted = []
         for field, leaf, decoding in self._plan(fields):
-            place = {"file": self.path, "row_group": g, "column": field.name}
+            place = {"file": self.path, "column": field.name, "row_group": g}
             readers[field.name] = None
             if leaf is None or decoding is None:
                 readers[field.name] = _Missing(field, _type_of_missing(field), place)
@@ -441,7 +441,7 @@ class File:
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
         """The named error for whatever a reader raised."""
-        place: dict[str, Any] = {"file": self.path, "row_group": g, "column": name}
+        place: dict[str, Any] = {"file": self.path, "column": name, "row_group": g}
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
             return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
