@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hbkit import errors, ragged
 from hbkit._ext import chunk as _chunk
+from hbkit._ext import thrift
 from hbkit.parquet import codecs
 from hbkit.parquet.column import Decoding, decode, missing
 from hbkit.parquet.field import ColumnType, Field
@@ -27,6 +29,7 @@ __all__ = ["File", "RowGroup", "read_columns"]
 
 LIMIT_NBYTES = 1 << 32
 CACHE_NBYTES = 8 << 20  # a read of more goes around the caches: it would not be there when it is used
+JUMP_ROWS = 1000  # from here on a skip looks into the offset index
 INT96 = 3
 _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
@@ -44,15 +47,31 @@ class RowGroup(Protocol):
         """Step over the next n_rows rows."""
 
 
+class PageRows(NamedTuple):
+    """Where each page of a column chunk begins in it, the row it begins with, and where the last one ends."""
+
+    offsets: npt.NDArray[np.int64]
+    first_rows: npt.NDArray[np.int64]
+    end: int
+
+
 class _Native:
     """One column of a row group, by our own decoder."""
 
     def __init__(
-        self, decoding: Decoding, data: Any, chunk: Chunk, n_rows: int, limit_nbytes: int, place: dict[str, Any]
+        self,
+        decoding: Decoding,
+        data: Any,
+        chunk: Chunk,
+        pages: Callable[[], PageRows | None],
+        n_rows: int,
+        limit_nbytes: int,
+        place: dict[str, Any],
     ) -> None:
         self._decoding, self._limit, self._place = decoding, limit_nbytes, place
         self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
-        self._left, self.n_values = n_rows, chunk.n_values
+        self._row, self._n_rows, self.n_values = 0, n_rows, chunk.n_values
+        self._pages = pages
         # lists vary: rooms of their mean length would be moved
         self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
         self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
@@ -75,12 +94,19 @@ class _Native:
         self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
 
     def skip(self, n_rows: int) -> None:
+        to = self._row + n_rows
+        pages = self._pages() if n_rows >= JUMP_ROWS else None
+        if pages is not None:
+            page = int(np.searchsorted(pages.first_rows, to, side="right")) - 1
+            if page > 0 and pages.first_rows[page] > self._row and to < self._n_rows:
+                self._chunk.jump(int(pages.offsets[page]), int(pages.end))
+                n_rows, self._row = to - int(pages.first_rows[page]), int(pages.first_rows[page])
         self._chunk.skip(n_rows)
         self._step(n_rows)
 
     def _step(self, n_rows: int) -> None:
-        self._left -= n_rows
-        if self._left == 0:
+        self._row += n_rows
+        if self._row == self._n_rows:
             self._chunk.finish()
 
 
@@ -297,8 +323,23 @@ class File:
                 readers[field.name] = _Whole(self._decode(g, leaf, field, place))
         buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
         for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
-            readers[name] = _Native(decoding, data, chunk, n_rows, self._limit, place)
+            pages = partial(self._page_rows, chunk, n_rows)
+            readers[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
         return readers
+
+    def _page_rows(self, chunk: Chunk, n_rows: int) -> PageRows | None:
+        """Where the pages of a column chunk lie and which rows they begin with; None without a sound offset index."""
+        if chunk.offset_index is None or sum(chunk.offset_index) > self.source.nbytes:
+            return None
+        pages = thrift.read_offset_index(self.source.read([chunk.offset_index])[0])
+        if pages is None or len(pages) == 0:
+            return None
+        offsets, sizes, first_rows = (pages - [chunk.first_page, 0, 0]).T
+        end = int(offsets[-1] + sizes[-1])
+        rising = (np.diff(offsets) > 0).all() and (np.diff(first_rows) >= 0).all()
+        if not rising or offsets[0] < 0 or sizes[-1] <= 0 or end > chunk.nbytes or not 0 == first_rows[0] <= first_rows[-1] < n_rows:
+            return None
+        return PageRows(offsets, first_rows, end)
 
     def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
         """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
