@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbkit import errors, ragged
+from hbkit.parquet.bounds import guarantee
 from hbkit.parquet.column import column_type, decode, missing
+from hbkit.parquet.decoded import Decoded
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import read_footer
-from hbkit.parquet.source import Source, open_source
+from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.ragged import Column
 
 __all__ = ["File", "read_columns"]
@@ -131,10 +133,22 @@ class File:
         table = self.arrow_schema.empty_table()
         return {f.name: self._column(table, 0, f, None) for f in fields}
 
+    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> Decoded:
+        """The columns of one row group, to be read some rows at a time."""
+        return Decoded(self.read_row_group(g, fields, None, num_threads))
+
+    def guarantee(self, g: int, name: str) -> pc.Expression | None:
+        """What statistics promise of all values of a stored column in a row group, or None."""
+        return guarantee(self.footer, self.arrow_schema, g, name)
+
+    def decoded_by(self, name: str) -> str:
+        """What decodes a column."""
+        return "pyarrow"
+
     def _column(self, table: pa.Table, n_rows: int, field: Field, g: int | None) -> Column:
         place = {"file": self.path, "column": field.name, "row_group": g}
         if field.name not in self.schema:
-            return missing(n_rows, field, _type_of_missing(field), place)
+            return missing(n_rows, field, field.of_missing(), place)
         try:
             return decode(table.column(field.name), field, self.schema[field.name], place)
         except errors.HbkitError:
@@ -184,13 +198,7 @@ class File:
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
         """The named error for whatever a reader raised."""
-        place: dict[str, Any] = {"file": self.path, "row_group": g, "column": name}
-        text = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
-            return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
-        if isinstance(e, NotImplementedError):
-            return errors.Unsupported(f"cannot read {what}: {text}", remedy="leave it out of fields", **place)
-        return errors.Corrupt(f"{what} is damaged: {text}", remedy=_REWRITE, **place)
+        return unreadable(e, what, file=self.path, row_group=g, column=name)
 
     def close(self) -> None:
         """Close the source."""
@@ -198,20 +206,6 @@ class File:
 
 
 _REWRITE = "write the file again, or leave it out"
-
-
-def _type_of_missing(field: Field) -> ColumnType:
-    """The type of a column that the file lacks: what the field says, else what its default is."""
-    if field.dtype is not None:
-        dtype = str(field.dtype)
-    elif field.hash_to:
-        dtype = field.hash_to
-    elif isinstance(field.default, (str, bytes)):
-        dtype = "string"
-    else:
-        dtype = np.asarray(0.0 if field.default is None else field.default).dtype.name
-    stored = ColumnType(dtype if not field.hash_to else "string", field.ragged_rank or (field.pad_to is not None) + 0)
-    return field.output(stored)
 
 
 def read_columns(
