@@ -1,4 +1,4 @@
-"""Datasets: Parquet files to batches, by an order that neither threads nor shards can change."""
+"""Datasets: Parquet or ORC files to batches, by an order that neither threads nor shards can change."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import numpy.typing as npt
 from hbkit import errors, ragged
 from hbkit.data.ahead import prefetch
 from hbkit.data.batch import Batch, Inputs, dense_inputs, join, pad
+from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
+from hbkit.data.orc import OrcFile
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
+from hbkit.parquet.source import SUFFIXES
 from hbkit.ragged import Column
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class _Plan:
     n_reads: int
     n_decodes: int
     skip_bad: bool
+    decoded_by: Mapping[str, str]
     filter: RowFilter | None = None
     shuffle: Shuffle | None = None
     batch_size: int | None = None
@@ -53,11 +57,12 @@ class _Plan:
 
 
 class Dataset:
-    """Rows of Parquet files as batches of columns.
+    """Rows of Parquet or ORC files as batches of columns.
 
-    Make one with ``from_parquet``, say what to do with chained calls (each gives a new dataset), and iterate. Every
-    iteration is one epoch (or as many as ``repeat`` says), in an order that depends on the files, the filter, the
-    seed, the epoch and the batch size alone: batch ``b`` of the global order goes to shard ``b % m`` of ``(i, m)``.
+    Make one with ``from_parquet`` or ``from_orc``, say what to do with chained calls (each gives a new dataset), and
+    iterate. Every iteration is one epoch (or as many as ``repeat`` says), in an order that depends on the files, the
+    filter, the seed, the epoch and the batch size alone: batch ``b`` of the global order goes to shard ``b % m`` of
+    ``(i, m)``.
 
     Notes
     -----
@@ -114,6 +119,45 @@ class Dataset:
         SchemaMismatch, Unsupported, InvalidArgument
             The files disagree, or a field does not suit them.
         """
+        return cls._open(paths, SUFFIXES, File, fields, shard, num_parallel_reads, num_parallel_decodes, on_error)
+
+    @classmethod
+    def from_orc(
+        cls,
+        paths: Paths,
+        fields: Sequence[str | Field] | None = None,
+        shard: tuple[int, int] = (0, 1),
+        num_parallel_reads: int = 1,
+        num_parallel_decodes: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Self:
+        """A dataset over the rows of ORC files; all is as ``from_parquet`` says, and stripes are its row groups.
+
+        Raises
+        ------
+        HbkitError
+            See ``from_parquet``.
+
+        Notes
+        -----
+        pyarrow decodes a stripe, all columns in one thread; a filter prunes none. A damaged footer is an error, but
+        some damage inside a stripe crashes or stalls pyarrow's reader, which nothing here can prevent: read ORC files
+        from sources that are trusted. Parquet files have no such risk.
+        """
+        return cls._open(paths, (".orc",), OrcFile, fields, shard, num_parallel_reads, num_parallel_decodes, on_error)
+
+    @classmethod
+    def _open(
+        cls,
+        paths: Paths,
+        suffixes: Sequence[str],
+        open_file: Callable[[str], DataFile],
+        fields: Sequence[str | Field] | None,
+        shard: tuple[int, int],
+        num_parallel_reads: int,
+        num_parallel_decodes: int,
+        on_error: Literal["raise", "skip"],
+    ) -> Self:
         i, m = shard
         _require(
             isinstance(i, int) and isinstance(m, int) and 0 <= i < m, f"shard is {shard}", "use (i, m), 0 <= i < m"
@@ -123,10 +167,10 @@ class Dataset:
         stats = Stats()
         each = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         _require(bool(each), "paths is empty", "name at least one file")
-        files: list[File] = []
-        for path in [name for p in each for name in list_files(p)]:
+        files: list[DataFile] = []
+        for path in [name for p in each for name in list_files(p, suffixes)]:
             try:
-                files.append(File(path))
+                files.append(open_file(path))
             except errors.Corrupt as e:
                 if on_error == "raise":
                     raise
@@ -145,6 +189,7 @@ class Dataset:
             n_reads=num_parallel_reads,
             n_decodes=num_parallel_decodes,
             skip_bad=on_error == "skip",
+            decoded_by={name: next(f for f in files if name in f.schema).decoded_by(name) for name in schema},
         )
         return cls(plan, stats)
 
@@ -286,7 +331,7 @@ class Dataset:
         return {
             **{f"n_{name}": self._stats[f"n_{name}"] for name in names},
             "skipped": list(self._stats.skipped),
-            "decoded_by": {f.name: "pyarrow" for f in self._plan.fields},
+            "decoded_by": {f.name: self._plan.decoded_by[f.name] for f in self._plan.fields},
             "unsupported": dict(self._plan.unsupported),
         }
 
@@ -445,7 +490,7 @@ class Dataset:
 
 
 def _settle(
-    files: Sequence[File], fields: Sequence[str | Field] | None
+    files: Sequence[DataFile], fields: Sequence[str | Field] | None
 ) -> tuple[list[Field], dict[str, ColumnType], dict[str, str]]:
     """The fields with a dtype and rank that suit all files, the schema they give, and what cannot be read."""
     unsupported = {name: kind.unsupported for f in files for name, kind in f.schema.items() if kind.unsupported}
