@@ -17,6 +17,7 @@ from hbkit.data.ahead import prefetch
 from hbkit.data.batch import Batch, Inputs, dense_inputs, join, pad
 from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
+from hbkit.data.hive import partitioned
 from hbkit.data.orc import OrcFile
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
@@ -88,6 +89,7 @@ class Dataset:
         num_parallel_reads: int = 1,
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        hive: bool = False,
     ) -> Self:
         """A dataset over the rows of Parquet files.
 
@@ -107,6 +109,10 @@ class Dataset:
         on_error : "raise" or "skip"
             "skip" drops a file or row group whose bytes are damaged, counts it in ``stats()`` and logs it. Every
             shard then decodes every row group, so that all agree on the rows that are left.
+        hive : bool
+            Directories ``key=value`` become columns, as in Spark: int64 where all values of a key are integers of at
+            most 18 digits, else string; URL-decoded, ``__HIVE_DEFAULT_PARTITION__`` is null. A filter on them leaves
+            whole files unread.
 
         Raises
         ------
@@ -119,7 +125,7 @@ class Dataset:
         SchemaMismatch, Unsupported, InvalidArgument
             The files disagree, or a field does not suit them.
         """
-        return cls._open(paths, SUFFIXES, File, fields, shard, num_parallel_reads, num_parallel_decodes, on_error)
+        return cls._open(paths, SUFFIXES, File, fields, shard, num_parallel_reads, num_parallel_decodes, on_error, hive)
 
     @classmethod
     def from_orc(
@@ -130,6 +136,7 @@ class Dataset:
         num_parallel_reads: int = 1,
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        hive: bool = False,
     ) -> Self:
         """A dataset over the rows of ORC files; all is as ``from_parquet`` says, and stripes are its row groups.
 
@@ -144,7 +151,17 @@ class Dataset:
         some damage inside a stripe crashes or stalls pyarrow's reader, which nothing here can prevent: read ORC files
         from sources that are trusted. Parquet files have no such risk.
         """
-        return cls._open(paths, (".orc",), OrcFile, fields, shard, num_parallel_reads, num_parallel_decodes, on_error)
+        return cls._open(
+            paths,
+            (".orc",),
+            OrcFile,
+            fields,
+            shard,
+            num_parallel_reads,
+            num_parallel_decodes,
+            on_error,
+            hive,
+        )
 
     @classmethod
     def _open(
@@ -157,6 +174,7 @@ class Dataset:
         num_parallel_reads: int,
         num_parallel_decodes: int,
         on_error: Literal["raise", "skip"],
+        hive: bool,
     ) -> Self:
         i, m = shard
         _require(
@@ -178,6 +196,8 @@ class Dataset:
                 stats.skip("files", e)
         if not files:
             raise last
+        if hive:
+            files = partitioned(files)
         settled, schema, unsupported = _settle(files, fields)
         units = [(file, g) for file in files for g in range(len(file.row_group_rows))]
         plan = _Plan(

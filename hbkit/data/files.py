@@ -113,7 +113,7 @@ class ArrowFile(ABC):
             table, n = table.filter(pa.array(rows)), int(np.count_nonzero(rows))
         return {f.name: self._column(table, n, f, g) for f in fields}
 
-    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> Decoded:
+    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> RowReader:
         """See ``DataFile``."""
         return Decoded(self.read_row_group(g, fields, None, num_threads))
 
