@@ -15,6 +15,7 @@ import numpy.typing as npt
 from hbkit import errors, ragged
 from hbkit.data.ahead import prefetch
 from hbkit.data.batch import Batch, Inputs, dense_inputs, join, pad
+from hbkit.data.deduplicated import Deduplicated, declared, layout
 from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
 from hbkit.data.hive import partitioned
@@ -90,6 +91,7 @@ class Dataset:
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
         hive: bool = False,
+        deduplicated: Mapping[str, Sequence[str]] | None = None,
     ) -> Self:
         """A dataset over the rows of Parquet files.
 
@@ -113,6 +115,9 @@ class Dataset:
             Directories ``key=value`` become columns, as in Spark: int64 where all values of a key are integers of at
             most 18 digits, else string; URL-decoded, ``__HIVE_DEFAULT_PARTITION__`` is null. A filter on them leaves
             whole files unread.
+        deduplicated : mapping of str to sequence of str, optional
+            Index column to the value columns that it restores, in files whose rows are blocks of samples; the rows are
+            then samples. Files of ``write_deduplicated`` say so themselves.
 
         Raises
         ------
@@ -125,7 +130,9 @@ class Dataset:
         SchemaMismatch, Unsupported, InvalidArgument
             The files disagree, or a field does not suit them.
         """
-        return cls._open(paths, SUFFIXES, File, fields, shard, num_parallel_reads, num_parallel_decodes, on_error, hive)
+        return cls._open(
+            paths, SUFFIXES, File, fields, shard, num_parallel_reads, num_parallel_decodes, on_error, hive, deduplicated
+        )
 
     @classmethod
     def from_orc(
@@ -137,6 +144,7 @@ class Dataset:
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
         hive: bool = False,
+        deduplicated: Mapping[str, Sequence[str]] | None = None,
     ) -> Self:
         """A dataset over the rows of ORC files; all is as ``from_parquet`` says, and stripes are its row groups.
 
@@ -161,6 +169,7 @@ class Dataset:
             num_parallel_decodes,
             on_error,
             hive,
+            deduplicated,
         )
 
     @classmethod
@@ -175,6 +184,7 @@ class Dataset:
         num_parallel_decodes: int,
         on_error: Literal["raise", "skip"],
         hive: bool,
+        deduplicated: Mapping[str, Sequence[str]] | None,
     ) -> Self:
         i, m = shard
         _require(
@@ -185,10 +195,13 @@ class Dataset:
         stats = Stats()
         each = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         _require(bool(each), "paths is empty", "name at least one file")
+        blocks = None if deduplicated is None else layout(deduplicated)
         files: list[DataFile] = []
         for path in [name for p in each for name in list_files(p, suffixes)]:
             try:
-                files.append(open_file(path))
+                file = open_file(path)
+                indices = blocks or declared(file)
+                files.append(Deduplicated(file, indices) if indices else file)
             except errors.Corrupt as e:
                 if on_error == "raise":
                     raise
