@@ -1262,7 +1262,8 @@ cdef class Chunk:
 
     def finish(self):
         """Raise Corrupt unless all rows were read."""
-        if self.window_at < self.window_n or self.page_entries or self.entries_left:
+        if self.window_at < self.window_n or self.page_entries or (
+                self.entries_left and not (self.has_jumped and self.at == self.end)):
             self.fail("the column chunk holds more rows than its row group")
 
     cdef int64_t rows(self, int64_t n_rows, Output out) except -1 nogil:

@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from hbkit import errors, ragged
 from hbkit.data.ahead import in_order
+from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
-from hbkit.parquet import Field, File, Threads
+from hbkit.parquet import Field, Threads
 from hbkit.ragged import Column
 
 __all__ = ["Epoch", "Shuffle", "Stats", "Unit", "random_order"]
@@ -42,7 +43,7 @@ class Unit(NamedTuple):
     """One row group; ``number`` counts over all files in their order."""
 
     number: int
-    file: File
+    file: DataFile
     row_group: int
 
 

@@ -6,26 +6,29 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbkit import errors, ragged
 from hbkit._ext import chunk as _chunk
 from hbkit._ext import thrift
 from hbkit.parquet import codecs
+from hbkit.parquet.bounds import guarantee
 from hbkit.parquet.column import Decoding, decode, missing
+from hbkit.parquet.decoded import RowGroup
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
-from hbkit.parquet.source import Source, open_source
+from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
-__all__ = ["File", "RowGroup", "read_columns"]
+__all__ = ["File", "read_columns"]
 
 LIMIT_NBYTES = 1 << 32
 CACHE_NBYTES = 8 << 20  # a read of more goes around the caches: it would not be there when it is used
@@ -35,16 +38,6 @@ _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
 _SHORT_CHUNKS = re.compile(r"parquet-mr(?! version)|parquet-mr version (0|1\.[01]|1\.2\.[0-8])\b")
 _SHORT_BY = 100
-
-
-class RowGroup(Protocol):
-    """A row group's rows, from the first on."""
-
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        """The next n_rows rows, or those of them where the mask `rows` is true; the caller owns their memory."""
-
-    def skip(self, n_rows: int) -> None:
-        """Step over the next n_rows rows."""
 
 
 class PageRows(NamedTuple):
@@ -256,11 +249,10 @@ class File:
             )
         return self._folded.get(name.casefold())
 
-    def decoder(self, name: str) -> str:
-        """Which decoder takes a column: "native" or "pyarrow"."""
+    def decoded_by(self, name: str) -> str:
+        """Which decoder takes a column: "native", or "pyarrow" where it takes one of its chunks."""
         leaf = self._leaves[name]
-        groups = range(len(self.row_group_rows))
-        return "native" if all(self._is_native(leaf, self.footer.chunk(g, leaf.index).codec) for g in groups) else "pyarrow"
+        return "native" if all(self._is_native(leaf, codec) for codec in self.footer.codecs(leaf.index)) else "pyarrow"
 
     @staticmethod
     def _is_native(leaf: Leaf, codec: int) -> bool:
@@ -314,7 +306,7 @@ class File:
             place = {"file": self.path, "column": field.name, "row_group": g}
             readers[field.name] = None
             if leaf is None or decoding is None:
-                readers[field.name] = _Missing(field, _type_of_missing(field), place)
+                readers[field.name] = _Missing(field, field.of_missing(), place)
                 continue
             chunk = self.footer.chunk(g, leaf.index)
             if self._is_native(leaf, chunk.codec):
@@ -438,10 +430,14 @@ class File:
         for field, _, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name}
             if decoding is None:
-                out[field.name] = missing(0, field, _type_of_missing(field), place)
+                out[field.name] = missing(0, field, field.of_missing(), place)
             else:
                 out[field.name] = decoding.finish(decoding.output(self._limit), place)
         return out
+
+    def guarantee(self, g: int, name: str) -> pc.Expression | None:
+        """What statistics promise of all values of a stored column in a row group, or None."""
+        return guarantee(self.footer, self.arrow_schema, g, name)
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
         """Columns of one row group as they are stored, for expressions on them."""
@@ -482,31 +478,13 @@ class File:
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
         """The named error for whatever a reader raised."""
-        place: dict[str, Any] = {"file": self.path, "column": name, "row_group": g}
-        text = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
-            return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
-        if isinstance(e, NotImplementedError):
-            return errors.Unsupported(f"cannot read {what}: {text}", remedy="leave it out of fields", **place)
-        return errors.Corrupt(f"{what} is damaged: {text}", remedy=_REWRITE, **place)
+        return unreadable(e, what, file=self.path, column=name, row_group=g)
 
     def close(self) -> None:
         """Close the source."""
         self.source.close()
 
 
-def _type_of_missing(field: Field) -> ColumnType:
-    """The type of a column that the file lacks: what the field says, else what its default is."""
-    if field.dtype is not None:
-        dtype = str(field.dtype)
-    elif field.hash_to:
-        dtype = field.hash_to
-    elif isinstance(field.default, (str, bytes)):
-        dtype = "string"
-    else:
-        dtype = np.asarray(0.0 if field.default is None else field.default).dtype.name
-    stored = ColumnType(dtype if not field.hash_to else "string", field.ragged_rank or (field.pad_to is not None) + 0)
-    return field.output(stored)
 
 
 def read_columns(

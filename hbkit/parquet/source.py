@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from hbkit import errors
 
-__all__ = ["LocalSource", "RemoteSource", "Source", "list_files", "open_source"]
+__all__ = ["SUFFIXES", "LocalSource", "RemoteSource", "Source", "list_files", "open_source", "unreadable"]
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 _WILD = re.compile(r"[*?\[]")
@@ -127,16 +127,17 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return LocalSource(inner) if filesystem is None else RemoteSource(text, filesystem, inner)
 
 
-def list_files(path: str | os.PathLike[str]) -> list[str]:
-    """The Parquet files that a path, glob, directory or URI stands for, sorted by name.
+def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+    """The files that a path, glob, directory or URI stands for, sorted by name.
 
-    A directory is searched to any depth for ``.parquet``, ``.parq`` and ``.pq``; names that begin with ``.`` or
-    ``_`` are left out, as Spark and Hive do. ``*`` and ``?`` match within one part of the path, ``**`` any depth.
+    A directory is searched to any depth for names that end in one of ``suffixes``: ``.parquet``, ``.parq`` and
+    ``.pq``, unless told otherwise. Names that begin with ``.`` or ``_`` are left out, as Spark and Hive do, but not
+    ``_key=value``. ``*`` and ``?`` match within one part of the path, ``**`` any depth.
 
     Raises
     ------
     NotFound
-        Nothing is there, or the directory holds no Parquet file.
+        Nothing is there, or the directory holds no such file.
     """
     text = os.fspath(path)
     filesystem, inner = _resolve(text)
@@ -153,9 +154,10 @@ def list_files(path: str | os.PathLike[str]) -> list[str]:
             return [text]
         if kind == pafs.FileType.Directory:
             base = inner.rstrip("/")
-            names = [n for n in _walk(filesystem, base) if n.lower().endswith(SUFFIXES)]
-            names = [n for n in names if not any(p[:1] in "._" for p in n[len(base) :].split("/") if p)]
-            problem, remedy = "the directory holds no Parquet file", f"name the files, or end them in {SUFFIXES[0]}"
+            names = [n for n in _walk(filesystem, base) if n.lower().endswith(tuple(suffixes))]
+            names = [n for n in names if not any(_hidden(p) for p in n[len(base) :].split("/"))]
+            problem = f"the directory holds no file that ends in {' or '.join(suffixes)}"
+            remedy = f"name the files, or end them in {suffixes[0]}"
         elif _WILD.search(inner):
             parts = inner.split("/")
             fixed = next(i for i, part in enumerate(parts) if _WILD.search(part))
@@ -170,6 +172,10 @@ def list_files(path: str | os.PathLike[str]) -> list[str]:
     if not names:
         raise errors.NotFound(problem, remedy=remedy, file=text)
     return sorted(prefix + n + suffix for n in names)
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or (part.startswith("_") and "=" not in part)
 
 
 def _walk(filesystem: Any, base: str) -> list[str]:
@@ -223,3 +229,14 @@ def _refused(path: str, e: OSError) -> errors.HbkitError:
     return errors.StorageError(
         f"cannot read the file: {e.strerror or e}", remedy="check permissions and the connection", file=path
     )
+
+
+def unreadable(e: Exception, what: str, **place: Any) -> errors.HbkitError:
+    """The named error for whatever a reader raised on ``what`` at this place."""
+    text = str(e).splitlines()[0] if str(e) else type(e).__name__
+    # pyarrow raises a bare OSError where the bytes are damaged
+    if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
+        return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
+    if isinstance(e, NotImplementedError):
+        return errors.Unsupported(f"cannot read {what}: {text}", remedy="leave it out of fields", **place)
+    return errors.Corrupt(f"{what} is damaged: {text}", remedy="write the file again, or leave it out", **place)
