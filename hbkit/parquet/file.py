@@ -67,6 +67,8 @@ class File:
             arrow = reader.schema_arrow
             pairs = self._metadata.metadata or {}
             self.metadata = {k.decode(): v.decode() for k, v in pairs.items() if k != b"ARROW:schema"}
+        except errors.HbkitError:  # the source's own
+            raise
         except Exception as e:
             raise self.broken(e, "the footer") from e
         if arrow.names != [name for name, _, _ in self.footer.columns]:
@@ -151,6 +153,8 @@ class File:
                 )
         try:
             table = self._read(g, names, num_threads)
+        except errors.HbkitError:
+            raise
         except Exception as e:
             # again one by one, to name the column
             for name in names if len(names) > 1 else ():
