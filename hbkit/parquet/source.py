@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from hbkit.parquet import fetch
 __all__ = ["LocalSource", "RemoteSource", "Source", "list_files", "open_source"]
 
 SUFFIXES = (".parquet", ".parq", ".pq")
+LEAST = 4096  # bytes of a remote request: pyarrow's S3 files find no room for the service's reasons in less
 TAIL = 64 * 1024  # bytes at a remote file's end that are read together: they hold most footers
 T = TypeVar("T")
 _WILD = re.compile(r"[*?\[]")
@@ -148,7 +149,8 @@ class RemoteSource:
     def _around(self, offset: int, nbytes: int) -> tuple[int, int]:
         # SPEC: the footer ends 8 bytes before the file does; nothing else in the file reaches as far
         if offset + nbytes < self.nbytes - 8:
-            return offset, nbytes
+            nbytes = max(nbytes, min(LEAST, self.nbytes))
+            return min(offset, self.nbytes - nbytes), nbytes
         begin = min(offset, max(0, self.nbytes - TAIL))
         return begin, self.nbytes - begin
 
@@ -172,7 +174,8 @@ class RemoteSource:
         for (offset, nbytes), w in zip(ranges, where, strict=True):
             begin = offset - blocks[w][0]
             out.append((offset, views[w][begin : begin + nbytes]))
-            if offset + nbytes == self.nbytes and nbytes <= fetch.LARGEST:
+            # what begins with the file is the file, not its footer
+            if offset + nbytes == self.nbytes and nbytes <= (fetch.LARGEST if offset else TAIL):
                 self._keep(*out[-1])
         return out
 
@@ -191,8 +194,10 @@ class RemoteSource:
     def _keep(self, offset: int, view: memoryview) -> None:
         self._tail = offset, view
         _with_tail.append(weakref.ref(self))
-        if len(_with_tail) > N_TAILS and (oldest := _with_tail.popleft()()) not in (None, self):
-            oldest._tail = None
+        while len(_with_tail) > N_TAILS:
+            oldest = _with_tail.popleft()()
+            if oldest is not None and oldest is not self:
+                oldest._tail = None
 
     def _run(self, jobs: list[fetch.Job[T]]) -> list[T]:
         try:
@@ -268,12 +273,17 @@ def _open(filesystem: Any, inner: str) -> _Opened:
 
     def read_at(offset: int, nbytes: int) -> Any:
         # pyarrow's S3 files believe that the body is as long as was asked for, and leave the rest of the buffer as it
-        # was: a random mark at the buffer's end tells
+        # was: a random mark at the buffer's end shows how much of it
         body = np.empty(nbytes, np.uint8)
         mark = np.frombuffer(os.urandom(16)[:nbytes], np.uint8)
         body[-mark.size :] = mark
         n = file.get_stream(offset, nbytes).readinto(body)
-        return body[: 0 if np.array_equal(body[-mark.size :], mark) else n]
+        left = int(np.cumprod((body[-mark.size :] == mark)[::-1]).sum())
+        if 0 < left < min(nbytes, 4):  # chance, most likely: ask for these few again
+            again = read_at(offset + nbytes - left, left)
+            body[nbytes - left :][: again.size] = again
+            left -= again.size
+        return body[: min(n, nbytes - left)]
 
     return read_at, file.size(), file.close
 
@@ -291,20 +301,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         No file system is known for the URI's scheme.
     """
     text = os.fspath(path)
-    filesystem, inner = _resolve(text)
-    return LocalSource(inner) if filesystem is None else RemoteSource(text, _once(filesystem), inner)
-
-
-def _once(filesystem: Any) -> Any:
-    """The file system, but each of its requests is made once.
-
-    Made from a URI, pyarrow's S3 client repeats what fails thirty times, five times a second whatever the service
-    says, and the process cannot end before a stalled request has come to the end of that.
-    """
-    if type(filesystem).__name__ != "S3FileSystem":
-        return filesystem
-    make, (options,) = filesystem.__reduce__()
-    return make({**options, "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=1)})
+    filesystem, inner = _resolve(text, repeats=False)
+    return LocalSource(inner) if filesystem is None else RemoteSource(text, filesystem, inner)
 
 
 def list_files(path: str | os.PathLike[str]) -> list[str]:
@@ -368,15 +366,18 @@ def _glob_regex(pattern: str) -> str:
     return out
 
 
-def _resolve(text: str) -> tuple[Any, str]:
-    """``(file system, path inside it)``; the file system is None for a local path."""
+def _resolve(text: str, repeats: bool = True) -> tuple[Any, str]:
+    """``(file system, path inside it)``; the file system is None for a local path.
+
+    Without ``repeats``, a file system that would repeat its requests by itself does not.
+    """
     if "://" not in text:
         return None, text
     if text.startswith("file://"):
         return None, str(pathlib.Path(pafs.FileSystem.from_uri(text)[1]))
     try:
         # this may ask the service for the bucket's region
-        return fetch.run([fetch.Job(partial(pafs.FileSystem.from_uri, text))], text)[0]
+        return fetch.run([fetch.Job(partial(_from_uri, text, repeats))], text)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass
     except errors.HbkitError:
@@ -396,6 +397,31 @@ def _resolve(text: str) -> tuple[Any, str]:
     except OSError as e:
         raise _refused(text, e) from e
     return pafs.PyFileSystem(pafs.FSSpecHandler(inner_fs)), inner
+
+
+_S3_URI = re.compile(r"s3://(?P<bucket>(?:[^/?#@]*@)?[^/?#@]+)(?P<key>(?:/[\w.=*-]+)*)(?P<options>\?[^#]*)?", re.ASCII)
+
+
+def _from_uri(text: str, repeats: bool) -> tuple[Any, str]:
+    # a key that needs no unquoting; others have a client made for themselves
+    if found := _S3_URI.fullmatch(text):
+        client = _s3(f"s3://{found['bucket']}{found['options'] or ''}", repeats, os.getpid())
+        return client, found["bucket"].rpartition("@")[2] + found["key"]
+    return pafs.FileSystem.from_uri(text)
+
+
+@lru_cache(16)
+def _s3(uri: str, repeats: bool, pid: int) -> Any:
+    """pyarrow's client for a bucket, one for all files: to make one waits for the requests of all others to end.
+
+    Made from a URI, it repeats what fails thirty times, five times a second whatever the service says, and the process
+    cannot end before a stalled request has come to the end of that. A forked process must have its own.
+    """
+    client, _ = pafs.FileSystem.from_uri(uri)
+    if repeats:
+        return client
+    make, (options,) = client.__reduce__()
+    return make({**options, "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=1)})
 
 
 def _refused(path: str, e: Exception) -> errors.HbkitError:
