@@ -269,6 +269,8 @@ class File:
             try:
                 reader = pq.ParquetFile(self.source.file)
                 self._arrow = reader.metadata, reader.schema_arrow
+            except errors.HbkitError:  # the source's own
+                raise
             except Exception as e:
                 raise self.broken(e, "the footer") from e
             if self._arrow[1].names != [name for name, _, _ in self.footer.columns]:
@@ -452,6 +454,8 @@ class File:
                 leaves.append(leaf.index)
         try:
             table = self._read(g, leaves, num_threads)
+        except errors.HbkitError:  # the source's own
+            raise
         except Exception as e:
             what, only = ("the column", names[0]) if len(names) == 1 else ("the row group", None)
             raise self.broken(e, what, g, only) from e
