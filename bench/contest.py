@@ -29,8 +29,8 @@ from typing import Any
 
 Figures = dict[str, list[dict[str, float]]]  # contender: what its process printed in each round
 
-_LIMITS = [f"{x}_NUM_THREADS" for x in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")]
-_LIMITS += ["POLARS_MAX_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"]
+_LIMITS = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "POLARS_MAX_THREADS"]
+_LIMITS += ["TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"]
 
 
 def arguments(doc: str | None, rounds: int = 3) -> argparse.ArgumentParser:
@@ -56,20 +56,26 @@ def best(
     print(json.dumps({"n": n, "wall": wall, "cpu": cpu}))
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, threads: int) -> Figures:
+def limit_threads(threads: int) -> None:
+    """In a contender's process, before it imports any library: how many threads the libraries may use."""
+    os.environ.update(dict.fromkeys(_LIMITS, str(threads)))
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, cwd: str | None = None) -> Figures:
     """The last line that each contender prints, as JSON, for each round; who fails is named and left out."""
-    env = {**os.environ, **dict.fromkeys(_LIMITS, str(threads))}
     figures: Figures = {name: [] for name in commands}
     for r in range(rounds):
         names = list(figures)
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            done = subprocess.run(commands[name], env=env, capture_output=True, text=True)
+            done = subprocess.run(commands[name], cwd=cwd, capture_output=True, text=True)
             if done.returncode == 0:
                 figures[name].append(json.loads(done.stdout.splitlines()[-1]))
             else:
                 why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
                 print(f"{name} is left out: {why[-1][:150]}", file=sys.stderr)
                 del figures[name]
+    if not figures:
+        raise SystemExit("no contender is left")
     counts = {name: figure[0]["n"] for name, figure in figures.items() if "n" in figure[0]}
     if len(set(counts.values())) > 1:
         raise SystemExit(f"contenders disagree on how many values there are: {counts}")
@@ -88,7 +94,7 @@ def median(figures: Figures, name: str, clock: str) -> float:
 
 def ratio(figures: Figures, ours: str, peers: Sequence[str], clock: str) -> float:
     """How many times as long the fastest peer of a round takes, the median over the rounds."""
-    rounds = zip(figures[ours], *(figures[p] for p in peers), strict=True)
+    rounds = zip(figures[ours], *(figures[p] for p in peers if p in figures), strict=True)
     return statistics.median(min(p[clock] for p in others) / us[clock] for us, *others in rounds)
 
 

@@ -184,6 +184,7 @@ def main() -> None:
     ap.add_argument("--threads", type=int, default=1)
     a = ap.parse_args()
     if a.contender:
+        contest.limit_threads(a.threads)
         file, _ = WORKLOADS[a.only]
         make = globals()[a.contender.replace(" ", "_")]
         contest.best(make(str(a.data / f"{file}.parquet"), a.only.endswith("_ids"), a.threads), n_values)
@@ -200,7 +201,7 @@ def main() -> None:
             name: contest.itself(sys.executable if name in OURS else a.peers, __file__, name, *options)
             for name in contenders(workload)
         }
-        figures = contest.take_turns(commands, a.rounds, a.threads)
+        figures = contest.take_turns(commands, a.rounds)
         others = [name for name in figures if name not in OURS]
         goal = WORKLOADS[workload][1]
         n = figures[OURS[0]][0]["n"]
