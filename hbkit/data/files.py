@@ -30,6 +30,8 @@ class DataFile(Protocol):
     ----------
     path : str
         Errors name it.
+    remote : bool
+        Whether its bytes are worth fetching ahead.
     schema : dict of str to ColumnType
         The columns; the ones that cannot be read say why in ``.unsupported``.
     row_group_rows : sequence of int
@@ -42,6 +44,8 @@ class DataFile(Protocol):
 
     @property
     def path(self) -> str: ...
+    @property
+    def remote(self) -> bool: ...
     @property
     def schema(self) -> dict[str, ColumnType]: ...
     @property
@@ -84,6 +88,7 @@ class ArrowFile(ABC):
     """A data file of which a format gives ``read_arrow``; the columns are decoded from that."""
 
     path: str
+    remote = False  # it is decoded as it is fetched
     schema: dict[str, ColumnType]
     row_group_rows: Sequence[int]
     metadata: dict[str, str]

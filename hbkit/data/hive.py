@@ -68,6 +68,7 @@ class Partitioned:
 
     def __init__(self, file: DataFile, values: Mapping[str, pa.Scalar]) -> None:
         self.file, self.path, self.metadata = file, file.path, file.metadata
+        self.remote = file.remote
         self.row_group_rows, self.n_rows = file.row_group_rows, file.n_rows
         self._values = dict(values)
         self.schema, self.arrow_schema = dict(file.schema), file.arrow_schema

@@ -193,7 +193,7 @@ class File:
         self, source: Source | str | os.PathLike[str], ignore_case: bool = False, limit_nbytes: int = LIMIT_NBYTES
     ) -> None:
         self.source: Source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
-        self.path = self.source.path
+        self.path, self.remote = self.source.path, self.source.remote
         self.footer = read_footer(self.source)
         self.row_group_rows = self.footer.row_group_rows
         self.n_rows = sum(self.row_group_rows)
