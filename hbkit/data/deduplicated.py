@@ -32,6 +32,7 @@ from hbkit.data.files import ArrowFile, DataFile, Mask, RowGroup, to_column
 from hbkit.data.output import ROW_GROUP_ROWS, Output, writers
 from hbkit.parquet import ColumnType, Field
 from hbkit.parquet.column import column_type, missing
+from hbkit.parquet.decoded import Slab, read
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column, Ragged, Strings
 
@@ -133,7 +134,7 @@ class Deduplicated(ArrowFile):
     ) -> dict[str, Column]:
         """See ``DataFile``."""
         n_rows = self.row_group_rows[g] if rows is None else int(np.count_nonzero(rows))
-        return self._open(g, fields, rows, n_rows, num_threads).read(n_rows)
+        return read(self._open(g, fields, rows, n_rows, num_threads), n_rows)
 
     def open_row_group(self, g: int, fields: Sequence[Field], threads: Threads = ALONE) -> RowGroup:
         """See ``DataFile``; values are repeated for the rows of one step only."""
@@ -206,15 +207,13 @@ class _Reader:
     def __init__(self, columns: Mapping[str, Any], places: Mapping[str, Int64s]) -> None:
         self._columns, self._places, self._at = columns, places, 0
 
-    def read(self, n_rows: int, rows: Mask | None = None) -> dict[str, Column]:
+    def add_to(self, slab: Slab, n_rows: int, rows: Mask | None = None) -> None:
         """See ``RowGroup``."""
         step = slice(self._at, self._at + n_rows)
         self._at += n_rows
-        columns = {
-            name: ragged.take(column, self._places[name][step]) if name in self._places else column[step]
-            for name, column in self._columns.items()
-        }
-        return columns if rows is None else {name: ragged.take(c, rows) for name, c in columns.items()}
+        for name, column in self._columns.items():
+            part = ragged.take(column, self._places[name][step]) if name in self._places else column[step]
+            slab.column(name).parts.append(part if rows is None else ragged.take(part, rows))
 
     def skip(self, n_rows: int) -> None:
         """See ``RowGroup``."""

@@ -14,7 +14,7 @@ from hbkit import errors
 from hbkit.data.files import DataFile, Mask, RowGroup, to_column
 from hbkit.parquet import Field
 from hbkit.parquet.column import column_type
-from hbkit.parquet.decoded import Decoded
+from hbkit.parquet.decoded import Decoded, Slab
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
@@ -152,10 +152,12 @@ class _Reader:
     def __init__(self, readers: Sequence[RowGroup], names: Sequence[str]) -> None:
         self._readers, self._names = readers, names
 
-    def read(self, n_rows: int, rows: Mask | None = None) -> dict[str, Column]:
+    def add_to(self, slab: Slab, n_rows: int, rows: Mask | None = None) -> None:
         """See ``RowGroup``."""
-        columns = {name: column for reader in self._readers for name, column in reader.read(n_rows, rows).items()}
-        return {name: columns[name] for name in self._names}
+        for name in self._names:  # in the fields' order
+            slab.column(name)
+        for reader in self._readers:
+            reader.add_to(slab, n_rows, rows)
 
     def skip(self, n_rows: int) -> None:
         """See ``RowGroup``."""

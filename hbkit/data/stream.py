@@ -28,14 +28,15 @@ from hbkit import errors, ragged
 from hbkit.data.ahead import in_order
 from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
-from hbkit.parquet import Field, RowGroup, Threads
+from hbkit.parquet import Field, RowGroup, Slab, Threads
+from hbkit.parquet.decoded import Decoded, read
 from hbkit.ragged import Column
 
 __all__ = ["Epoch", "Shuffle", "Stats", "Unit", "random_order"]
 
 log = logging.getLogger("hbkit.data")
 
-SLAB_ROWS = 65_536  # decoded at once, in whole batches
+SLAB_ROWS = 65_536  # decoded at once, in whole batches or windows
 Columns = dict[str, Column]
 
 
@@ -55,12 +56,11 @@ class Shuffle(NamedTuple):
 
 
 class Piece:
-    """Consecutive rows of the stream, from number ``start`` on: the rows of the parts end to end, or, with an order,
-    row ``order[i]`` of them as the i-th."""
+    """Consecutive rows of the stream, from number ``start`` on: those of the one part, or, with places, rows of several
+    parts in another order; see `ragged.places`."""
 
-    def __init__(self, start: int, n_rows: int, parts: list[Columns], order: npt.NDArray[np.int64] | None = None) -> None:
-        self.start, self.n_rows, self.parts = start, n_rows, parts
-        self._places = None if order is None else ragged.places([_n_rows(p) for p in parts], order)
+    def __init__(self, start: int, n_rows: int, parts: list[Columns], places: ragged.Places | None = None) -> None:
+        self.start, self.n_rows, self.parts, self._places = start, n_rows, parts, places
 
     def rows(self, first: int, last: int) -> Columns:
         """Rows of the stream's numbers first..last-1, clipped to the piece."""
@@ -80,10 +80,6 @@ class Piece:
         assert self._places is not None
         part, row = self._places
         return ragged.take_from([p[name] for p in self.parts], None if part is None else part[a:z], row[a:z])
-
-
-def _n_rows(columns: Columns) -> int:
-    return ragged.n_rows(next(iter(columns.values())))
 
 
 def random_order(n: int, *key: int) -> npt.NDArray[np.int64]:
@@ -227,24 +223,44 @@ class Epoch:
                 if known and not self._mine(max(row, start), row + n):
                     yield partial(_Read, unit, n)
                 else:
-                    yield partial(self._read, unit, max(row, start) - row if known else 0, row if known else None, threads)
+                    yield partial(self._read, unit, max(row, start) - row if known else 0, threads)
                 row += n
 
         # of a remote file, the next row group's bytes are fetched while this one's are decoded
         ahead = 2 if any(u.file.remote for u in order) else 1
-        for read in in_order(jobs(), max(ahead, self.n_reads)):
-            if read.bad is not None:
-                self._drop(read.unit, read.bad)
-            for first, n, columns in read.slabs:
-                yield Piece(at + first, n, [columns])
-                del columns
-            at += read.n_rows
+        whole, left = self._whole(), sum(u.file.row_group_rows[u.row_group] for u in order)
+        size = max(1, SLAB_ROWS // whole) * whole
+        slab: Slab | None = None
+        begun = upto = at
+        for found in in_order(jobs(), max(ahead, self.n_reads)):
+            if found.bad is not None:
+                self._drop(found.unit, found.bad)
+            row, end = at + found.first, at + found.n_rows
+            while found.group is not None and row < end:
+                if slab is not None and row != upto:  # what lies between belongs to others
+                    yield Piece(begun, upto - begun, [slab.finish()])
+                    slab = None
+                # what the row group before left unfinished is finished first
+                n = min(size - row % size if slab is None else whole - row % whole, end - row)
+                n_stored, rows = found.step(n, row + n == end)
+                if row + n > start and self._mine(max(row, start), row + n):
+                    if slab is None:
+                        slab, begun = Slab(min(size, left)), row
+                    found.group.add_to(slab, n_stored, rows)
+                    upto = row + n
+                else:
+                    found.group.skip(n_stored)
+                row += n
+                if slab is not None and row % whole == 0:
+                    yield Piece(begun, upto - begun, [slab.finish()])
+                    slab = None
+            at = end
+            left -= found.unit.file.row_group_rows[found.unit.row_group]
+        if slab is not None:
+            yield Piece(begun, upto - begun, [slab.finish()])
 
-    def _read(self, unit: Unit, first: int, row: int | None, threads: Threads) -> _Read:
-        """The row group from its row ``first`` on, as slabs; or the error that makes it bad.
-
-        ``row`` is the number of its first row in the stream, where that is known.
-        """
+    def _read(self, unit: Unit, first: int, threads: Threads) -> _Read:
+        """The row group from its row ``first`` on; or the error that makes it bad."""
         file, g = unit.file, unit.row_group
         n = file.row_group_rows[g]
         if unit.number in self.skipped:
@@ -258,53 +274,26 @@ class Epoch:
                 self.stats.add("n_row_groups_pruned", int(file.row_group_rows[g] > 0))
                 return _Read(unit, 0)
             group = file.open_row_group(g, self.fields, threads)
-            slabs = self._slabs(group, file.row_group_rows[g], mask, first, row)
-            if self.n_reads > 1 or self.skip_bad:  # in another thread; or, since a bad row group is dropped whole, first
-                slabs = iter(list(slabs))
+            if first:
+                group.skip(first)
+            if self.n_reads > 1 or self.skip_bad:  # in this thread; or, since a bad row group is dropped whole, first
+                group, mask = Decoded(read(group, file.row_group_rows[g] - first, mask)), None
         except errors.Corrupt as e:
             return _Read(unit, 0, bad=e)
         self.stats.add("n_row_groups_read")
-        return _Read(unit, n, slabs)
+        return _Read(unit, n, first, group, mask)
 
-    def _slabs(
-        self, group: RowGroup, n_rows: int, mask: npt.NDArray[np.bool_] | None, first: int, row: int | None
-    ) -> Iterator[tuple[int, int, Columns]]:
-        """(first row, rows, columns) of a row group that are not wholly those of other shards.
-
-        A slab ends with a batch, or with a shuffle's window: then the batch is one piece of memory.
-        """
-        size = self._slab_rows()
-        if first:
-            group.skip(first)
-        at, kept = first, 0
-        while at < n_rows:
-            m = min(size - (at if row is None else row + at) % size, n_rows - at)
-            if mask is not None:
-                rows = mask[at : at + m]
-                k = int(np.count_nonzero(rows))
-                if k:
-                    yield kept, k, group.read(m, None if k == m else rows)
-                else:
-                    group.skip(m)
-                kept += k
-            elif row is None or self._mine(row + at, row + at + m):
-                yield at, m, group.read(m)
-            else:
-                group.skip(m)
-            at += m
-
-    def _slab_rows(self) -> int:
-        if self.shuffle:
-            return self.shuffle.buffer_rows
-        return max(1, SLAB_ROWS // self.batch_size) * self.batch_size
+    def _whole(self) -> int:
+        """Rows of a batch, or of a shuffle's window: what is to be one piece of memory."""
+        return self.shuffle.buffer_rows if self.shuffle else self.batch_size
 
     def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads) -> Iterator[Piece]:
         """The stream cut into windows and shuffled within each; windows without rows of this shard are left out."""
-        size, parts, held, current = shuffle.buffer_rows, list[Columns](), 0, 0
+        size, parts, sizes, current = shuffle.buffer_rows, list[Columns](), list[int](), 0
 
         def window() -> Piece:
-            order = random_order(held, shuffle.seed, self.epoch, current + 1)
-            piece = Piece(current * size, held, parts, order)
+            order = random_order(sum(sizes), shuffle.seed, self.epoch, current + 1)
+            piece = Piece(current * size, len(order), parts, ragged.places(sizes, order))
             return piece.shuffled(threads) if self.shard[1] == 1 else piece
 
         for piece in pieces:
@@ -314,18 +303,34 @@ class Epoch:
                 first, last = max(w * size, piece.start), min((w + 1) * size, piece.start + piece.n_rows)
                 current = w
                 parts.append(piece.rows(first, last))
-                held += last - first
+                sizes.append(last - first)
                 if last == (w + 1) * size:
                     yield window()
-                    parts, held = [], 0
+                    parts, sizes = [], []
         if parts:
             yield window()
 
 
-class _Read(NamedTuple):
-    """What became of a row group: its rows in the stream, and slabs of them."""
+class _Read:
+    """What became of a row group: its rows in the stream, of which the first ``first`` are stepped over already."""
 
-    unit: Unit
-    n_rows: int
-    slabs: Iterator[tuple[int, int, Columns]] = iter(())
-    bad: errors.Corrupt | None = None
+    def __init__(
+        self,
+        unit: Unit,
+        n_rows: int,
+        first: int = 0,
+        group: RowGroup | None = None,
+        mask: npt.NDArray[np.bool_] | None = None,
+        bad: errors.Corrupt | None = None,
+    ) -> None:
+        self.unit, self.n_rows, self.first, self.group, self.bad = unit, n_rows, first, group, bad
+        self._mask, self._kept = mask, None if mask is None else np.flatnonzero(mask)
+        self._n_kept = self._at = 0  # rows of the stream, and stored rows, so far
+
+    def step(self, n: int, is_last: bool) -> tuple[int, npt.NDArray[np.bool_] | None]:
+        """How many stored rows hold the next n rows of the stream, and which of them these are (None: all)."""
+        if self._mask is None or self._kept is None:
+            return n, None
+        first, self._n_kept = self._at, self._n_kept + n
+        self._at = len(self._mask) if is_last else int(self._kept[self._n_kept - 1]) + 1
+        return self._at - first, None if self._at - first == n else self._mask[first : self._at]

@@ -142,14 +142,19 @@ class Decoding:
             entries.append(self._fill)  # code 0 stands for nulls
         return _chunk.Output(np.dtype(np.uint32), self.rank, limit_nbytes, False, past_cache, entries)
 
-    def finish(self, output: Any, place: Place) -> Any:
+    def goes_on(self, other: Decoding) -> bool:
+        """Whether rows that another decoding began may be continued by this one."""
+        mine, theirs = ((d.out, d.dtype, d.rank, d.with_mask, d._casts, d._scale, d.field) for d in (self, other))
+        return self is other or mine == theirs
+
+    def finish(self, output: Any, place: Place | None = None) -> Any:
         """The column that the field asks for, or a Dictionary, of what was decoded.
 
         Raises
         ------
         NullFound, SchemaMismatch
         """
-        field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
+        field, n_rows, n_nulls, place = self.field, output.n_rows, output.n_nulls, place or self.place
         values, splits, mask = output.finish()
         if output.dictionary is not None:
             self.check_nulls(n_nulls, n_rows, place)

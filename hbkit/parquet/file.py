@@ -20,7 +20,7 @@ from hbkit._ext import thrift
 from hbkit.parquet import codecs
 from hbkit.parquet.bounds import guarantee
 from hbkit.parquet.column import Decoding, decode, missing
-from hbkit.parquet.decoded import RowGroup
+from hbkit.parquet.decoded import Gathered, Mask, RowGroup, Slab, read
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
@@ -69,14 +69,17 @@ class _Native:
         self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
         self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
-        output = self._decoding.output(self._limit, past_cache)
-        n_values = int(n_rows * self._values_per_row) + 64
-        output.reserve(n_rows, n_values, 16 * n_values)
-        self.read_into(n_rows, output, rows)
-        return self._decoding.finish(output, self._place)
+    def add_to(self, column: Gathered, n_rows: int, rows: Mask | None, n_expected: int, past_cache: bool) -> None:
+        decoding = self._decoding
+        if column.output is None or not decoding.goes_on(column.decoding):
+            column.close()
+            column.decoding, column.output = decoding, decoding.output(self._limit, past_cache)
+            n_values = int(n_expected * self._values_per_row) + 64
+            column.output.reserve(n_expected, n_values, 16 * n_values)
+        self.read_into(n_rows, column.output, rows)
+        self.check_nulls(column.output)
 
-    def read_into(self, n_rows: int, output: Any, rows: npt.NDArray[np.bool_] | None = None) -> None:
+    def read_into(self, n_rows: int, output: Any, rows: Mask | None = None) -> None:
         if rows is None:
             self._chunk.read(n_rows, output)
         else:
@@ -104,35 +107,21 @@ class _Native:
 
 
 class _Whole:
-    """One column of a row group that was decoded whole."""
+    """One column of a row group that was decoded whole, or that the file lacks."""
 
     nbytes_per_row = 0.0
 
     def __init__(self, column: Column) -> None:
-        self._column, self._at = column, 0
+        self.column, self._at = column, 0
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
+    def add_to(self, column: Gathered, n_rows: int, rows: Mask | None, n_expected: int, past_cache: bool) -> None:
         self._at += n_rows
-        column = ragged.slice_rows(self._column, self._at - n_rows, self._at)
-        return column if rows is None else ragged.take(column, rows)
+        part = ragged.slice_rows(self.column, self._at - n_rows, self._at)
+        column.close()
+        column.parts.append(part if rows is None else ragged.take(part, rows))
 
     def skip(self, n_rows: int) -> None:
         self._at += n_rows
-
-
-class _Missing:
-    """A column that the file lacks."""
-
-    nbytes_per_row = 0.0
-
-    def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
-        self._arguments = field, out, place
-
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
-        return missing(n_rows if rows is None else int(np.count_nonzero(rows)), *self._arguments)
-
-    def skip(self, n_rows: int) -> None:
-        pass
 
 
 class _RowGroup:
@@ -142,11 +131,12 @@ class _RowGroup:
         # the longest first, so that no thread begins with it when the others are done
         self._order = sorted(columns, key=lambda name: -columns[name].nbytes_per_row)
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        past_cache = n_rows * self._nbytes_per_row > CACHE_NBYTES
-        columns = self._threads.each(lambda name: self._columns[name].read(n_rows, rows, past_cache), self._order)
-        found = dict(zip(self._order, columns, strict=True))
-        return {name: found[name] for name in self._columns}
+    def add_to(self, slab: Slab, n_rows: int, rows: Mask | None = None) -> None:
+        n, past_cache = slab.n_rows, slab.n_rows * self._nbytes_per_row > CACHE_NBYTES
+        gathered = {name: slab.column(name) for name in self._columns}  # in the fields' order
+        self._threads.each(
+            lambda name: self._columns[name].add_to(gathered[name], n_rows, rows, n, past_cache), self._order
+        )
 
     def skip(self, n_rows: int) -> None:
         self._threads.each(lambda name: self._columns[name].skip(n_rows), self._order)
@@ -308,7 +298,7 @@ class File:
             place = {"file": self.path, "column": field.name, "row_group": g}
             readers[field.name] = None
             if leaf is None or decoding is None:
-                readers[field.name] = _Missing(field, field.of_missing(), place)
+                readers[field.name] = _Whole(missing(n_rows, field, field.of_missing(), place))
                 continue
             chunk = self.footer.chunk(g, leaf.index)
             if self._is_native(leaf, chunk.codec):
@@ -380,7 +370,7 @@ class File:
         self,
         g: int,
         fields: Sequence[Field],
-        rows: npt.NDArray[np.bool_] | None = None,
+        rows: Mask | None = None,
         num_threads: int = 1,
     ) -> dict[str, Column]:
         """The columns of one row group, each as its field asks; the caller owns their memory.
@@ -400,7 +390,7 @@ class File:
             As `open_row_group`.
         """
         with Threads(num_threads) as threads:
-            return self.open_row_group(g, fields, threads).read(self.row_group_rows[g], rows)
+            return read(self.open_row_group(g, fields, threads), self.row_group_rows[g], rows)
 
     def read(self, fields: Sequence[Field], row_groups: Sequence[int], dictionary: bool = False) -> dict[str, Any]:
         """Several row groups end to end; see `read_columns`."""
@@ -422,8 +412,11 @@ class File:
                 raise errors.Unsupported(
                     "this column has no dictionary to read", remedy="read it without dictionary=True", **place
                 )
-            parts = [r.read(self.row_group_rows[g], None, False) for g, r in zip(row_groups, readers, strict=True)]
-            out[field.name] = ragged.concat(parts or [self.read_no_rows([field])[field.name]])
+            column = Gathered()
+            for g, reader in zip(row_groups, readers, strict=True):
+                reader.add_to(column, self.row_group_rows[g], None, self.row_group_rows[g], False)
+            column.close()
+            out[field.name] = ragged.concat(column.parts or [self.read_no_rows([field])[field.name]])
         return out
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
