@@ -22,8 +22,8 @@ from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 
-from hbkit._ext.isa cimport (HB_CODES, HB_E_END, HB_E_FORMAT, HB_E_RANGE, HB_SLACK, hb_decoders, hb_runs, hb_span,
-                             kernels)
+from hbkit._ext.isa cimport (HB_CODES, HB_E_END, HB_E_FORMAT, HB_E_RANGE, HB_SHORT, HB_SLACK, hb_decoders, hb_runs,
+                             hb_short, hb_span, kernels)
 from hbkit._ext.thrift cimport Cursor, PageHeader, read_page_header
 
 import zlib
@@ -104,9 +104,10 @@ cdef enum:  # Output.vecs
     SPLITS = 3
 
 cdef enum:  # what is known of a window's definition levels
-    SAME = 0
-    BITS = 1
-    NUMBERS = 2
+    SAME = 0  # one level, same_level
+    BITS = 1  # one bit each: valid has them
+    MANY = 2  # nulls are in a bitmap
+    NUMBERS = 3  # def_levels has them
 
 cdef struct Vec:
     uint8_t *data
@@ -339,7 +340,7 @@ cdef class Chunk:
     # the current page
     cdef int64_t page_entries  # behind the current window
     cdef hb_runs reps, defs, runs
-    cdef bint is_dict, is_runs
+    cdef bint is_dict, is_runs, is_short
     cdef const uint8_t *value_at
     cdef const uint8_t *value_end
     cdef int64_t bit_at
@@ -350,6 +351,7 @@ cdef class Chunk:
     cdef uint64_t *starts
     cdef uint64_t *elements
     cdef uint64_t *valid
+    cdef uint64_t *nulls
     cdef uint32_t *rep_levels
     cdef uint32_t *def_levels
 
@@ -364,12 +366,14 @@ cdef class Chunk:
         if n_entries < 0:
             self.fail("the footer claims a negative number of values")
         if self.f.max_def:
-            self.starts = <uint64_t *>malloc(3 * WORDS * 8)
+            self.starts = <uint64_t *>malloc(4 * WORDS * 8)
             self.elements, self.valid = self.starts + WORDS, self.starts + 2 * WORDS
-        if self.f.max_def > 1:
+            self.nulls = self.starts + 3 * WORDS
+        if self.f.max_rep > 1 or self.f.max_def >= 32:
             self.rep_levels = <uint32_t *>malloc(2 * UNPACKED_WINDOW * 4)
             self.def_levels = self.rep_levels + UNPACKED_WINDOW
-        if self.f.max_def and self.starts == NULL or self.f.max_def > 1 and self.rep_levels == NULL:
+        if self.f.max_def and self.starts == NULL or \
+                (self.f.max_rep > 1 or self.f.max_def >= 32) and self.rep_levels == NULL:
             raise MemoryError
 
     def __dealloc__(self):
@@ -737,7 +741,7 @@ cdef class Chunk:
     cdef int open_dictionary(self, PageHeader *h, const uint8_t *source) except -1 nogil:
         """SPEC: the dictionary page comes before all data pages, in PLAIN."""
         cdef const uint8_t *p = NULL
-        cdef int64_t n = h.n_entries, i, width = self.f.width
+        cdef int64_t n = h.n_entries, i, width = self.f.width, used
         cdef uint32_t size = 0
         cdef hb_span *span
         if self.n_dict >= 0 and self.dict_data != NULL:
@@ -769,7 +773,11 @@ cdef class Chunk:
             return 0
         if self.f.convert == STRINGS:
             with gil:
-                self.span_owner = self.take(&self.spans, n * sizeof(hb_span), None)
+                self.span_owner = self.take(&self.spans, n * sizeof(hb_short), None)
+            used = HB_E_RANGE if width else self.k.strings_short(p, p + h.nbytes, n, <hb_short *>self.spans.data)
+            self.is_short = used >= 0
+            if used != HB_E_RANGE:
+                return self.check(used)
             span = <hb_span *>self.spans.data
             if width:
                 for i in range(n):
@@ -996,6 +1004,12 @@ cdef class Chunk:
         while done < n:
             m = min(n - done, <int64_t>HB_CODES)
             self.check(self.k.runs_read(&self.runs, codes, m))
+            if self.is_short:
+                out.room(VALUES, ends[done], m * HB_SHORT)
+                self.check(self.k.strings_gather_short(codes, m, <hb_short *>self.spans.data, self.n_dict, ends + done,
+                                                       out.vecs[VALUES].data))
+                done += m
+                continue
             size = self.k.strings_size(codes, m, <hb_span *>self.spans.data, self.n_dict)
             self.check(size)
             out.room(VALUES, ends[done], size)
@@ -1145,7 +1159,7 @@ cdef class Chunk:
     cdef int open_defs(self, int64_t n) except -1 nogil:
         """Which of the next n entries are elements, and which are valid: the bitmaps, or that all are."""
         cdef const Shape *f = self.f
-        cdef uint32_t level = 0, most
+        cdef uint32_t level = 0
         cdef int least = f.thresholds[1] if f.max_rep else 0
         cdef int same = 1
         if f.max_def:
@@ -1173,16 +1187,18 @@ cdef class Chunk:
                 memcpy(self.elements, self.valid, WORDS * 8)
             self.levels_are = BITS
             return 0
-        self.check(self.k.runs_read(&self.defs, self.def_levels, n))
-        most = self.k.at_least(self.def_levels, n, f.max_def, self.valid)
-        if most > <uint32_t>f.max_def:
-            self.fail("a definition level is beyond the schema's")
-        self.all_valid = self.k.count_bits(self.valid, 0, n) == n
-        self.all_elements = True
-        if least:
+        if f.max_def < 32:
+            self.check(self.k.runs_levels(&self.defs, n, least, f.max_def, f.null_levels, self.elements, self.valid,
+                                          self.nulls if f.null == NULL_ERROR else NULL))
+            self.levels_are = MANY
+        else:
+            self.check(self.k.runs_read(&self.defs, self.def_levels, n))
+            if self.k.at_least(self.def_levels, n, f.max_def, self.valid) > <uint32_t>f.max_def:
+                self.fail("a definition level is beyond the schema's")
             self.k.at_least(self.def_levels, n, least, self.elements)
-            self.all_elements = self.k.count_bits(self.elements, 0, n) == n
-        self.levels_are = NUMBERS
+            self.levels_are = NUMBERS
+        self.all_valid = self.k.count_bits(self.valid, 0, n) == n
+        self.all_elements = least == 0 or self.k.count_bits(self.elements, 0, n) == n
         return 0
 
     cdef int64_t nulls_between(self, int64_t a, int64_t b) noexcept nogil:
@@ -1194,8 +1210,8 @@ cdef class Chunk:
             return (b - a) * self.f.is_null[self.same_level]
         if self.levels_are == BITS:
             return (b - a - self.k.count_bits(self.valid, a, b)) * self.f.is_null[0]
-        if self.f.max_def < 32:
-            return self.k.count_levels(self.def_levels + a, b - a, self.f.null_levels)
+        if self.levels_are == MANY:
+            return self.k.count_bits(self.nulls, a, b)
         for i in range(a, b):
             if self.def_levels[i] < <uint32_t>self.f.max_def:
                 n += self.f.is_null[self.def_levels[i]]

@@ -29,11 +29,22 @@ typedef struct {
     uint32_t at, n;
 } hb_span;
 
+/* The same where no string is longer than HB_SHORT: all of it in one place of memory. */
+enum { HB_SHORT = 15 };
+typedef struct {
+    uint8_t n, bytes[HB_SHORT];
+} hb_short;
+
 typedef struct {
     /* The next n values into out[n + HB_SLACK / 4]. */
     int (*runs_read)(hb_runs *r, uint32_t *out, int64_t n);
     /* The next n values of width 1 as bits, from bit 0 of bits[n / 64 + 2]. */
     int (*runs_bits)(hb_runs *r, uint64_t *bits, int64_t n);
+    /* The next n definition levels, as bits: which reach `least`, which reach `most`, and (where nulls is not NULL) which
+     * are in null_set, bit `level` of it; each array has n / 64 + 2 words. Levels beyond `most`, which is below 32, are an
+     * error. */
+    int (*runs_levels)(hb_runs *r, int64_t n, uint32_t least, uint32_t most, uint32_t null_set, uint64_t *elements,
+                       uint64_t *valid, uint64_t *nulls);
     /* 1 and *value where the next n values all lie in one run of one value, which is then consumed; 0 where not. */
     int (*runs_same)(hb_runs *r, int64_t n, uint32_t *value);
     /* Step over the next n values. */
@@ -45,8 +56,6 @@ typedef struct {
     int (*gather1)(const uint32_t *codes, int64_t n, const uint8_t *dictionary, int64_t n_dictionary, uint8_t *out);
     /* Bit i: levels[i] >= least. Returns the largest level. Bits beyond n in the last word are 0. */
     uint32_t (*at_least)(const uint32_t *levels, int64_t n, uint32_t least, uint64_t *bits);
-    /* How many levels are in the set: bit `level` of it. Levels are below 32. */
-    int64_t (*count_levels)(const uint32_t *levels, int64_t n, uint32_t set);
     /* memcpy that leaves the caches alone: for outputs that do not fit them anyway. */
     void (*copy_past_cache)(void *to, const void *from, int64_t nbytes);
     /* Bits set among bits from..to-1. */
@@ -78,6 +87,12 @@ typedef struct {
     int64_t (*strings_hash)(const uint8_t *src, const uint8_t *end, int64_t n, uint64_t seed, int64_t *out);
     /* Bytes that the strings of these codes take together; HB_E_RANGE where a code is not below n_dictionary. */
     int64_t (*strings_size)(const uint32_t *codes, int64_t n, const hb_span *dictionary, int64_t n_dictionary);
+    /* n strings of PLAIN as short ones. Returns the bytes consumed, or HB_E_RANGE where one is longer than HB_SHORT. */
+    int64_t (*strings_short)(const uint8_t *src, const uint8_t *end, int64_t n, hb_short *out);
+    /* The strings of these codes appended as by strings_plain; data has room for n * HB_SHORT + HB_SLACK. HB_E_RANGE where
+     * a code is not below n_dictionary. */
+    int (*strings_gather_short)(const uint32_t *codes, int64_t n, const hb_short *dictionary, int64_t n_dictionary,
+                                int64_t *splits, uint8_t *data);
     /* The strings of these codes (proven by strings_size) appended as by strings_plain. from and data have HB_SLACK. */
     void (*strings_gather)(const uint32_t *codes, int64_t n, const hb_span *dictionary, const uint8_t *from,
                            int64_t *splits, uint8_t *data);

@@ -13,9 +13,15 @@ cdef extern from "decode.h" nogil:
     ctypedef struct hb_span:
         uint32_t at, n
 
+    ctypedef struct hb_short:
+        uint8_t n
+        uint8_t *bytes
+
     ctypedef struct hb_decoders:
         int (*runs_read)(hb_runs *, uint32_t *, int64_t) noexcept nogil
         int (*runs_bits)(hb_runs *, uint64_t *, int64_t) noexcept nogil
+        int (*runs_levels)(hb_runs *, int64_t, uint32_t, uint32_t, uint32_t, uint64_t *, uint64_t *,
+                           uint64_t *) noexcept nogil
         int (*runs_same)(hb_runs *, int64_t, uint32_t *) noexcept nogil
         int (*runs_skip)(hb_runs *, int64_t) noexcept nogil
         int (*gather8)(const uint32_t *, int64_t, const uint64_t *, int64_t, uint64_t *) noexcept nogil
@@ -23,7 +29,6 @@ cdef extern from "decode.h" nogil:
         int (*gather2)(const uint32_t *, int64_t, const uint16_t *, int64_t, uint16_t *) noexcept nogil
         int (*gather1)(const uint32_t *, int64_t, const uint8_t *, int64_t, uint8_t *) noexcept nogil
         uint32_t (*at_least)(const uint32_t *, int64_t, uint32_t, uint64_t *) noexcept nogil
-        int64_t (*count_levels)(const uint32_t *, int64_t, uint32_t) noexcept nogil
         void (*copy_past_cache)(void *, const void *, int64_t) noexcept nogil
         int64_t (*count_bits)(const uint64_t *, int64_t, int64_t) noexcept nogil
         int64_t (*row_starts)(const uint64_t *, const uint64_t *, int64_t, int64_t, int64_t, int64_t, int64_t *,
@@ -37,10 +42,13 @@ cdef extern from "decode.h" nogil:
         int64_t (*strings_plain)(const uint8_t *, const uint8_t *, int64_t, int64_t *, uint8_t *) noexcept nogil
         int64_t (*strings_hash)(const uint8_t *, const uint8_t *, int64_t, uint64_t, int64_t *) noexcept nogil
         int64_t (*strings_size)(const uint32_t *, int64_t, const hb_span *, int64_t) noexcept nogil
+        int64_t (*strings_short)(const uint8_t *, const uint8_t *, int64_t, hb_short *) noexcept nogil
+        int (*strings_gather_short)(const uint32_t *, int64_t, const hb_short *, int64_t, int64_t *,
+                                    uint8_t *) noexcept nogil
         void (*strings_gather)(const uint32_t *, int64_t, const hb_span *, const uint8_t *, int64_t *,
                                uint8_t *) noexcept nogil
 
-    int HB_SLACK, HB_CODES, HB_E_END, HB_E_FORMAT, HB_E_RANGE
+    int HB_SLACK, HB_CODES, HB_SHORT, HB_E_END, HB_E_FORMAT, HB_E_RANGE
 
 
 cdef extern from "kernels.h" nogil:
