@@ -14,8 +14,8 @@ from hbkit import errors
 from hbkit.parquet import ColumnType, Field
 from hbkit.parquet.column import decode, missing
 from hbkit.parquet.decoded import Decoded, Mask, RowGroup
-from hbkit.parquet.threads import ALONE, Threads
 from hbkit.parquet.source import unreadable
+from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
 __all__ = ["ArrowFile", "DataFile", "Mask", "RowGroup", "to_column"]

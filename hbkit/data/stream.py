@@ -55,10 +55,14 @@ class Shuffle(NamedTuple):
 
 
 class Piece:
-    """Consecutive rows of the stream, from number ``start`` on: the rows of the parts end to end, or, with an order,
-    row ``order[i]`` of them as the i-th."""
+    """Consecutive rows of the stream, from number ``start`` on.
 
-    def __init__(self, start: int, n_rows: int, parts: list[Columns], order: npt.NDArray[np.int64] | None = None) -> None:
+    They are the rows of the parts end to end or, with an order, row ``order[i]`` of them as the i-th.
+    """
+
+    def __init__(
+        self, start: int, n_rows: int, parts: list[Columns], order: npt.NDArray[np.int64] | None = None
+    ) -> None:
         self.start, self.n_rows, self.parts = start, n_rows, parts
         self._places = None if order is None else ragged.places([_n_rows(p) for p in parts], order)
 
@@ -224,10 +228,12 @@ class Epoch:
             row = at
             for unit in order:
                 n = self.count(unit) if known else 0
-                if known and not self._mine(max(row, start), row + n):
-                    yield partial(_Read, unit, n)
+                if not known:
+                    yield partial(self._read, unit, 0, None, threads)
+                elif self._mine(max(row, start), row + n):
+                    yield partial(self._read, unit, max(start - row, 0), row, threads)
                 else:
-                    yield partial(self._read, unit, max(row, start) - row if known else 0, row if known else None, threads)
+                    yield partial(_Read, unit, n)
                 row += n
 
         # of a remote file, the next row group's bytes are fetched while this one's are decoded
@@ -259,7 +265,8 @@ class Epoch:
                 return _Read(unit, 0)
             group = file.open_row_group(g, self.fields, threads)
             slabs = self._slabs(group, file.row_group_rows[g], mask, first, row)
-            if self.n_reads > 1 or self.skip_bad:  # in another thread; or, since a bad row group is dropped whole, first
+            # in another thread; or first, since a bad row group is dropped whole
+            if self.n_reads > 1 or self.skip_bad:
                 slabs = iter(list(slabs))
         except errors.Corrupt as e:
             return _Read(unit, 0, bad=e)
