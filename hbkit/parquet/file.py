@@ -254,6 +254,10 @@ class File:
         leaf = self._leaves[name]
         return "native" if all(self._is_native(leaf, codec) for codec in self.footer.codecs(leaf.index)) else "pyarrow"
 
+    def chunks(self, name: str) -> list[Chunk]:
+        """What the footer says of a column in each row group."""
+        return [self.footer.chunk(g, self._leaves[name].index) for g in range(len(self.row_group_rows))]
+
     @staticmethod
     def _is_native(leaf: Leaf, codec: int) -> bool:
         return leaf.physical != INT96 and codec in codecs.NATIVE
@@ -331,9 +335,9 @@ class File:
         offsets, sizes, first_rows = (pages - [chunk.first_page, 0, 0]).T
         end = int(offsets[-1] + sizes[-1])
         rising = (np.diff(offsets) > 0).all() and (np.diff(first_rows) >= 0).all()
-        if not rising or offsets[0] < 0 or sizes[-1] <= 0 or end > chunk.nbytes or not 0 == first_rows[0] <= first_rows[-1] < n_rows:
-            return None
-        return PageRows(offsets, first_rows, end)
+        inside = offsets[0] >= 0 and sizes[-1] > 0 and end <= chunk.nbytes
+        complete = first_rows[0] == 0 and first_rows[-1] < n_rows
+        return PageRows(offsets, first_rows, end) if rising and inside and complete else None
 
     def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
         """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
@@ -447,9 +451,9 @@ class File:
         for name in names:
             _, first, n = self.footer.columns[self.arrow_schema.names.index(name)]
             for leaf in self.footer.leaves[first : first + n]:
-                if leaf.kind.unsupported and not leaf.kind.unsupported.startswith("decimal"):
+                if leaf.closed:
                     raise errors.Unsupported(
-                        leaf.kind.unsupported, remedy="leave it out of fields and filters", file=self.path, column=name
+                        leaf.closed, remedy="leave it out of fields and filters", file=self.path, column=name
                     )
                 leaves.append(leaf.index)
         try:
@@ -489,8 +493,6 @@ class File:
         self.source.close()
 
 
-
-
 def read_columns(
     path: str | os.PathLike[str],
     columns: Sequence[str | Field] | None = None,
@@ -510,8 +512,8 @@ def read_columns(
         None reads all.
     dictionary : bool
         Give each column as ``Dictionary(dictionary, codes)``: the entries (array or Strings) and, in place of values, a
-        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value. Every
-        row group brings its own entries, so one may occur more than once.
+        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value.
+        Every row group brings its own entries, so one may occur more than once.
     ignore_case : bool
         Find columns whatever the case of their letters.
 
