@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbkit import errors
-from hbkit.data.files import DataFile, Mask, RowGroup, to_column
+from hbkit.data.files import DataFile, Mask, RowGroup
 from hbkit.parquet import Field
-from hbkit.parquet.column import column_type
+from hbkit.parquet.arrow import column_type, decode
 from hbkit.parquet.decoded import Decoded
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
@@ -141,7 +141,7 @@ class Partitioned:
                 return columns[field.name]
             array = pa.chunked_array([pa.repeat(self._values[field.name], n_rows)])
             place = {"file": self.path, "column": field.name, "row_group": g}
-            return to_column(array, field, self.schema[field.name], place)
+            return decode(array, field, self.schema[field.name], place)
 
         return {f.name: one(f) for f in fields}
 

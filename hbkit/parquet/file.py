@@ -18,14 +18,16 @@ from hbkit import errors, ragged
 from hbkit._ext import chunk as _chunk
 from hbkit._ext import thrift
 from hbkit.parquet import codecs
+from hbkit.parquet.arrow import decode
 from hbkit.parquet.bounds import guarantee
-from hbkit.parquet.column import Decoding, decode, missing
-from hbkit.parquet.decoded import RowGroup
+from hbkit.parquet.column import Decoding
+from hbkit.parquet.decoded import Decoded, Mask, RowGroup
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.parquet.threads import ALONE, Threads
+from hbkit.parquet.values import Place, missing, refuse_nulls
 from hbkit.ragged import Column
 
 __all__ = ["File", "read_columns"]
@@ -59,7 +61,7 @@ class _Native:
         pages: Callable[[], PageRows | None],
         n_rows: int,
         limit_nbytes: int,
-        place: dict[str, Any],
+        place: Place,
     ) -> None:
         self._decoding, self._limit, self._place = decoding, limit_nbytes, place
         self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
@@ -69,14 +71,15 @@ class _Native:
         self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
         self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
+    def read(self, n_rows: int, rows: Mask | None = None, past_cache: bool = False) -> Column:
         output = self._decoding.output(self._limit, past_cache)
         n_values = int(n_rows * self._values_per_row) + 64
         output.reserve(n_rows, n_values, 16 * n_values)
         self.read_into(n_rows, output, rows)
-        return self._decoding.finish(output, self._place)
+        column: Column = self._decoding.finish(output, self._place)
+        return column
 
-    def read_into(self, n_rows: int, output: Any, rows: npt.NDArray[np.bool_] | None = None) -> None:
+    def read_into(self, n_rows: int, output: Any, rows: Mask | None = None) -> None:
         if rows is None:
             self._chunk.read(n_rows, output)
         else:
@@ -84,7 +87,7 @@ class _Native:
         self._step(n_rows)
 
     def check_nulls(self, output: Any) -> None:
-        self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
+        refuse_nulls(output.n_nulls, output.n_rows, self._decoding.field, self._place)
 
     def skip(self, n_rows: int) -> None:
         to = self._row + n_rows
@@ -103,53 +106,26 @@ class _Native:
             self._chunk.finish()
 
 
-class _Whole:
-    """One column of a row group that was decoded whole."""
-
-    nbytes_per_row = 0.0
-
-    def __init__(self, column: Column) -> None:
-        self._column, self._at = column, 0
-
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
-        self._at += n_rows
-        column = ragged.slice_rows(self._column, self._at - n_rows, self._at)
-        return column if rows is None else ragged.take(column, rows)
-
-    def skip(self, n_rows: int) -> None:
-        self._at += n_rows
-
-
-class _Missing:
-    """A column that the file lacks."""
-
-    nbytes_per_row = 0.0
-
-    def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
-        self._arguments = field, out, place
-
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
-        return missing(n_rows if rows is None else int(np.count_nonzero(rows)), *self._arguments)
-
-    def skip(self, n_rows: int) -> None:
-        pass
-
-
 class _RowGroup:
-    def __init__(self, columns: dict[str, Any], threads: Threads) -> None:
-        self._columns, self._threads = columns, threads
-        self._nbytes_per_row = sum(c.nbytes_per_row for c in columns.values())
-        # the longest first, so that no thread begins with it when the others are done
-        self._order = sorted(columns, key=lambda name: -columns[name].nbytes_per_row)
+    """Columns that are decoded as they are read, and such as had to be decoded whole."""
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
+    def __init__(self, columns: dict[str, _Native | Column], threads: Threads) -> None:
+        self._names, self._threads = list(columns), threads
+        self._native = {name: c for name, c in columns.items() if isinstance(c, _Native)}
+        self._whole = Decoded({name: c for name, c in columns.items() if not isinstance(c, _Native)})
+        self._nbytes_per_row = sum(c.nbytes_per_row for c in self._native.values())
+        # the longest first, so that no thread begins with it when the others are done
+        self._order = sorted(self._native, key=lambda name: -self._native[name].nbytes_per_row)
+
+    def read(self, n_rows: int, rows: Mask | None = None) -> dict[str, Column]:
         past_cache = n_rows * self._nbytes_per_row > CACHE_NBYTES
-        columns = self._threads.each(lambda name: self._columns[name].read(n_rows, rows, past_cache), self._order)
-        found = dict(zip(self._order, columns, strict=True))
-        return {name: found[name] for name in self._columns}
+        columns = self._threads.each(lambda name: self._native[name].read(n_rows, rows, past_cache), self._order)
+        found = {**self._whole.read(n_rows, rows), **dict(zip(self._order, columns, strict=True))}
+        return {name: found[name] for name in self._names}
 
     def skip(self, n_rows: int) -> None:
-        self._threads.each(lambda name: self._columns[name].skip(n_rows), self._order)
+        self._threads.each(lambda name: self._native[name].skip(n_rows), self._order)
+        self._whole.skip(n_rows)
 
 
 class File:
@@ -300,30 +276,31 @@ class File:
         """
         return _RowGroup(self._open(g, fields), threads)
 
-    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, Any]:
+    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, _Native | Column]:
+        """Each column's reader, or the column itself where it has to be decoded whole, or is not in the file."""
         if not 0 <= g < len(self.row_group_rows):
             raise errors.InvalidArgument(
                 f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
             )
         n_rows = self.row_group_rows[g]
-        readers: dict[str, Any] = {}
-        wanted = []
+        found: dict[str, _Native | Column] = {}
+        wanted: list[tuple[str, Decoding, Chunk, Place]] = []
         for field, leaf, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name, "row_group": g}
-            readers[field.name] = None
             if leaf is None or decoding is None:
-                readers[field.name] = _Missing(field, field.of_missing(), place)
+                found[field.name] = missing(n_rows, field, field.of_missing(), place)
                 continue
             chunk = self.footer.chunk(g, leaf.index)
             if self._is_native(leaf, chunk.codec):
                 wanted.append((field.name, decoding, chunk, place))
             else:
-                readers[field.name] = _Whole(self._decode(g, leaf, field, place))
+                table = self._read(g, [leaf.index], field.name)
+                found[field.name] = decode(table.column(0), field, leaf.kind, place)
         buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
         for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
             pages = partial(self._page_rows, chunk, n_rows)
-            readers[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
-        return readers
+            found[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
+        return {field.name: found[field.name] for field in fields}
 
     def _page_rows(self, chunk: Chunk, n_rows: int) -> PageRows | None:
         """Where the pages of a column chunk lie and which rows they begin with; None without a sound offset index."""
@@ -357,7 +334,7 @@ class File:
         self._planned = plan
         return plan
 
-    def _range(self, chunk: Any, place: dict[str, Any]) -> tuple[int, int]:
+    def _range(self, chunk: Chunk, place: Place) -> tuple[int, int]:
         """Offset and size of a column chunk's pages."""
         if chunk.n_values == 0 and chunk.first_page < 0:
             return 0, 0
@@ -368,23 +345,11 @@ class File:
             raise errors.Corrupt("the column chunk lies outside the file", remedy=_REWRITE, **place)
         return chunk.first_page, nbytes
 
-    def _decode(self, g: int, leaf: Leaf, field: Field, place: dict[str, Any]) -> Column:
-        """A whole column chunk by pyarrow."""
-        try:
-            table = self._read(g, [leaf.index], 1)
-            if table.num_rows != self.row_group_rows[g]:
-                raise pa.ArrowInvalid("the number of rows is not the footer's")
-            return decode(table.column(0), field, leaf.kind, place)
-        except errors.HbkitError:
-            raise
-        except Exception as e:
-            raise self.broken(e, "the column", g, field.name) from e
-
     def read_row_group(
         self,
         g: int,
         fields: Sequence[Field],
-        rows: npt.NDArray[np.bool_] | None = None,
+        rows: Mask | None = None,
         num_threads: int = 1,
     ) -> dict[str, Column]:
         """The columns of one row group, each as its field asks; the caller owns their memory.
@@ -393,10 +358,10 @@ class File:
         ----------
         g, fields
             As of `open_row_group`.
-        num_threads : int
-            More than 1 decodes columns in parallel.
         rows : bool[row_group_rows[g]], optional
             Only these rows; nulls and misfits elsewhere do not matter.
+        num_threads : int
+            More than 1 decodes columns in parallel.
 
         Raises
         ------
@@ -412,9 +377,11 @@ class File:
         n_rows = sum(self.row_group_rows[g] for g in row_groups)
         out: dict[str, Any] = {}
         for field, _, decoding in self._plan(fields):
-            readers = [columns.pop(field.name) for columns in opened]
+            found = [columns.pop(field.name) for columns in opened]
+            readers = [r for r in found if isinstance(r, _Native)]
             place = {"file": self.path, "column": field.name}
-            if decoding is not None and all(isinstance(r, _Native) for r in readers):
+            # what may misfit is read row group by row group, so that the error names the one
+            if decoding is not None and len(readers) == len(found) and (dictionary or not decoding.may_misfit):
                 output = decoding.output(self._limit, dictionary=dictionary)
                 output.reserve(n_rows, sum(r.n_values for r in readers))
                 for g, reader in zip(row_groups, readers, strict=True):
@@ -426,7 +393,10 @@ class File:
                 raise errors.Unsupported(
                     "this column has no dictionary to read", remedy="read it without dictionary=True", **place
                 )
-            parts = [r.read(self.row_group_rows[g], None, False) for g, r in zip(row_groups, readers, strict=True)]
+            parts = [
+                r.read(self.row_group_rows[g]) if isinstance(r, _Native) else r
+                for g, r in zip(row_groups, found, strict=True)
+            ]
             out[field.name] = ragged.concat(parts or [self.read_no_rows([field])[field.name]])
         return out
 
@@ -456,32 +426,30 @@ class File:
                         leaf.closed, remedy="leave it out of fields and filters", file=self.path, column=name
                     )
                 leaves.append(leaf.index)
+        return self._read(g, leaves, names[0] if len(names) == 1 else None, num_threads)
+
+    def _read(self, g: int, leaves: Sequence[int], name: str | None, num_threads: int = 1) -> pa.Table:
+        """Leaves of one row group by pyarrow; `name` says whose they are, where they are one column's."""
+        metadata = self._reader()[0]
         try:
-            table = self._read(g, leaves, num_threads)
+            # a reader of its own for every call: readers are not safe to share between threads, the metadata is
+            reader = pq.ParquetFile(
+                self.source.file, metadata=metadata, pre_buffer=self.source.remote, page_checksum_verification=True
+            )
+            table = reader.reader.read_row_group(g, column_indices=list(leaves), use_threads=num_threads > 1)
+            table.validate()
         except errors.HbkitError:  # the source's own
             raise
         except Exception as e:
-            what, only = ("the column", names[0]) if len(names) == 1 else ("the row group", None)
-            raise self.broken(e, what, g, only) from e
-        if names and table.num_rows != self.row_group_rows[g]:
+            raise self.broken(e, "the column" if name is not None else "the row group", g, name) from e
+        if leaves and table.num_rows != self.row_group_rows[g]:
             raise errors.Corrupt(
                 f"the columns hold {table.num_rows} rows, the footer promises {self.row_group_rows[g]}",
                 remedy=_REWRITE,
                 file=self.path,
+                column=name,
                 row_group=g,
             )
-        return table
-
-    def _read(self, g: int, leaves: Sequence[int], num_threads: int) -> pa.Table:
-        # a reader of its own for every call: readers are not safe to share between threads, the metadata is
-        reader = pq.ParquetFile(
-            self.source.file,
-            metadata=self._reader()[0],
-            pre_buffer=self.source.remote,
-            page_checksum_verification=True,
-        )
-        table = reader.reader.read_row_group(g, column_indices=list(leaves), use_threads=num_threads > 1)
-        table.validate()
         return table
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
