@@ -73,7 +73,7 @@ class Partitioned:
         self._values = dict(values)
         self.schema, self.arrow_schema = dict(file.schema), file.arrow_schema
         for name, value in self._values.items():
-            if name in file.schema:
+            if name in file.schema or name in file.arrow_schema.names:
                 raise errors.SchemaMismatch(
                     "the column stands both in the file and in its path",
                     remedy="leave out hive=True, or write the file without it",

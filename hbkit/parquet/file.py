@@ -159,6 +159,8 @@ class File:
         The footer is damaged, or the file is not Parquet.
     Unsupported
         The footer is encrypted.
+    SchemaMismatch
+        Under ``ignore_case``, two columns differ in case alone.
 
     Notes
     -----
@@ -273,6 +275,8 @@ class File:
             The bytes break the format; says which column. Also while reading.
         UnknownColumn, Unsupported, SchemaMismatch, NullFound
             A field does not suit the file. Also while reading.
+        BudgetExceeded
+            While reading: a column takes more than ``limit_nbytes``.
         """
         return _RowGroup(self._open(g, fields), threads)
 
