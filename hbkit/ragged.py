@@ -410,13 +410,14 @@ class Dictionary(NamedTuple):
     def decode(self) -> npt.NDArray[Any] | Ragged | Strings:
         """The column itself."""
         if isinstance(self.codes, Ragged):
-            values = take(self.dictionary, self.codes.values.astype(np.int64))
+            codes: Any = self.codes.values
+            values: Any = take(self.dictionary, codes.astype(np.int64))
             return Ragged(values, self.codes.row_splits)
         return take(self.dictionary, self.codes.astype(np.int64))
 
 
 Column: TypeAlias = "npt.NDArray[Any] | Ragged | Strings"
-AnyColumn = TypeVar("AnyColumn", npt.NDArray[Any], Ragged, Strings)
+AnyColumn = TypeVar("AnyColumn", npt.NDArray[Any], Ragged, Strings, Column)
 
 
 def _take_items(items: npt.NDArray[Any], splits: Int64s, rows: Int64s) -> tuple[Int64s, npt.NDArray[Any]]:
@@ -465,7 +466,7 @@ def places(sizes: Sequence[int], rows: Int64s) -> Places:
     return part.astype(np.int32), rows - starts[part]
 
 
-def take_from(parts: Sequence[Column], part: npt.NDArray[np.int32] | None, rows: Int64s) -> Column:
+def take_from(parts: Sequence[Any], part: npt.NDArray[np.int32] | None, rows: Int64s) -> Column:
     """The rows of several parts of one column, each copied once: row ``rows[i]`` of part ``part[i]``; see `places`."""
     head = parts[0]
     if part is None:

@@ -28,6 +28,7 @@ class _Column:
     type: str
     nbytes: int = 0
     n_nulls: int | None = 0
+    decoders: set[str] = field(default_factory=set)
     codecs: set[str] = field(default_factory=set)
     encodings: set[str] = field(default_factory=set)
 
@@ -37,8 +38,9 @@ class _Column:
 def inspect(path: str) -> None:
     """Show what is in PATH: a Parquet file, a directory or glob of them, or a snapshot.
 
-    For Parquet: the columns with their type, bytes, nulls, codecs, encodings and list lengths, and what hbkit wrote
-    into the metadata. For a snapshot: its commits.
+    For Parquet: the columns (members of structures and maps by dotted names) with the type they are read as, what
+    decodes them, bytes, nulls, codecs, encodings and list lengths, and what hbkit wrote into the metadata. For a
+    snapshot: its commits.
     """
     if os.path.isdir(path) and any(_MANIFEST.fullmatch(name) for name in os.listdir(path)):
         _snapshot(path)
@@ -89,13 +91,14 @@ def _parquet(path: str) -> None:
             c.type,
             c.nbytes,
             "?" if c.n_nulls is None else c.n_nulls,
+            " ".join(sorted(c.decoders)) or "-",
             " ".join(sorted(c.codecs)) or "-",
             " ".join(sorted(c.encodings)) or "-",
             lengths.get(name, "-"),
         )
         for name, c in columns.items()
     ]
-    header = ("column", "type", "bytes", "nulls", "codec", "encodings", "list lengths (min mean max)")
+    header = ("column", "type", "bytes", "nulls", "decoder", "codec", "encodings", "list lengths (min mean max)")
     console.note("")
     console.table("", header, rows)
     if lengths and n_read < n_rows:
@@ -104,24 +107,22 @@ def _parquet(path: str) -> None:
 
 def _add(columns: dict[str, _Column], file: File) -> None:
     """Sum up one file's column chunks."""
-    for name, first, n_leaves in file.footer.columns:
-        leaves = range(first, first + n_leaves)
-        kind = str(file.arrow_schema.field(name).type) if file.arrow_schema.names.count(name) == 1 else "?"
-        column = columns.setdefault(name, _Column(kind))
-        if column.type != kind:
+    for name, kind in file.schema.items():
+        text = "list<" * kind.ragged_rank + (kind.logical or kind.dtype) + ">" * kind.ragged_rank
+        column = columns.setdefault(name, _Column(text))
+        if column.type != text:
             column.type = "differs between the files"
-        if reason := next((r for i in leaves if (r := file.footer.leaves[i].kind.unsupported)), ""):
-            column.type = f"unreadable: {reason}"
+        if kind.unsupported:
+            column.type = f"unreadable: {kind.unsupported}"
             column.n_nulls = None
             continue
-        is_list = file.schema[name].ragged_rank > 0
-        for chunk in (chunks[i] for chunks in file.footer.chunks for i in leaves):
+        column.decoders.add(file.decoded_by(name))
+        for chunk in file.chunks(name):
             column.nbytes += chunk.nbytes
-            if chunk.codec is not None:
-                column.codecs.add(CODECS[chunk.codec])
+            column.codecs.add(CODECS[chunk.codec])
             column.encodings.update(ENCODINGS.get(e, f"encoding {e}") for e in chunk.encodings)
             # In a list column the footer counts empty lists among the nulls.
-            if is_list or chunk.n_nulls is None:
+            if kind.ragged_rank or chunk.n_nulls is None:
                 column.n_nulls = None
             elif column.n_nulls is not None:
                 column.n_nulls += chunk.n_nulls

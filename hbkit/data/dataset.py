@@ -72,8 +72,9 @@ class Dataset:
     Calls may come in any order: a filter always sees stored columns, ``map`` always sees finished batches. One
     dataset may be iterated several times at once; ``state_dict`` then follows the batch delivered last.
 
-    Memory: ``num_parallel_reads`` decoded row groups, one shuffle buffer of ``buffer_rows`` rows, and the batches
-    prefetched.
+    Memory: the bytes of a row group's columns and what is decoded of them at once, 65,536 rows in whole batches; one
+    shuffle buffer of ``buffer_rows`` rows; and the batches prefetched. With ``num_parallel_reads`` above 1, that many
+    row groups are decoded whole; under ``on_error="skip"``, one.
     """
 
     def __init__(self, plan: _Plan, stats: Stats | None = None, resume: dict[str, Any] | None = None) -> None:
@@ -103,7 +104,8 @@ class Dataset:
             Files, globs, directories (searched to any depth) or URIs; a list keeps its order, the files of a glob
             or directory are sorted by name.
         fields : sequence of str or Field, optional
-            Columns to read; None takes all that can be read (``stats()["unsupported"]`` names the others).
+            Columns to read, members of structures and maps by their path (``user.age``); None takes all that can be
+            read (``stats()["unsupported"]`` names the others).
         shard : (int, int)
             ``(i, m)`` gives the batches ``i, i + m, i + 2 m, ...``.
         num_parallel_reads : int
@@ -371,7 +373,8 @@ class Dataset:
 
         Keys: ``n_batches`` and ``n_rows`` delivered; ``n_row_groups_read``, ``n_row_groups_pruned`` (no row left
         by the filter), ``n_row_groups_skipped`` and ``n_files_skipped`` (damaged; ``skipped`` has the reasons);
-        ``decoded_by``: column to the decoder it took; ``unsupported``: column to why it cannot be read.
+        ``decoded_by``: column to its decoder, "native" where it is hbkit's own; ``unsupported``: column to why it
+        cannot be read.
         """
         names = "batches", "rows", "row_groups_read", "row_groups_pruned", "row_groups_skipped", "files_skipped"
         return {

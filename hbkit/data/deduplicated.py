@@ -28,12 +28,13 @@ import pyarrow.compute as pc
 
 from hbkit import errors, ragged
 from hbkit.data.batch import Batch
-from hbkit.data.files import ArrowFile, DataFile, Mask, RowGroup, to_column
+from hbkit.data.files import ArrowFile, DataFile, Mask, RowGroup
 from hbkit.data.output import ROW_GROUP_ROWS, Output, writers
 from hbkit.parquet import ColumnType, Field
-from hbkit.parquet.column import column_type, missing
+from hbkit.parquet.arrow import column_type, decode
 from hbkit.parquet.decoded import Slab, read
 from hbkit.parquet.threads import ALONE, Threads
+from hbkit.parquet.values import missing
 from hbkit.ragged import Column, Ragged, Strings
 
 __all__ = ["Deduplicated", "declared", "layout", "write_deduplicated"]
@@ -154,7 +155,7 @@ class Deduplicated(ArrowFile):
             elif rows is not None:  # nulls and misfits that no row takes do not matter
                 used, places[name] = np.unique(places[name][rows], return_inverse=True)
                 array = array.take(pa.array(used))
-            columns[name] = to_column(array, field, self.schema[name], place)
+            columns[name] = decode(array, field, self.schema[name], place)
         return _Reader(columns, places)
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
@@ -213,7 +214,7 @@ class _Reader:
         self._at += n_rows
         for name, column in self._columns.items():
             part = ragged.take(column, self._places[name][step]) if name in self._places else column[step]
-            slab.column(name).parts.append(part if rows is None else ragged.take(part, rows))
+            slab.column(name).add(part if rows is None else ragged.take(part, rows))
 
     def skip(self, n_rows: int) -> None:
         """See ``RowGroup``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 
 from hbkit import errors
 from hbkit.parquet import ColumnType, Field
-from hbkit.parquet.column import decode, missing
+from hbkit.parquet.arrow import decode
 from hbkit.parquet.decoded import Decoded, Mask, RowGroup
 from hbkit.parquet.threads import ALONE, Threads
-from hbkit.parquet.source import unreadable
+from hbkit.parquet.values import missing
 from hbkit.ragged import Column
 
-__all__ = ["ArrowFile", "DataFile", "Mask", "RowGroup", "to_column"]
+__all__ = ["ArrowFile", "DataFile", "Mask", "RowGroup"]
 
 
 class DataFile(Protocol):
@@ -140,14 +140,4 @@ class ArrowFile(ABC):
         place = {"file": self.path, "column": field.name, "row_group": g}
         if field.name not in self.schema:
             return missing(n_rows, field, field.of_missing(), place)
-        return to_column(table.column(field.name), field, self.schema[field.name], place)
-
-
-def to_column(array: pa.ChunkedArray, field: Field, stored: ColumnType, place: dict[str, Any]) -> Column:
-    """The rows of an Arrow column as ``field`` asks for them; damaged values raise Corrupt."""
-    try:
-        return decode(array, field, stored, place)
-    except errors.HbkitError:
-        raise
-    except Exception as e:
-        raise unreadable(e, "the column", **place) from e
+        return decode(table.column(field.name), field, self.schema[field.name], place)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbkit import errors
-from hbkit.data.files import DataFile, Mask, RowGroup, to_column
+from hbkit.data.files import DataFile, Mask, RowGroup
 from hbkit.parquet import Field
-from hbkit.parquet.column import column_type
+from hbkit.parquet.arrow import column_type, decode
 from hbkit.parquet.decoded import Decoded, Slab
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
@@ -73,7 +73,7 @@ class Partitioned:
         self._values = dict(values)
         self.schema, self.arrow_schema = dict(file.schema), file.arrow_schema
         for name, value in self._values.items():
-            if name in file.schema:
+            if name in file.schema or name in file.arrow_schema.names:
                 raise errors.SchemaMismatch(
                     "the column stands both in the file and in its path",
                     remedy="leave out hive=True, or write the file without it",
@@ -141,7 +141,7 @@ class Partitioned:
                 return columns[field.name]
             array = pa.chunked_array([pa.repeat(self._values[field.name], n_rows)])
             place = {"file": self.path, "column": field.name, "row_group": g}
-            return to_column(array, field, self.schema[field.name], place)
+            return decode(array, field, self.schema[field.name], place)
 
         return {f.name: one(f) for f in fields}
 

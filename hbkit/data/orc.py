@@ -21,7 +21,7 @@ import pyarrow as pa
 from hbkit import errors
 from hbkit.data.files import ArrowFile
 from hbkit.parquet import ColumnType, Source, open_source
-from hbkit.parquet.column import column_type
+from hbkit.parquet.arrow import column_type
 from hbkit.parquet.source import unreadable
 
 __all__ = ["OrcFile"]

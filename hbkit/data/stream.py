@@ -56,8 +56,10 @@ class Shuffle(NamedTuple):
 
 
 class Piece:
-    """Consecutive rows of the stream, from number ``start`` on: those of the one part, or, with places, rows of several
-    parts in another order; see `ragged.places`."""
+    """Consecutive rows of the stream, from number ``start`` on.
+
+    They are those of the one part or, with places, rows of several parts in another order; see `ragged.places`.
+    """
 
     def __init__(self, start: int, n_rows: int, parts: list[Columns], places: ragged.Places | None = None) -> None:
         self.start, self.n_rows, self.parts, self._places = start, n_rows, parts, places
@@ -220,10 +222,12 @@ class Epoch:
             row = at
             for unit in order:
                 n = self.count(unit) if known else 0
-                if known and not self._mine(max(row, start), row + n):
-                    yield partial(_Read, unit, n)
+                if not known:
+                    yield partial(self._read, unit, 0, threads)
+                elif self._mine(max(row, start), row + n):
+                    yield partial(self._read, unit, max(start - row, 0), threads)
                 else:
-                    yield partial(self._read, unit, max(row, start) - row if known else 0, threads)
+                    yield partial(_Read, unit, n)
                 row += n
 
         # of a remote file, the next row group's bytes are fetched while this one's are decoded

@@ -6,4 +6,15 @@ from hbkit.parquet.file import File, read_columns
 from hbkit.parquet.source import Source, list_files, open_source
 from hbkit.parquet.threads import Threads
 
-__all__ = ["ColumnType", "Field", "File", "RowGroup", "Slab", "Source", "Threads", "list_files", "open_source", "read_columns"]
+__all__ = [
+    "ColumnType",
+    "Field",
+    "File",
+    "RowGroup",
+    "Slab",
+    "Source",
+    "Threads",
+    "list_files",
+    "open_source",
+    "read_columns",
+]

@@ -1,4 +1,4 @@
-"""Decompression of pages by pyarrow's codecs: as fast as any library's, and at hand. Snappy is our own (`hbkit._ext`)."""
+"""Decompression of pages by pyarrow's codecs: as fast as any, and at hand. Snappy is our own (`hbkit._ext`)."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ _codecs = {codec: pa.Codec(name) for codec, name in _NAMES.items() if pa.Codec.i
 
 
 def decompress(codec: int, source: memoryview, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The bytes that a page decompresses to, at most nbytes: uint8[n]. Raises whatever the codec does. No GIL is held."""
+    """The bytes that a page decompresses to, at most nbytes: uint8[n]. Raises what the codec does; holds no GIL."""
     return np.frombuffer(_codecs[codec].decompress(source, nbytes), np.uint8)

@@ -22,13 +22,24 @@ class Gathered:
     def __init__(self) -> None:
         self.parts: list[Column] = []
         self.decoding: Any = None
+        self.place: dict[str, Any] = {}
         self.output: Any = None
 
     def close(self) -> None:
         """Finish the output, so that what comes next is a part of its own."""
         if self.output is not None:
-            self.parts.append(self.decoding.finish(self.output))
+            self.parts.append(self.decoding.finish(self.output, self.place))
             self.output = None
+
+    def add(self, part: Column) -> None:
+        """Append decoded rows."""
+        self.close()
+        self.parts.append(part)
+
+    def finish(self) -> Column:
+        """The rows, in one piece."""
+        self.close()
+        return ragged.concat(self.parts)
 
 
 class Slab:
@@ -50,11 +61,7 @@ class Slab:
 
     def finish(self) -> dict[str, Column]:
         """The columns; the caller owns their memory."""
-        out: dict[str, Column] = {}
-        for name, column in self._columns.items():
-            column.close()
-            out[name] = ragged.concat(column.parts)
-        return out
+        return {name: column.finish() for name, column in self._columns.items()}
 
 
 class RowGroup(Protocol):
@@ -91,7 +98,7 @@ class Decoded:
         first, self._at = self._at, self._at + n_rows
         for name, column in self._columns.items():
             part = column[first : self._at]
-            slab.column(name).parts.append(part if rows is None else ragged.take(part, rows))
+            slab.column(name).add(part if rows is None else ragged.take(part, rows))
 
     def skip(self, n_rows: int) -> None:
         """See ``RowGroup``."""

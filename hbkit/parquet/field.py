@@ -51,7 +51,8 @@ class Field:
     Parameters
     ----------
     name : str
-        The column's name in the file; exact.
+        The column's name in the file, letter by letter unless the file is read with ``ignore_case``. Members of
+        structures and maps are named by their path: ``user.age``, ``attributes.key``.
     dtype : str or numpy.dtype, optional
         Cast to this. Values that do not fit raise; a decimal becomes its true value as a float.
     ragged_rank : int, optional
@@ -67,9 +68,11 @@ class Field:
     null : "error", "default" or "empty"
         "error" raises NullFound on any null. Otherwise a null list is an empty list, and under "default" a null value
         is ``default``; under "empty" a null element leaves its list, a null string is the empty string, and any other
-        null value makes an empty row: such a column is ``Ragged`` of rank 1.
+        null value makes an empty row: such a column is ``Ragged`` of rank 1. A null structure is a null of each of its
+        members.
     hash_to : "int64", optional
-        Turn strings, binary or integers into 64-bit keys (XXH64).
+        Turn strings, binary or integers into 64-bit keys: XXH64 of a string's bytes, or of the eight little-endian
+        bytes of an integer whatever its width in the file; read as a signed number.
     hash_seed : int
         Seed of that hash.
 

@@ -14,18 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hbkit import errors, ragged
+from hbkit import errors
 from hbkit._ext import chunk as _chunk
 from hbkit._ext import thrift
 from hbkit.parquet import codecs
+from hbkit.parquet.arrow import decode
 from hbkit.parquet.bounds import guarantee
-from hbkit.parquet.column import Decoding, decode, missing
-from hbkit.parquet.decoded import Gathered, Mask, RowGroup, Slab, read
+from hbkit.parquet.column import Decoding
+from hbkit.parquet.decoded import Decoded, Gathered, Mask, RowGroup, Slab, read
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.parquet.threads import ALONE, Threads
+from hbkit.parquet.values import Place, missing, refuse_nulls
 from hbkit.ragged import Column
 
 __all__ = ["File", "read_columns"]
@@ -59,7 +61,7 @@ class _Native:
         pages: Callable[[], PageRows | None],
         n_rows: int,
         limit_nbytes: int,
-        place: dict[str, Any],
+        place: Place,
     ) -> None:
         self._decoding, self._limit, self._place = decoding, limit_nbytes, place
         self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
@@ -71,9 +73,12 @@ class _Native:
 
     def add_to(self, column: Gathered, n_rows: int, rows: Mask | None, n_expected: int, past_cache: bool) -> None:
         decoding = self._decoding
-        if column.output is None or not decoding.goes_on(column.decoding):
+        # a value that does not fit is found when the output is finished, and must name its row group
+        is_new = decoding.may_misfit and column.place is not self._place
+        if column.output is None or is_new or not decoding.goes_on(column.decoding):
             column.close()
-            column.decoding, column.output = decoding, decoding.output(self._limit, past_cache)
+            column.decoding, column.place = decoding, self._place
+            column.output = decoding.output(self._limit, past_cache)
             n_values = int(n_expected * self._values_per_row) + 64
             column.output.reserve(n_expected, n_values, 16 * n_values)
         self.read_into(n_rows, column.output, rows)
@@ -87,7 +92,7 @@ class _Native:
         self._step(n_rows)
 
     def check_nulls(self, output: Any) -> None:
-        self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
+        refuse_nulls(output.n_nulls, output.n_rows, self._decoding.field, self._place)
 
     def skip(self, n_rows: int) -> None:
         to = self._row + n_rows
@@ -106,40 +111,28 @@ class _Native:
             self._chunk.finish()
 
 
-class _Whole:
-    """One column of a row group that was decoded whole, or that the file lacks."""
-
-    nbytes_per_row = 0.0
-
-    def __init__(self, column: Column) -> None:
-        self.column, self._at = column, 0
-
-    def add_to(self, column: Gathered, n_rows: int, rows: Mask | None, n_expected: int, past_cache: bool) -> None:
-        self._at += n_rows
-        part = ragged.slice_rows(self.column, self._at - n_rows, self._at)
-        column.close()
-        column.parts.append(part if rows is None else ragged.take(part, rows))
-
-    def skip(self, n_rows: int) -> None:
-        self._at += n_rows
-
-
 class _RowGroup:
-    def __init__(self, columns: dict[str, Any], threads: Threads) -> None:
-        self._columns, self._threads = columns, threads
-        self._nbytes_per_row = sum(c.nbytes_per_row for c in columns.values())
+    """Columns that are decoded as they are read, and such as had to be decoded whole."""
+
+    def __init__(self, columns: dict[str, _Native | Column], threads: Threads) -> None:
+        self._names, self._threads = list(columns), threads
+        self._native = {name: c for name, c in columns.items() if isinstance(c, _Native)}
+        self._whole = Decoded({name: c for name, c in columns.items() if not isinstance(c, _Native)})
+        self._nbytes_per_row = sum(c.nbytes_per_row for c in self._native.values())
         # the longest first, so that no thread begins with it when the others are done
-        self._order = sorted(columns, key=lambda name: -columns[name].nbytes_per_row)
+        self._order = sorted(self._native, key=lambda name: -self._native[name].nbytes_per_row)
 
     def add_to(self, slab: Slab, n_rows: int, rows: Mask | None = None) -> None:
         n, past_cache = slab.n_rows, slab.n_rows * self._nbytes_per_row > CACHE_NBYTES
-        gathered = {name: slab.column(name) for name in self._columns}  # in the fields' order
+        gathered = {name: slab.column(name) for name in self._names}  # in the fields' order
         self._threads.each(
-            lambda name: self._columns[name].add_to(gathered[name], n_rows, rows, n, past_cache), self._order
+            lambda name: self._native[name].add_to(gathered[name], n_rows, rows, n, past_cache), self._order
         )
+        self._whole.add_to(slab, n_rows, rows)
 
     def skip(self, n_rows: int) -> None:
-        self._threads.each(lambda name: self._columns[name].skip(n_rows), self._order)
+        self._threads.each(lambda name: self._native[name].skip(n_rows), self._order)
+        self._whole.skip(n_rows)
 
 
 class File:
@@ -173,6 +166,8 @@ class File:
         The footer is damaged, or the file is not Parquet.
     Unsupported
         The footer is encrypted.
+    SchemaMismatch
+        Under ``ignore_case``, two columns differ in case alone.
 
     Notes
     -----
@@ -244,6 +239,10 @@ class File:
         leaf = self._leaves[name]
         return "native" if all(self._is_native(leaf, codec) for codec in self.footer.codecs(leaf.index)) else "pyarrow"
 
+    def chunks(self, name: str) -> list[Chunk]:
+        """What the footer says of a column in each row group."""
+        return [self.footer.chunk(g, self._leaves[name].index) for g in range(len(self.row_group_rows))]
+
     @staticmethod
     def _is_native(leaf: Leaf, codec: int) -> bool:
         return leaf.physical != INT96 and codec in codecs.NATIVE
@@ -283,33 +282,36 @@ class File:
             The bytes break the format; says which column. Also while reading.
         UnknownColumn, Unsupported, SchemaMismatch, NullFound
             A field does not suit the file. Also while reading.
+        BudgetExceeded
+            While reading: a column takes more than ``limit_nbytes``.
         """
         return _RowGroup(self._open(g, fields), threads)
 
-    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, Any]:
+    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, _Native | Column]:
+        """Each column's reader, or the column itself where it has to be decoded whole, or is not in the file."""
         if not 0 <= g < len(self.row_group_rows):
             raise errors.InvalidArgument(
                 f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
             )
         n_rows = self.row_group_rows[g]
-        readers: dict[str, Any] = {}
-        wanted = []
+        found: dict[str, _Native | Column] = {}
+        wanted: list[tuple[str, Decoding, Chunk, Place]] = []
         for field, leaf, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name, "row_group": g}
-            readers[field.name] = None
             if leaf is None or decoding is None:
-                readers[field.name] = _Whole(missing(n_rows, field, field.of_missing(), place))
+                found[field.name] = missing(n_rows, field, field.of_missing(), place)
                 continue
             chunk = self.footer.chunk(g, leaf.index)
             if self._is_native(leaf, chunk.codec):
                 wanted.append((field.name, decoding, chunk, place))
             else:
-                readers[field.name] = _Whole(self._decode(g, leaf, field, place))
+                table = self._read(g, [leaf.index], field.name)
+                found[field.name] = decode(table.column(0), field, leaf.kind, place)
         buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
         for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
             pages = partial(self._page_rows, chunk, n_rows)
-            readers[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
-        return readers
+            found[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
+        return {field.name: found[field.name] for field in fields}
 
     def _page_rows(self, chunk: Chunk, n_rows: int) -> PageRows | None:
         """Where the pages of a column chunk lie and which rows they begin with; None without a sound offset index."""
@@ -321,9 +323,9 @@ class File:
         offsets, sizes, first_rows = (pages - [chunk.first_page, 0, 0]).T
         end = int(offsets[-1] + sizes[-1])
         rising = (np.diff(offsets) > 0).all() and (np.diff(first_rows) >= 0).all()
-        if not rising or offsets[0] < 0 or sizes[-1] <= 0 or end > chunk.nbytes or not 0 == first_rows[0] <= first_rows[-1] < n_rows:
-            return None
-        return PageRows(offsets, first_rows, end)
+        inside = offsets[0] >= 0 and sizes[-1] > 0 and end <= chunk.nbytes
+        complete = first_rows[0] == 0 and first_rows[-1] < n_rows
+        return PageRows(offsets, first_rows, end) if rising and inside and complete else None
 
     def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
         """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
@@ -343,7 +345,7 @@ class File:
         self._planned = plan
         return plan
 
-    def _range(self, chunk: Any, place: dict[str, Any]) -> tuple[int, int]:
+    def _range(self, chunk: Chunk, place: Place) -> tuple[int, int]:
         """Offset and size of a column chunk's pages."""
         if chunk.n_values == 0 and chunk.first_page < 0:
             return 0, 0
@@ -353,18 +355,6 @@ class File:
         if chunk.first_page < 0 or nbytes < 0 or chunk.first_page + nbytes > self.source.nbytes:
             raise errors.Corrupt("the column chunk lies outside the file", remedy=_REWRITE, **place)
         return chunk.first_page, nbytes
-
-    def _decode(self, g: int, leaf: Leaf, field: Field, place: dict[str, Any]) -> Column:
-        """A whole column chunk by pyarrow."""
-        try:
-            table = self._read(g, [leaf.index], 1)
-            if table.num_rows != self.row_group_rows[g]:
-                raise pa.ArrowInvalid("the number of rows is not the footer's")
-            return decode(table.column(0), field, leaf.kind, place)
-        except errors.HbkitError:
-            raise
-        except Exception as e:
-            raise self.broken(e, "the column", g, field.name) from e
 
     def read_row_group(
         self,
@@ -379,10 +369,10 @@ class File:
         ----------
         g, fields
             As of `open_row_group`.
-        num_threads : int
-            More than 1 decodes columns in parallel.
         rows : bool[row_group_rows[g]], optional
             Only these rows; nulls and misfits elsewhere do not matter.
+        num_threads : int
+            More than 1 decodes columns in parallel.
 
         Raises
         ------
@@ -398,9 +388,11 @@ class File:
         n_rows = sum(self.row_group_rows[g] for g in row_groups)
         out: dict[str, Any] = {}
         for field, _, decoding in self._plan(fields):
-            readers = [columns.pop(field.name) for columns in opened]
+            found = [columns.pop(field.name) for columns in opened]
+            readers = [r for r in found if isinstance(r, _Native)]
             place = {"file": self.path, "column": field.name}
-            if decoding is not None and all(isinstance(r, _Native) for r in readers):
+            # what may misfit is read row group by row group, so that the error names the one
+            if decoding is not None and len(readers) == len(found) and (dictionary or not decoding.may_misfit):
                 output = decoding.output(self._limit, dictionary=dictionary)
                 output.reserve(n_rows, sum(r.n_values for r in readers))
                 for g, reader in zip(row_groups, readers, strict=True):
@@ -413,10 +405,12 @@ class File:
                     "this column has no dictionary to read", remedy="read it without dictionary=True", **place
                 )
             column = Gathered()
-            for g, reader in zip(row_groups, readers, strict=True):
-                reader.add_to(column, self.row_group_rows[g], None, self.row_group_rows[g], False)
-            column.close()
-            out[field.name] = ragged.concat(column.parts or [self.read_no_rows([field])[field.name]])
+            for g, part in zip(row_groups, found, strict=True):
+                if isinstance(part, _Native):
+                    part.add_to(column, self.row_group_rows[g], None, self.row_group_rows[g], False)
+                else:
+                    column.add(part)
+            out[field.name] = column.finish() if row_groups else self.read_no_rows([field])[field.name]
         return out
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
@@ -440,37 +434,35 @@ class File:
         for name in names:
             _, first, n = self.footer.columns[self.arrow_schema.names.index(name)]
             for leaf in self.footer.leaves[first : first + n]:
-                if leaf.kind.unsupported and not leaf.kind.unsupported.startswith("decimal"):
+                if leaf.closed:
                     raise errors.Unsupported(
-                        leaf.kind.unsupported, remedy="leave it out of fields and filters", file=self.path, column=name
+                        leaf.closed, remedy="leave it out of fields and filters", file=self.path, column=name
                     )
                 leaves.append(leaf.index)
+        return self._read(g, leaves, names[0] if len(names) == 1 else None, num_threads)
+
+    def _read(self, g: int, leaves: Sequence[int], name: str | None, num_threads: int = 1) -> pa.Table:
+        """Leaves of one row group by pyarrow; `name` says whose they are, where they are one column's."""
+        metadata = self._reader()[0]
         try:
-            table = self._read(g, leaves, num_threads)
+            # a reader of its own for every call: readers are not safe to share between threads, the metadata is
+            reader = pq.ParquetFile(
+                self.source.file, metadata=metadata, pre_buffer=self.source.remote, page_checksum_verification=True
+            )
+            table = reader.reader.read_row_group(g, column_indices=list(leaves), use_threads=num_threads > 1)
+            table.validate()
         except errors.HbkitError:  # the source's own
             raise
         except Exception as e:
-            what, only = ("the column", names[0]) if len(names) == 1 else ("the row group", None)
-            raise self.broken(e, what, g, only) from e
-        if names and table.num_rows != self.row_group_rows[g]:
+            raise self.broken(e, "the column" if name is not None else "the row group", g, name) from e
+        if leaves and table.num_rows != self.row_group_rows[g]:
             raise errors.Corrupt(
                 f"the columns hold {table.num_rows} rows, the footer promises {self.row_group_rows[g]}",
                 remedy=_REWRITE,
                 file=self.path,
+                column=name,
                 row_group=g,
             )
-        return table
-
-    def _read(self, g: int, leaves: Sequence[int], num_threads: int) -> pa.Table:
-        # a reader of its own for every call: readers are not safe to share between threads, the metadata is
-        reader = pq.ParquetFile(
-            self.source.file,
-            metadata=self._reader()[0],
-            pre_buffer=self.source.remote,
-            page_checksum_verification=True,
-        )
-        table = reader.reader.read_row_group(g, column_indices=list(leaves), use_threads=num_threads > 1)
-        table.validate()
         return table
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
@@ -480,8 +472,6 @@ class File:
     def close(self) -> None:
         """Close the source."""
         self.source.close()
-
-
 
 
 def read_columns(
@@ -503,8 +493,8 @@ def read_columns(
         None reads all.
     dictionary : bool
         Give each column as ``Dictionary(dictionary, codes)``: the entries (array or Strings) and, in place of values, a
-        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value. Every
-        row group brings its own entries, so one may occur more than once.
+        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value.
+        Every row group brings its own entries, so one may occur more than once.
     ignore_case : bool
         Find columns whatever the case of their letters.
 

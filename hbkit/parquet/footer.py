@@ -1,7 +1,7 @@
 """The footer of a Parquet file, checked: schema, row groups, and what is said of each column chunk.
 
-It is parsed by our own bounds-checked reader of Thrift's compact protocol (`hbkit._ext.thrift`): other readers abort the
-process when asked about a column chunk whose metadata is damaged or encrypted.
+It is parsed by our own bounds-checked reader of Thrift's compact protocol (`hbkit._ext.thrift`): other readers abort
+the process when asked about a column chunk whose metadata is damaged or encrypted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hbkit import errors
 from hbkit._ext import thrift
-from hbkit.parquet.schema import Leaf, SchemaError, TooDeep, read_schema
+from hbkit.parquet.schema import SchemaError, TooDeep, read_schema
 from hbkit.parquet.source import Source
 
 __all__ = ["CODECS", "ENCODINGS", "Chunk", "Footer", "read_footer"]
@@ -92,7 +92,7 @@ class Footer:
                 reason = f"compression codec {codecs[no_codec[:, i], i][0]} is not in the format"
             else:
                 reason = "the column lies in another file"
-            leaf.refuse(reason)
+            leaf.close(reason)
         # SPEC: physical types must agree; a damaged footer may not say so
         types = self._numbers[:, :, _FIELDS["physical_type"]]
         for g, i in zip(*(types != [leaf.physical for leaf in self.leaves]).nonzero(), strict=True):
@@ -105,25 +105,32 @@ class Footer:
 
     def chunk(self, g: int, leaf: int) -> Chunk:
         """What is said of one column chunk."""
-        (codec, n_values, _, nbytes, data_page, dictionary_page, n_nulls, min_at, min_nbytes, max_at, max_nbytes, encodings,
-         _, _, offset_index, offset_index_nbytes, column_index, column_index_nbytes, _) = self._numbers[g, leaf].tolist()
-        data = self._raw.data
-        # SPEC: without column_orders, min_value and max_value are to be ignored
-        has_orders = self._raw.has_orders
+        said = dict(zip(_FIELDS, self._numbers[g, leaf].tolist(), strict=True))
+        data_page, dictionary_page = said["data_page"], said["dictionary_page"]
         # Some writers leave the dictionary's offset out (then it is where the data is said to begin), some say 0.
-        first = dictionary_page if 0 < dictionary_page and not 0 < data_page < dictionary_page else data_page
+        first = dictionary_page if dictionary_page > 0 and not 0 < data_page < dictionary_page else data_page
         return Chunk(
-            data[min_at : min_at + min_nbytes] if has_orders and min_at >= 0 else None,
-            data[max_at : max_at + max_nbytes] if has_orders and max_at >= 0 else None,
-            n_nulls if n_nulls >= 0 else None,
-            codec,
-            encodings,
-            nbytes,
-            n_values,
+            self._bound(said, "min"),
+            self._bound(said, "max"),
+            said["n_nulls"] if said["n_nulls"] >= 0 else None,
+            said["codec"],
+            said["encodings"],
+            said["stored_nbytes"],
+            said["n_values"],
             first if first > 0 else -1,
-            (offset_index, offset_index_nbytes) if offset_index > 0 and offset_index_nbytes > 0 else None,
-            (column_index, column_index_nbytes) if column_index > 0 and column_index_nbytes > 0 else None,
+            _place(said, "offset_index"),
+            _place(said, "column_index"),
         )
+
+    def _bound(self, said: dict[str, int], which: str) -> bytes | None:
+        at, nbytes = said[f"{which}_at"], said[f"{which}_nbytes"]
+        # SPEC: without column_orders, min_value and max_value are to be ignored
+        return self._raw.data[at : at + nbytes] if self._raw.has_orders and at >= 0 else None
+
+
+def _place(said: dict[str, int], index: str) -> tuple[int, int] | None:
+    at, nbytes = said[index], said[f"{index}_nbytes"]
+    return (at, nbytes) if at > 0 and nbytes > 0 else None
 
 
 def read_footer(source: Source) -> Footer:

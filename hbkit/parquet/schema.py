@@ -1,8 +1,8 @@
 """The schema's tree as columns: what each leaf is called, what it holds, and what its levels mean.
 
-A column is a leaf of the tree. Lists add a rank and no name; the members of a structure or map are columns of their own,
-named by a dotted path (``user.age``, ``attributes.key``). A value's definition level says how far down its path things
-are there: each optional node and each list on the way adds one.
+A column is a leaf of the tree. Lists add a rank and no name; the members of a structure or map are columns of their
+own, named by a dotted path (``user.age``, ``attributes.key``). A value's definition level says how far down its path
+things are there: each optional node and each list on the way adds one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ MAX_DECIMAL_DIGITS = 18  # 10**18 fits int64, 10**19 does not
 # SPEC: parquet.thrift: Type, FieldRepetitionType, ConvertedType, LogicalType
 _BOOLEAN, _INT32, _INT64, _INT96, _FLOAT, _DOUBLE, _BYTES, _FIXED = range(8)
 _REQUIRED, _OPTIONAL, _REPEATED = range(3)
-_C_MAP, _C_MAP_KEY_VALUE, _C_LIST, _C_DECIMAL, _C_DATE, _C_TIME_MS, _C_TIME_US, _C_TS_MS, _C_TS_US = 1, 2, 3, 5, 6, 7, 8, 9, 10
+_C_MAP, _C_MAP_KEY_VALUE, _C_LIST, _, _C_DECIMAL, _C_DATE, _C_TIME_MS, _C_TIME_US, _C_TS_MS, _C_TS_US = range(1, 11)
 _C_INTS = {11: (8, 0), 12: (16, 0), 13: (32, 0), 14: (64, 0), 15: (8, 1), 16: (16, 1), 17: (32, 1), 18: (64, 1)}
-_L_MAP, _L_LIST, _L_DECIMAL, _L_DATE, _L_TIME, _L_TIMESTAMP, _L_INTEGER, _L_NULL, _L_FLOAT16 = 2, 3, 5, 6, 7, 8, 10, 11, 15
+_L_MAP, _L_LIST, _, _L_DECIMAL, _L_DATE, _L_TIME, _L_TIMESTAMP, _, _L_INTEGER, _L_NULL = range(2, 12)
+_L_FLOAT16 = 15
 _UNITS = {1: "ms", 2: "us", 3: "ns"}
 
 
@@ -59,6 +60,8 @@ class Leaf:
         Of integers.
     scale : int
         Of decimals.
+    closed : str
+        Why no reader may touch its chunks, else empty.
     """
 
     index: int
@@ -73,10 +76,16 @@ class Leaf:
     bits: int
     is_signed: bool
     scale: int
+    closed: str = ""
 
     def refuse(self, reason: str) -> None:
         """Note why the column cannot be read."""
         self.kind = replace(self.kind, unsupported=self.kind.unsupported or reason)
+
+    def close(self, reason: str) -> None:
+        """Note why no reader may touch its chunks."""
+        self.closed = reason
+        self.refuse(reason)
 
 
 @dataclass
@@ -109,7 +118,7 @@ class _Node:
 
 
 def read_schema(elements: list[tuple[Any, ...]]) -> tuple[list[tuple[str, int, int]], list[Leaf]]:
-    """The top-level columns (name, first leaf, number of leaves) and the leaves, from the elements in depth-first order.
+    """The top-level columns (name, first leaf, number of leaves) and the leaves, of elements in depth-first order.
 
     Raises
     ------
@@ -166,7 +175,13 @@ def _tree(elements: list[tuple[Any, ...]]) -> _Node:
 
 
 def _walk(
-    node: _Node, path: str, column: int, def_level: int, thresholds: list[int], is_null: bytes, leaves: list[Leaf],
+    node: _Node,
+    path: str,
+    column: int,
+    def_level: int,
+    thresholds: list[int],
+    is_null: bytes,
+    leaves: list[Leaf],
     named: bool = True,
 ) -> None:
     """Append the leaves under a node, whose parent has this definition level, these lists and this path."""
@@ -185,7 +200,9 @@ def _walk(
         item = node.children[0]
         # SPEC: LogicalTypes.md, "Lists", backward compatibility: when the repeated node is the element itself
         if item.children and not (
-            len(item.children) > 1 or item.name in ("array", f"{node.name}_tuple") or item.children[0].repetition == _REPEATED
+            len(item.children) > 1
+            or item.name in ("array", f"{node.name}_tuple")
+            or item.children[0].repetition == _REPEATED
         ):
             _walk_members(item, path, column, def_level, thresholds, is_null, leaves, named=False)
         else:
@@ -212,9 +229,7 @@ def _walk_members(
         _walk(child, path, column, def_level + 1, [*thresholds, def_level + 1], is_null + b"\0", leaves, named)
 
 
-def _leaf(
-    node: _Node, name: str, column: int, index: int, max_def: int, thresholds: list[int], is_null: bytes
-) -> Leaf:
+def _leaf(node: _Node, name: str, column: int, index: int, max_def: int, thresholds: list[int], is_null: bytes) -> Leaf:
     dtype, logical, unsupported, bits, is_signed, scale = _type(node)
     kind = ColumnType(dtype, len(thresholds), 1 in is_null, logical, unsupported=unsupported)
     return Leaf(

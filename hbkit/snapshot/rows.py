@@ -174,7 +174,7 @@ class _Reader:
     def __init__(self, root: Path, entry: FileEntry, schema: pa.Schema | None) -> None:
         self.path = str(root / entry.path)
         self._file = self._named(lambda: File(self.path))
-        have = self._file.arrow_schema
+        have = self._named(lambda: self._file.arrow_schema)
         if schema is not None and not have.equals(schema):
             raise self.corrupt(f"columns {_one_line(have)} where {_one_line(schema)} belong")
         for field in have:

@@ -35,9 +35,26 @@ def test_inspect_shows_what_the_file_holds(tmp_path):
     for i, name in enumerate(table.column_names):
         nbytes = sum(metadata.row_group(g).column(i).total_compressed_size for g in range(3))
         assert f" {nbytes:,} " in lines[name] and " ZSTD " in lines[name]
-    assert re.search(r"key +int64 +\d+ +5 +ZSTD +.*RLE_DICTIONARY", lines["key"])
-    assert re.search(r"score +float +\d+ +0 ", lines["score"])
+    assert re.search(r"key +int64 +\d+ +5 +native +ZSTD +.*RLE_DICTIONARY", lines["key"])
+    assert re.search(r"score +float32 +\d+ +0 ", lines["score"])
     assert lines["items"].endswith(" 0 1.0 3") and lines["names"].endswith(" 2 2.0 2")
+
+
+def test_inspect_names_members_and_decoders(tmp_path):
+    table = pa.table(
+        {
+            "user": pa.array([{"age": 7, "tags": ["a", "b"]}, None, {"age": None, "tags": []}]),
+            "bag": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int32())),
+            "when": pa.array([1, 2, 3], pa.timestamp("ns")),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet", use_deprecated_int96_timestamps=True)
+    lines = {line.split()[0]: line for line in run(tmp_path / "x.parquet").stdout.splitlines() if line.startswith("  ")}
+    assert re.search(r"user.age +int64 +\d+ +2 +native ", lines["user.age"])
+    assert re.search(r"user.tags +list<string> +\d+ +\? +native .* 0 0.7 2$", lines["user.tags"])
+    assert re.search(r"bag.value +list<int32> +\d+ +\? +native .* 0 0.3 1$", lines["bag.value"])
+    assert re.search(r"when +timestamp\[ns\] +\d+ +\S+ +pyarrow ", lines["when"])
+    assert "user" not in lines and "bag" not in lines and "bag.key" in lines
 
 
 def test_inspect_sums_up_a_directory(tmp_path):
@@ -46,7 +63,7 @@ def test_inspect_sums_up_a_directory(tmp_path):
     auc = pq.read_metadata(tmp_path / "s" / "part-00000.parquet").metadata[b"hbkit.bayes_auc"].decode()
     assert re.search(r"files +3\n +rows +3,000\n +row groups +3, of 1,000 rows\n", result.stdout)
     assert re.search(rf"hbkit.bayes_auc +{auc}\n", result.stdout)
-    assert re.search(r"item_history +list<element: int64> .* 0 \d+\.\d 50\n", result.stdout)
+    assert re.search(r"item_history +list<int64> .* 0 \d+\.\d 50\n", result.stdout)
     assert run(tmp_path / "s" / "*.parquet").stdout.split("\n", 1)[1] == result.stdout.split("\n", 1)[1]
 
 

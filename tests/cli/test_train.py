@@ -85,7 +85,7 @@ def test_train_refuses_bad_input_in_one_line(clicks, tmp_path):
     pq.write_table(pa.table({"label": [1.0, 5.0, 0.0], "k": [1, 2, 3]}), fives)
     for data, label, words in [
         (tmp_path / "nothing.parquet", "label", ["nothing.parquet"]),
-        (empty, "label", ["empty", "Parquet"]),
+        (empty, "label", ["empty", ".parquet"]),
         (part, "clicked", ["no column 'clicked'", "label"]),
         (nulls, "label", ["nulls.parquet", "column label", "null"]),
         (fives, "label", ["fives.parquet", "label 5"]),

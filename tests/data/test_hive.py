@@ -138,6 +138,10 @@ def test_hive_column_that_the_file_has_too(tmp_path):
     write(tmp_path, ["id=1"])
     with pytest.raises(errors.SchemaMismatch, match=r"both in the file and in its path.*id=1.*column id"):
         Dataset.from_parquet(tmp_path, hive=True)
+    (tmp_path / "user=1").mkdir()
+    pq.write_table(pa.table({"user": [{"age": 7}]}), tmp_path / "user=1" / "x.parquet")
+    with pytest.raises(errors.SchemaMismatch, match=r"both in the file and in its path.*user=1.*column user"):
+        Dataset.from_parquet(tmp_path / "user=1", hive=True)
 
 
 def test_hive_reads_orc(tmp_path):

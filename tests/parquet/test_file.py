@@ -416,3 +416,83 @@ def test_real_columns_equal_pyarrow(shared):
     assert list(got) == want.column_names
     for name, column in got.items():
         assert column == Ragged.from_arrow(want[name].combine_chunks())
+
+
+@pytest.mark.parametrize("field", [{"dtype": "int8"}, {"ragged_rank": 0, "null": "default", "default": 0}])
+def test_misfit_names_its_row_group(path, field):
+    rows = [[1], [2], [300, 4]] if "ragged_rank" in field else [1, 2, 300]
+    path.write_bytes(write(pa.table({"x": rows}), row_group_size=1))
+    with pytest.raises(errors.SchemaMismatch) as caught:
+        read_columns(path, [Field("x", **field)])
+    assert caught.value.place == {"file": str(path), "column": "x", "row_group": 2}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        Field("text"),
+        Field("text", hash_to="int64", hash_seed=3),
+        Field("items"),
+        Field("tags", null="empty"),
+        Field("tags", null="default", default="?"),
+        Field("maybe", null="default", default=-1),
+    ],
+)
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_dictionary_decodes_to_the_column(path, field, use_dictionary):
+    table = pa.table(
+        {
+            "text": [f"word {i % 7}" for i in range(3000)],
+            "items": [[i % 5, i % 3][: i % 4] for i in range(3000)],
+            "tags": [None if i % 11 == 0 else [None, f"tag {i % 3}"][: i % 3] for i in range(3000)],
+            "maybe": [None if i % 5 == 0 else i % 9 for i in range(3000)],
+        }
+    )
+    path.write_bytes(write(table, row_group_size=1000, use_dictionary=use_dictionary))
+    got = read_columns(path, [field], dictionary=True)[field.name]
+    assert got.codes.dtype == np.uint32
+    assert got.decode().tolist() == read_columns(path, [field])[field.name].tolist()
+    if use_dictionary:  # each of the three row groups brings its own
+        assert len(got.dictionary) <= 3 * 10
+
+
+def test_dictionary_of_a_cast_is_unsupported(path):
+    path.write_bytes(write(pa.table({"x": [1, 2], "t": pa.array([1, 2], pa.timestamp("ns"))})))
+    with pytest.raises(errors.Unsupported, match=r"dictionary.*x.parquet, column x\)"):
+        read_columns(path, [Field("x", dtype="float32")], dictionary=True)
+
+
+def test_members_of_structures_and_maps_are_columns(path):
+    users = [{"age": 7, "tags": ["a", None]}, None, {"age": None, "tags": None}, {"age": 9, "tags": []}]
+    bags = [[("k", 1), ("l", None)], [], None, [("m", 2)]]
+    visits = [[{"day": 1, "at": 0.5}, None], None, [], [{"day": 2, "at": None}]]
+    table = pa.table(
+        {
+            "user": pa.array(users, pa.struct({"age": pa.int32(), "tags": pa.list_(pa.string())})),
+            "bag": pa.array(bags, pa.map_(pa.string(), pa.int64())),
+            "visits": pa.array(visits, pa.list_(pa.struct({"day": pa.int8(), "at": pa.float64()}))),
+        }
+    )
+    path.write_bytes(write(table))
+    file = File(path)
+    assert list(file.schema) == ["user.age", "user.tags", "bag.key", "bag.value", "visits.day", "visits.at"]
+    assert {file.decoded_by(name) for name in file.schema} == {"native"}
+    got = read_columns(
+        path,
+        [
+            Field("user.age", null="default", default=-1),
+            Field("user.tags", null="default", default="?"),
+            Field("bag.key", null="empty"),
+            Field("bag.value", null="default", default=-1),
+            Field("visits.day", null="default", default=-1),
+            Field("visits.at", null="empty"),
+        ],
+    )
+    assert {name: column.tolist() for name, column in got.items()} == {
+        "user.age": [7, -1, -1, 9],
+        "user.tags": [[b"a", b"?"], [], [], []],
+        "bag.key": [[b"k", b"l"], [], [], [b"m"]],
+        "bag.value": [[1, -1], [], [], [2]],
+        "visits.day": [[1, -1], [], [], [2]],
+        "visits.at": [[0.5], [], [], []],
+    }

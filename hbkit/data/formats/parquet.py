@@ -33,12 +33,9 @@ class ParquetFiles(Input):
                 raise errors.SchemaMismatch(
                     f"the columns differ from those of {files[0]}", remedy="convert these files apart", file=reader.path
                 )
-            for name, first, n in reader.footer.columns:
-                for leaf in reader.footer.leaves[first : first + n]:
-                    if leaf.unsupported:
-                        raise errors.Unsupported(
-                            leaf.unsupported, remedy="rewrite the file", file=reader.path, column=name
-                        )
+            for leaf in reader.footer.leaves:
+                if leaf.closed:
+                    raise errors.Unsupported(leaf.closed, remedy="rewrite the file", file=reader.path, column=leaf.name)
 
     def scan(self, advance: Advance) -> None:
         advance(self.nbytes)
