@@ -11,13 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hbkit import errors
-from hbkit.ragged import Ragged, Sparse, Strings
+from hbkit.ragged import Dictionary, Ragged, Sparse, Strings
 
 if TYPE_CHECKING:
     __version__: str
     from hbkit import data, embedding, metrics, parquet, serving, shuffle, snapshot, store
 
 __all__ = [
+    "Dictionary",
     "Ragged",
     "Sparse",
     "Strings",

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import ragged as _ext
+from hbkit._ext.pool import shared
 from hbkit.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Column", "Ragged", "Sparse", "Strings", "concat", "n_rows", "slice_rows", "take"]
+__all__ = ["Column", "Dictionary", "Ragged", "Sparse", "Strings", "concat", "n_rows", "slice_rows", "take"]
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -78,6 +79,13 @@ class Strings:
 
     __slots__ = ("data", "row_splits")
 
+    @classmethod
+    def _trusted(cls, data: npt.NDArray[np.uint8], row_splits: Int64s) -> Strings:
+        """Of splits that our own code made."""
+        out = cls.__new__(cls)
+        out.data, out.row_splits = data, row_splits
+        return out
+
     def __init__(self, data: npt.NDArray[np.uint8], row_splits: npt.ArrayLike) -> None:
         self.data = np.ascontiguousarray(data, np.uint8)
         self.row_splits = _splits(row_splits, self.data.size)
@@ -126,13 +134,13 @@ class Strings:
     def take(self, rows: npt.ArrayLike) -> Strings:
         """The strings at these row numbers (or where a mask is true), copied."""
         splits, data = _take_items(self.data, self.row_splits, _rows(rows, len(self)))
-        return Strings(data, splits)
+        return Strings._trusted(data, splits)
 
     def __getitem__(self, rows: slice) -> Strings:
         """A slice of consecutive rows; the bytes are shared."""
         first, last = _span(rows, len(self))
         s = self.row_splits[first : last + 1]
-        return Strings(self.data[s[0] : s[-1]], s - s[0])
+        return Strings._trusted(self.data[s[0] : s[-1]], s - s[0])
 
     def tolist(self) -> list[bytes]:
         """One bytes object a row."""
@@ -187,6 +195,13 @@ class Ragged:
     """
 
     __slots__ = ("row_splits", "values")
+
+    @classmethod
+    def _trusted(cls, values: npt.NDArray[Any] | Strings, row_splits: tuple[Int64s, ...]) -> Ragged:
+        """Of splits that our own code made."""
+        out = cls.__new__(cls)
+        out.values, out.row_splits = values, row_splits
+        return out
 
     def __init__(
         self, values: npt.NDArray[Any] | Strings, row_splits: npt.ArrayLike | tuple[npt.ArrayLike, ...]
@@ -297,7 +312,7 @@ class Ragged:
             inner = np.repeat(self.row_splits[-1][index] - last[:-1], np.diff(last)) + np.arange(last[-1])
             return Ragged(self.values.take(inner), (*levels, last))
         last, values = _take_items(self.values, self.row_splits[-1], index)
-        return Ragged(values, (*levels, last))
+        return Ragged._trusted(values, (*levels, last))
 
     def __getitem__(self, rows: slice) -> Ragged:
         """A slice of consecutive rows; the values are shared."""
@@ -307,7 +322,7 @@ class Ragged:
             s = splits[first : last + 1]
             first, last = int(s[0]), int(s[-1])
             levels.append(s - first)
-        return Ragged(self.values[first:last], tuple(levels))
+        return Ragged._trusted(self.values[first:last], tuple(levels))
 
     def to_padded(self, length: int | None = None, pad: Any = 0, truncate: str = "tail") -> npt.NDArray[Any]:
         """A dense array of the values, each list filled up with `pad`.
@@ -378,6 +393,28 @@ class Ragged:
         return f"Ragged(n={len(self)}, values={self.dtype}[{len(self.values)}], ragged_rank={self.ragged_rank})"
 
 
+class Dictionary(NamedTuple):
+    """A column by its distinct values: what is done once for each entry need not be done for each value.
+
+    Attributes
+    ----------
+    dictionary : array[n] or Strings
+        The entries; one may occur more than once.
+    codes : uint32[n_rows], or Ragged of uint32
+        For each value the position of its entry.
+    """
+
+    dictionary: npt.NDArray[Any] | Strings
+    codes: npt.NDArray[np.uint32] | Ragged
+
+    def decode(self) -> npt.NDArray[Any] | Ragged | Strings:
+        """The column itself."""
+        if isinstance(self.codes, Ragged):
+            values = take(self.dictionary, self.codes.values.astype(np.int64))
+            return Ragged(values, self.codes.row_splits)
+        return take(self.dictionary, self.codes.astype(np.int64))
+
+
 Column: TypeAlias = "npt.NDArray[Any] | Ragged | Strings"
 AnyColumn = TypeVar("AnyColumn", npt.NDArray[Any], Ragged, Strings)
 
@@ -385,7 +422,7 @@ AnyColumn = TypeVar("AnyColumn", npt.NDArray[Any], Ragged, Strings)
 def _take_items(items: npt.NDArray[Any], splits: Int64s, rows: Int64s) -> tuple[Int64s, npt.NDArray[Any]]:
     """New splits and items of the ranges taken."""
     new = _ext.take_splits(splits, rows)
-    out = np.empty(new[-1], items.dtype)
+    out = _empty(int(new[-1]), items.dtype)
     _ext.take_ranges(_bytes(items), items.itemsize, splits, rows, new, _bytes(out))
     return new, out
 
@@ -408,8 +445,59 @@ def take(column: AnyColumn, rows: npt.ArrayLike) -> AnyColumn:
         index = _rows(rows, len(column))
         if index.size and (index.min() < 0 or index.max() >= len(column)):
             raise InvalidArgument(f"rows {index.min()}..{index.max()} of {len(column)}", remedy="rows are 0..n-1")
-        return column[index]
+        if column.ndim > 1:
+            return column[index]
+        out = _empty(len(index), column.dtype)
+        _ext.take_items([_bytes(np.ascontiguousarray(column))], column.itemsize, None, index, _bytes(out))
+        return out
     return column.take(rows)
+
+
+Places: TypeAlias = "tuple[npt.NDArray[np.int32] | None, Int64s]"
+
+
+def places(sizes: Sequence[int], rows: Int64s) -> Places:
+    """Where rows of several parts of these sizes lie: which part (None if there is one), and which row of it."""
+    if len(sizes) == 1:
+        return None, rows
+    starts = _from_lengths(sizes)
+    part = np.searchsorted(starts, rows, side="right") - 1
+    return part.astype(np.int32), rows - starts[part]
+
+
+def take_from(parts: Sequence[Column], part: npt.NDArray[np.int32] | None, rows: Int64s) -> Column:
+    """The rows of several parts of one column, each copied once: row ``rows[i]`` of part ``part[i]``; see `places`."""
+    head = parts[0]
+    if part is None:
+        return take(head, rows)
+    if isinstance(head, np.ndarray) and head.ndim == 1:
+        flat = [np.ascontiguousarray(p) for p in parts]
+        out = _empty(len(rows), head.dtype)
+        _ext.take_items([_bytes(p) for p in flat], head.itemsize, part, rows, _bytes(out))
+        return out
+    if isinstance(head, Strings):
+        splits, data = _take_lists([p.data for p in parts], [p.row_splits for p in parts], part, rows)
+        return Strings._trusted(data, splits)
+    if isinstance(head, Ragged) and head.ragged_rank == 1 and isinstance(head.values, np.ndarray):
+        splits, data = _take_lists([p.values for p in parts], [p.row_splits[0] for p in parts], part, rows)
+        return Ragged._trusted(data, (splits,))
+    return take(concat(parts), rows + _from_lengths([len(p) for p in parts])[part])
+
+
+def _take_lists(
+    items: list[npt.NDArray[Any]], splits: list[Int64s], part: npt.NDArray[np.int32], rows: Int64s
+) -> tuple[Int64s, npt.NDArray[Any]]:
+    new = _empty(len(rows) + 1, np.dtype(np.int64))
+    _ext.lengths_of(splits, part, rows, new)
+    out = _empty(int(new[-1]), items[0].dtype)
+    _ext.take_lists([_bytes(i) for i in items], items[0].itemsize, splits, part, rows, new, _bytes(out))
+    return new, out
+
+
+def _empty(n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Memory that was touched before, where it pays."""
+    nbytes = n * dtype.itemsize
+    return np.frombuffer(shared.take(nbytes), dtype) if nbytes >= 1 << 16 else np.empty(n, dtype)
 
 
 def slice_rows(column: AnyColumn, first: int, last: int) -> AnyColumn:

@@ -17,7 +17,7 @@ Encodings other than PLAIN and dictionaries are rare: their pages are rewritten 
 """
 
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -30,8 +30,8 @@ import zlib
 
 import numpy as np
 
-from hbkit._ext.pool import Pool
-from hbkit.errors import BudgetExceeded, Corrupt, Unsupported
+from hbkit._ext.pool import shared
+from hbkit.errors import BudgetExceeded, Corrupt, InvalidArgument, Unsupported
 
 cdef extern from "xxh64.h" nogil:
     uint64_t hb_xxh64(const uint8_t *, int64_t, uint64_t)
@@ -46,11 +46,10 @@ cdef enum:
 cdef enum:
     WINDOW = 16384  # entries
     WORDS = 16384 // 64 + 2
+    UNPACKED_WINDOW = 16384 + 16
     BLOCK = 2048  # values between the nulls of a window
     UNPACKED = 4096 + 16  # HB_CODES and its slack
 
-# Pages, dictionaries and decoded rows: memory that was touched once is several times as fast as fresh memory.
-pool = Pool()
 MAX_PAGE_NBYTES = 1 << 28
 cdef int64_t _max_page = MAX_PAGE_NBYTES
 REWRITE = "write the file again, or leave it out"
@@ -115,11 +114,10 @@ cdef struct Vec:
 
 
 cdef class Output:
-    """Rows of one column as they are decoded, in memory of a pool.
+    """Rows of one column as they are decoded, in memory of the shared pool.
 
     Parameters
     ----------
-    pool : Pool
     dtype : numpy.dtype or None
         Of the values; None for strings.
     rank : int
@@ -128,19 +126,27 @@ cdef class Output:
         The most that the values may take.
     with_mask : bool
         Also keep a byte for each value that says whether it was not null.
+    past_cache : bool
+        Write values around the caches: for outputs that are larger than they are.
+    dictionary : Output, optional
+        Where entries go when rows are to be uint32 positions in it: those of the file's dictionaries, and values that
+        stand in none.
     """
 
-    cdef object pool, dtype
+    cdef object dtype
     cdef list owners
     cdef Vec *vecs
     cdef readonly int rank
     cdef int64_t item, limit
-    cdef bint with_mask, is_text
+    cdef bint with_mask, is_text, past_cache
+    cdef readonly Output dictionary
     cdef readonly int64_t n_rows, n_values, n_nulls
     cdef int64_t *n_items  # by level below the rows: items so far, values last
 
-    def __cinit__(self, pool, dtype, int rank, int64_t limit_nbytes, bint with_mask=False):
-        self.pool, self.dtype, self.rank, self.limit, self.with_mask = pool, dtype, rank, limit_nbytes, with_mask
+    def __cinit__(self, dtype, int rank, int64_t limit_nbytes, bint with_mask=False,
+                  bint past_cache=False, Output dictionary=None):
+        self.past_cache, self.dictionary = past_cache, dictionary
+        self.dtype, self.rank, self.limit, self.with_mask = dtype, rank, limit_nbytes, with_mask
         self.is_text = dtype is None
         self.item = 1 if dtype is None else dtype.itemsize
         self.vecs = <Vec *>calloc(SPLITS + rank, sizeof(Vec))
@@ -183,7 +189,7 @@ cdef class Output:
         if need > self.limit:
             raise BudgetExceeded(f"the decoded rows take more than {self.limit} bytes",
                                  remedy="read fewer rows at once, or raise limit_nbytes")
-        owner = self.pool.take(want + HB_SLACK)
+        owner = shared.take(want + HB_SLACK)
         view = owner
         if v.data != NULL:
             memcpy(&view[0], v.data, used)
@@ -192,6 +198,20 @@ cdef class Output:
         self.owners[which] = owner
         v.data, v.capacity = &view[0], want
         return 0
+
+    def append(self, bytes value):
+        """Append one value, or string, to a flat output."""
+        cdef int64_t n = len(value), at = self.n_values * self.item
+        cdef const uint8_t *data = value
+        if self.is_text:
+            at = self.n_bytes()
+            self.room(ENDS, 8 * (self.n_values + 1), 8)
+            (<int64_t *>self.vecs[ENDS].data)[self.n_values + 1] = at + n
+        elif n != self.item:
+            raise InvalidArgument(f"a value of {n} bytes", remedy=f"give {self.item}")
+        self.room(VALUES, at, n)
+        memcpy(self.vecs[VALUES].data + at, data, n)
+        self.n_values += 1
 
     cdef object _array(self, int which, object dtype, int64_t n):
         return np.empty(n, dtype) if n == 0 else np.frombuffer(self.owners[which], dtype, n)
@@ -223,6 +243,7 @@ cdef struct Shape:
     const uint8_t *is_null
     const uint8_t *fill_bytes
     uint64_t fill, seed
+    uint32_t null_levels  # is_null as bits, where they are few
 
 
 cdef class Form:
@@ -272,6 +293,8 @@ cdef class Form:
             f.thresholds[k + 1] = thresholds[k]
         f.is_null, f.fill_bytes, f.fill_nbytes = self.is_null, self.fill, len(fill)
         f.fill = int.from_bytes(fill[:8], "little")
+        for k in range(min(max_def, 31)):
+            f.null_levels |= <uint32_t>(is_null[k] != 0) << k
         # a flat column whose nulls make empty rows is read as lists of at most one value
         f.is_ragged = f.max_rep > 0 or (f.null == NULL_EMPTY and f.convert != STRINGS)
 
@@ -294,16 +317,13 @@ cdef class Chunk:
         ``decompress(codec, source, nbytes)`` for every codec but "none" and snappy: a buffer of nbytes, or an exception.
     place : dict
         For errors: file, column, row group.
-    dictionary : Output, optional
-        Read codes rather than values: dictionary entries, and values that are in no dictionary, are appended to it, and
-        rows are uint32 positions in it.
     """
 
     cdef Form form
     cdef const Shape *f
     cdef object data, decompress, place, page_owner, other_page_owner, flat_owner, dict_owner, span_owner
     cdef object lengths_owner, prefixes_owner
-    cdef Output dictionary
+    cdef Output dictionary  # of the output that is being read into
     cdef const hb_decoders *k
     cdef int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
     cdef int codec
@@ -325,20 +345,16 @@ cdef class Chunk:
     # the current window
     cdef int64_t window_at, window_n
     cdef bint all_elements, all_valid, any_before
-    cdef int last_def, levels_are
+    cdef int last_def, levels_are, same_level
     cdef uint64_t *starts
     cdef uint64_t *elements
     cdef uint64_t *valid
     cdef uint32_t *rep_levels
     cdef uint32_t *def_levels
-    cdef void *memory
 
-    def __cinit__(self, Form form, const uint8_t[::1] data, int codec, int64_t n_entries, decompress, dict place,
-                  Output dictionary=None):
-        cdef int64_t words = 3 * WORDS * 8, levels = 2 * (WINDOW + 16) * 4
+    def __cinit__(self, Form form, const uint8_t[::1] data, int codec, int64_t n_entries, decompress, dict place):
         self.form, self.data, self.codec, self.decompress, self.place = form, data, codec, decompress, place
         self.f = &form.shape
-        self.dictionary = dictionary
         self.k = kernels().decode
         self.snappy = kernels().snappy
         self.at = &data[0] if data.shape[0] else NULL
@@ -346,17 +362,18 @@ cdef class Chunk:
         self.entries_left = n_entries
         if n_entries < 0:
             self.fail("the footer claims a negative number of values")
-        self.memory = calloc(1, words + levels)
-        if self.memory == NULL:
+        if self.f.max_def:
+            self.starts = <uint64_t *>malloc(3 * WORDS * 8)
+            self.elements, self.valid = self.starts + WORDS, self.starts + 2 * WORDS
+        if self.f.max_def > 1:
+            self.rep_levels = <uint32_t *>malloc(2 * UNPACKED_WINDOW * 4)
+            self.def_levels = self.rep_levels + UNPACKED_WINDOW
+        if self.f.max_def and self.starts == NULL or self.f.max_def > 1 and self.rep_levels == NULL:
             raise MemoryError
-        self.starts = <uint64_t *>self.memory
-        self.elements = self.starts + WORDS
-        self.valid = self.elements + WORDS
-        self.rep_levels = <uint32_t *>(self.valid + WORDS)
-        self.def_levels = self.rep_levels + WINDOW + 16
 
     def __dealloc__(self):
-        free(self.memory)
+        free(self.starts)
+        free(self.rep_levels)
 
     cdef int fail(self, const char *problem) except -1 nogil:
         with gil:
@@ -378,7 +395,7 @@ cdef class Chunk:
         cdef uint8_t[::1] view
         if v.data != NULL and nbytes <= v.capacity:
             return owner
-        owner = pool.take(nbytes + HB_SLACK)
+        owner = shared.take(nbytes + HB_SLACK)
         view = owner
         v.data, v.capacity = &view[0], len(owner) - HB_SLACK
         return owner
@@ -841,6 +858,23 @@ cdef class Chunk:
             done += m
         return 0
 
+    cdef int values_past_cache(self, int64_t n, uint8_t *out) except -1 nogil:
+        """As `values`, by way of a block in the first cache, or from where they lie."""
+        cdef uint64_t block[BLOCK + 8]
+        cdef int64_t done = 0, m, item = self.f.item
+        if not self.is_dict and self.f.convert == COPY and self.f.width:
+            if n > (self.value_end - self.value_at) // item:
+                self.fail("a page holds fewer values than it claims")
+            self.k.copy_past_cache(out, self.value_at, n * item)
+            self.value_at += n * item
+            return 0
+        while done < n:
+            m = min(n - done, <int64_t>BLOCK)
+            self.values(m, <uint8_t *>block)
+            self.k.copy_past_cache(out + done * item, block, m * item)
+            done += m
+        return 0
+
     cdef int codes(self, int64_t n, uint8_t *out) except -1 nogil:
         """As `values`, but positions in self.dictionary; what is in no dictionary is appended to it."""
         cdef uint32_t codes[UNPACKED]
@@ -874,6 +908,8 @@ cdef class Chunk:
             out.room(VALUES, out.n_values * out.item, n * out.item)
             if self.dictionary is not None and out is not self.dictionary:
                 self.codes(n, out.vecs[VALUES].data + 4 * out.n_values)
+            elif out.past_cache:
+                self.values_past_cache(n, out.vecs[VALUES].data + out.n_values * out.item)
             else:
                 self.values(n, out.vecs[VALUES].data + out.n_values * out.item)
         out.n_values += n
@@ -962,7 +998,7 @@ cdef class Chunk:
                 else:
                     self.values(m, <uint8_t *>dense)
                 out.room(VALUES, out.n_values * out.item, n_slots * out.item)
-                self.k.expand(slots, self.valid, a, z, dense, out.item, self.f.fill,
+                self.k.expand(slots, self.valid, a, z, dense, out.item, 0 if self.dictionary is not None else self.f.fill,
                               out.vecs[VALUES].data + out.n_values * out.item)
                 out.n_values += n_slots
             a = z
@@ -1077,7 +1113,7 @@ cdef class Chunk:
                 memset(self.elements, 0, WORDS * 8)
             if not self.all_valid:
                 memset(self.valid, 0, WORDS * 8)
-            self.def_levels[0] = level
+            self.same_level = <int>level
             self.levels_are = SAME
             return 0
         if f.def_width == 1:
@@ -1106,15 +1142,24 @@ cdef class Chunk:
         if self.all_valid:
             return 0
         if self.levels_are == SAME:
-            return (b - a) * self.f.is_null[self.def_levels[0]]
+            return (b - a) * self.f.is_null[self.same_level]
         if self.levels_are == BITS:
             return (b - a - self.k.count_bits(self.valid, a, b)) * self.f.is_null[0]
+        if self.f.max_def < 32:
+            return self.k.count_levels(self.def_levels + a, b - a, self.f.null_levels)
         for i in range(a, b):
             if self.def_levels[i] < <uint32_t>self.f.max_def:
                 n += self.f.is_null[self.def_levels[i]]
         return n
 
     # ---- rows --------------------------------------------------------------------------------------------------------
+
+    cdef int bind(self, Output out) except -1:
+        if out.dictionary is not self.dictionary:
+            if self.n_pages:
+                raise InvalidArgument("the chunk was begun with another dictionary", remedy="read it with one output")
+            self.dictionary = out.dictionary
+        return 0
 
     def read(self, int64_t n_rows, Output out):
         """Append the next n_rows rows.
@@ -1126,6 +1171,7 @@ cdef class Chunk:
         Unsupported, BudgetExceeded
         """
         cdef int64_t done
+        self.bind(out)
         try:
             with nogil:
                 done = self.rows(n_rows, out)
@@ -1143,6 +1189,7 @@ cdef class Chunk:
             As `read`.
         """
         cdef int64_t a = 0, b, n = mask.shape[0], done = 0
+        self.bind(out)
         try:
             with nogil:
                 while a < n:

@@ -45,6 +45,10 @@ typedef struct {
     int (*gather1)(const uint32_t *codes, int64_t n, const uint8_t *dictionary, int64_t n_dictionary, uint8_t *out);
     /* Bit i: levels[i] >= least. Returns the largest level. Bits beyond n in the last word are 0. */
     uint32_t (*at_least)(const uint32_t *levels, int64_t n, uint32_t least, uint64_t *bits);
+    /* How many levels are in the set: bit `level` of it. Levels are below 32. */
+    int64_t (*count_levels)(const uint32_t *levels, int64_t n, uint32_t set);
+    /* memcpy that leaves the caches alone: for outputs that do not fit them anyway. */
+    void (*copy_past_cache)(void *to, const void *from, int64_t nbytes);
     /* Bits set among bits from..to-1. */
     int64_t (*count_bits)(const uint64_t *bits, int64_t from, int64_t to);
     /* Where each row starts, counted in elements: for every set bit p of starts in from..to-1, out[row++] = base +

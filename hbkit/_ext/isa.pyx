@@ -1,7 +1,7 @@
 """Which instruction set the kernels use: the best this CPU has, or what ``HBKIT_ISA`` names.
 
-The objects of kernels.c and snappy_kernel.c are linked to this module alone; the other extensions cimport `kernels`, so that
-there is one table of functions in a process.
+The objects of kernels.c and snappy_kernel.c are linked to this module alone; the other extensions cimport `kernels`,
+so that there is one table of functions in a process.
 """
 
 import os

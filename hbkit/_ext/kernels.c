@@ -1,6 +1,5 @@
 /* Compiled once for each instruction set, with -DHBKIT_ISA=<name>; see kernels.h for the rules all must keep. */
 #include "kernels.h"
-
 #include "snappy.h"
 
 #include <math.h>

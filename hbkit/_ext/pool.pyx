@@ -100,3 +100,7 @@ cdef class Pool:
         """Bytes in use and idle, buffers taken and how many of those were reused: dict of int."""
         return {"live_nbytes": self.live_nbytes, "idle_nbytes": self.idle_nbytes,
                 "n_taken": self.n_taken, "n_reused": self.n_reused}
+
+
+# What is decoded, taken and delivered lives here. Idle, it keeps at most its limit.
+shared = Pool()

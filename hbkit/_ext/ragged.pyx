@@ -1,6 +1,6 @@
 """Ragged conversions: copies of ranges of fixed-size items, whole ranges at a time, bounds proven before the first."""
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint64_t, uint8_t
 from libc.string cimport memcpy
 
 import numpy as np
@@ -56,6 +56,102 @@ def take_ranges(const uint8_t[::1] items, int64_t itemsize, const int64_t[::1] s
             size = (new_splits[i + 1] - new_splits[i]) * itemsize
             if size:
                 memcpy(&out[new_splits[i] * itemsize], &items[splits[rows[i]] * itemsize], size)
+
+
+cdef inline void _copy_item(uint8_t *to, const uint8_t *at, int64_t size) noexcept nogil:
+    if size == 8:
+        memcpy(to, at, 8)
+    elif size == 4:
+        memcpy(to, at, 4)
+    else:
+        memcpy(to, at, size)
+
+
+cdef _bases(list parts, int64_t itemsize, const int32_t[::1] part, const int64_t[::1] rows, list sizes):
+    """Addresses of the parts as uint64[n]; proves that every (part, row) lies within them."""
+    cdef int64_t i, n = rows.shape[0], k, bad = -1
+    cdef const uint8_t[::1] view
+    cdef int64_t n_parts = len(parts)
+    cdef uint64_t[::1] base = np.zeros(max(n_parts, 1), np.uint64)
+    cdef int64_t[::1] size = np.array(sizes, np.int64)
+    for i in range(n_parts):
+        view = parts[i]
+        base[i] = <uint64_t>&view[0] if view.shape[0] else 0
+        if size[i] * itemsize > view.shape[0]:
+            raise InvalidArgument("a part has fewer bytes than its rows need", remedy="give whole parts")
+    if part is not None and part.shape[0] != n or part is None and n_parts != 1:
+        raise InvalidArgument(f"{n} rows of unknown parts", remedy="name a part for each")
+    with nogil:
+        for i in range(n):
+            k = part[i] if part is not None else 0
+            if k < 0 or k >= n_parts or rows[i] < 0 or rows[i] >= size[k]:
+                bad = i
+                break
+    if bad >= 0:
+        raise InvalidArgument(f"row {rows[bad]} does not exist", remedy="rows are 0..n-1; negative ones are not allowed")
+    return base
+
+
+def take_items(list parts, int64_t itemsize, const int32_t[::1] part, const int64_t[::1] rows, uint8_t[::1] out):
+    """Copy item rows[i] of part part[i] (of the only one where part is None) to place i of `out`."""
+    cdef int64_t i, n = rows.shape[0]
+    cdef const uint8_t *only
+    cdef const uint8_t *at
+    if out.shape[0] != n * itemsize:
+        raise InvalidArgument(f"out has {out.shape[0]} bytes", remedy=f"give {n * itemsize}")
+    cdef uint64_t[::1] base = _bases(parts, itemsize, part, rows, [len(p) // itemsize for p in parts])
+    if n == 0:
+        return
+    only = <const uint8_t *>base[0]
+    with nogil:
+        if part is None and itemsize == 8:
+            for i in range(n):
+                memcpy(&out[i * 8], only + rows[i] * 8, 8)
+        elif part is None and itemsize == 4:
+            for i in range(n):
+                memcpy(&out[i * 4], only + rows[i] * 4, 4)
+        else:
+            for i in range(n):
+                at = only if part is None else <const uint8_t *>base[part[i]]
+                _copy_item(&out[i * itemsize], at + rows[i] * itemsize, itemsize)
+
+
+def lengths_of(list splits, const int32_t[::1] part, const int64_t[::1] rows, int64_t[::1] out):
+    """Row splits of the lists taken from several parts, into out[len(rows) + 1]."""
+    cdef int64_t i, n = rows.shape[0], total = 0
+    cdef const int64_t *s
+    cdef uint64_t[::1] base = _bases([np.asarray(x).view(np.uint8) for x in splits], 8, part, rows,
+                                     [len(x) - 1 for x in splits])
+    if out.shape[0] != n + 1:
+        raise InvalidArgument(f"out has {out.shape[0]} places", remedy=f"give {n + 1}")
+    out[0] = 0
+    with nogil:
+        for i in range(n):
+            s = <const int64_t *>base[part[i]] + rows[i]
+            total += s[1] - s[0]
+            out[i + 1] = total
+
+
+def take_lists(list parts, int64_t itemsize, list splits, const int32_t[::1] part, const int64_t[::1] rows,
+               const int64_t[::1] new_splits, uint8_t[::1] out):
+    """Copy the items of each list taken: `new_splits` from `lengths_of`; each part's splits are those of its items."""
+    cdef int64_t i, n = rows.shape[0], size
+    cdef const int64_t *s
+    for x, y in zip(parts, splits, strict=True):
+        if y[len(y) - 1] * itemsize > len(x):
+            raise InvalidArgument("a part has fewer items than its splits say", remedy="give whole parts")
+    if new_splits.shape[0] != n + 1 or out.shape[0] != new_splits[n] * itemsize:
+        raise InvalidArgument("out does not have the size that the splits say", remedy="use lengths_of")
+    cdef uint64_t[::1] ends = _bases([np.asarray(x).view(np.uint8) for x in splits], 8, part, rows,
+                                     [len(x) - 1 for x in splits])
+    cdef uint64_t[::1] base = _bases(parts, itemsize, np.zeros(0, np.int32), np.zeros(0, np.int64),
+                                     [len(p) // itemsize for p in parts])
+    with nogil:
+        for i in range(n):
+            s = <const int64_t *>ends[part[i]] + rows[i]
+            size = (new_splits[i + 1] - new_splits[i]) * itemsize
+            if size:
+                memcpy(&out[new_splits[i] * itemsize], <const uint8_t *>base[part[i]] + s[0] * itemsize, size)
 
 
 def pad_ranges(const uint8_t[::1] items, int64_t itemsize, const int64_t[::1] splits, int64_t length, bint tail,

@@ -27,7 +27,7 @@ def length(const uint8_t[::1] data):
 
 
 def decompress(const uint8_t[::1] data, out=None):
-    """The bytes that `data` compresses: uint8[length], of new memory or the first bytes of `out`.
+    """The bytes that `data` compresses: uint8[length], of new memory or the first bytes of the uint8 array `out`.
 
     `out` needs `SLACK` bytes more than `length(data)`; what they hold afterwards is undefined.
     """
@@ -36,7 +36,9 @@ def decompress(const uint8_t[::1] data, out=None):
     cdef int rc
     if size > MOST * n:
         raise Corrupt(f"{n} bytes of snappy data declare {size}")
-    to = np.empty(size + SLACK, np.uint8) if out is None else out
+    if out is None:
+        out = np.empty(size + SLACK, np.uint8)
+    to = out
     if to.shape[0] < size + SLACK:
         raise InvalidArgument(f"out has {to.shape[0]} bytes", remedy=f"{size} and {SLACK} more are written")
     with nogil:
@@ -46,4 +48,4 @@ def decompress(const uint8_t[::1] data, out=None):
                 "copies from before its start" if rc == HB_SNAPPY_OFFSET else
                 "has another length than it declares")
         raise Corrupt(f"snappy data {what}")
-    return np.asarray(to)[:size]
+    return out[:size]

@@ -1,9 +1,32 @@
-/* Compiled once for each instruction set, with -DHBKIT_ISA=<name>. */
-#include "snappy.h"
-
+/* Snappy, decompressed. Compiled once for each instruction set, with -DHBKIT_ISA=<name>.
+ *
+ * SPEC: github.com/google/snappy, format_description.txt. After the length come tags. A tag's low two bits are its
+ * kind; the other six are a literal's length less one (60 to 63: the length follows in 1 to 4 bytes), or a copy's
+ * length less one, with the offset in 2 or 4 bytes; or, for COPY1, three bits of a length of 4 to 11 below the three
+ * high bits of an offset of 11, whose low eight are the next byte.
+ *
+ * Where a tag stands is known only when the one before has been read, and in data of 8-byte keys or short words there
+ * is a tag for every four bytes. A loop over tags waits for each: for the load, for the arithmetic, and for the wrong
+ * guesses of its branches, since the kinds alternate as the values do. So the work is cut in two:
+ *
+ *   scan   reads a block of the input as if a tag began at every byte of it, and notes what would follow from that;
+ *          most of it is in vain, but there is no order in it, so that vectors do 16 or 32 bytes at once;
+ *   walk   goes through the notes from one true tag to the next. Between two of them lie one load and one addition.
+ *
+ * A step of the walk is a literal of at most SHORT bytes, or none, and a copy of at most 16: the copy's tag stands in
+ * the 32 bytes from where the literal's lane begins, which one look-up in vectors reaches. All else is ODD: longer
+ * elements, a literal after a literal, COPY4, copies that overlap themselves, damage, the last bytes of the output.
+ * There the walk stops, and `element` takes one tag with every check.
+ *
+ * Nothing is read outside src: the last block is copied to where padding can follow it. A step takes at most 19 bytes
+ * of input and gives at most 31. Copies go in sixteens, so that up to 15 bytes beyond are written, into the slack at
+ * the end.
+ */
+#include <stddef.h>
 #include <string.h>
 
 #include "kernels.h"
+#include "snappy.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -11,111 +34,203 @@
 
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
-#define HIDE(x) __asm__("" : "+r"(x))
-#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define NOINLINE __attribute__((noinline)) /* so that each loop has all registers */
 
-enum { LITERAL = 0, COPY1 = 1, COPY2 = 2, COPY4 = 3 }; /* the tag's low two bits */
-enum { SHORT = 6, IN_MARGIN = 80, OUT_MARGIN = 144 };
+enum { LITERAL = 0, COPY1 = 1, COPY2 = 2, COPY4 = 3 };
+enum { SHORT = 15, BLOCK = 512, PAD = 64, ODD = 128 };
 
-static inline void copy16(uint8_t *to, const uint8_t *from) {
-    uint8_t line[16];
-    memcpy(line, from, 16);
-    memcpy(to, line, 16);
+/* What scan notes of each byte of a block, were it a tag. */
+typedef struct {
+    _Alignas(64) uint8_t step[BLOCK + PAD]; /* bytes to the next step's tag; ODD or more: not a step */
+    uint8_t skip[BLOCK + PAD];              /* bytes to the copy's tag: 0 if this is the copy */
+    uint8_t literal[BLOCK + PAD];           /* the literal's length: 0 if this is the copy */
+    uint8_t length[BLOCK + PAD];            /* a copy's length */
+    uint8_t high[BLOCK + PAD];              /* the high byte of a copy's offset; the low one is the next byte */
+    uint8_t tail[BLOCK + PAD];              /* the last block's input, padded */
+} notes;
+
+/* ---- vectors ---- */
+
+typedef uint8_t line __attribute__((vector_size(16)));
+#ifdef __AVX2__
+typedef uint8_t vec __attribute__((vector_size(32)));
+typedef int8_t signed_vec __attribute__((vector_size(32)));
+#define LANES(...) {__VA_ARGS__, __VA_ARGS__}
+#else
+typedef line vec;
+typedef int8_t signed_vec __attribute__((vector_size(16)));
+#define LANES(...) {__VA_ARGS__}
+#endif
+
+static inline vec load(const uint8_t *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-/* to[i] = to[i - offset] for i < n <= 64, whatever the overlap; writes up to 15 bytes more. */
+static inline void store(uint8_t *p, vec v) { memcpy(p, &v, sizeof v); }
+
+static inline void copy16(uint8_t *to, const uint8_t *from) {
+    line v;
+    memcpy(&v, from, 16);
+    memcpy(to, &v, 16);
+}
+
+static inline vec pick(vec mask, vec a, vec b) {
+#ifdef __AVX2__
+    return (vec)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)mask);
+#else
+    return (mask & a) | (~mask & b);
+#endif
+}
+
+/* table[at], at < 16, in each lane of 16 bytes. With x86 any `at` of 128 or more gives 0. */
+static inline line look16(line table, line at) {
+#if defined(__aarch64__)
+    return (line)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)at);
+#else
+    return (line)_mm_shuffle_epi8((__m128i)table, (__m128i)at);
+#endif
+}
+
+static inline vec look(vec table, vec at) {
+#ifdef __AVX2__
+    return (vec)_mm256_shuffle_epi8((__m256i)table, (__m256i)at);
+#else
+    return look16(table, at);
+#endif
+}
+
+/* The same with the lane of `more` after that of `table`, at < 32. */
+static inline vec look32(vec table, vec more, vec at) {
+#if defined(__aarch64__)
+    return (vec)vqtbl2q_u8((uint8x16x2_t){{(uint8x16_t)table, (uint8x16_t)more}}, (uint8x16_t)at);
+#else
+    return look(table, at + 0x70) | look(more, at - 16);
+#endif
+}
+
+/* ---- scan and walk ---- */
+
+/* The bytes that a copy's tag takes, by kind. */
+static inline vec size(vec tag) {
+    const vec sizes = LANES(ODD, 2, 3, ODD, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    return look(sizes, tag & 3);
+}
+
+static NOINLINE void scan(const uint8_t *in, int64_t n, notes *p) {
+    const vec lane = LANES(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t i = 0; i < n + SHORT + 1; i += (int64_t)sizeof(vec)) {
+        vec tag = load(in + i), six = tag >> 2, kind = tag & 3;
+        vec literal = (vec)(kind == LITERAL), copy1 = (vec)(kind == COPY1);
+        vec skip = literal & (six + 2);
+        vec far = (vec)((signed_vec)skip > SHORT + 1); /* x86 compares signed bytes alone */
+        store(p->step + i, (skip + look32(size(tag), size(load(in + i + 16)), lane + skip)) | far);
+        store(p->skip + i, skip);
+        store(p->literal + i, literal & (six + 1));
+        store(p->length + i, pick(copy1, (six & 7) + 4, six + 1));
+        store(p->high + i, pick(copy1, tag >> 5, load(in + i + 2)));
+    }
+    memset(p->step + n, ODD, PAD / 2); /* the walk ends here */
+}
+
+/* Goes from in[*at] on, and from op to less than limit; leaves in *at where it stopped, and returns the new op. */
+static NOINLINE uint8_t *walk(const notes *p, const uint8_t *in, int64_t *at, uint8_t *op, const uint8_t *dst,
+                              const uint8_t *limit) {
+    int64_t i = *at;
+    while (op < limit) {
+        int64_t step = p->step[i], tag = i + p->skip[i];
+        if (step >= ODD) break;
+        copy16(op, in + i + 1);
+        uint8_t *to = op + p->literal[i];
+        int64_t length = p->length[tag], offset = in[tag + 1] | p->high[tag] << 8;
+        if ((length > 16) | (offset < length) | (offset > to - dst)) break;
+        copy16(to, to - offset);
+        op = to + length;
+        i += step;
+    }
+    *at = i;
+    return op;
+}
+
+/* ---- the rest ---- */
+
+#define TURN(k) \
+    {0,     1 % k, 2 % k,  3 % k,  4 % k,  5 % k,  6 % k,  7 % k, \
+     8 % k, 9 % k, 10 % k, 11 % k, 12 % k, 13 % k, 14 % k, 15 % k}
+
+/* to[i] = to[i - offset] for i < n <= 64, in order; writes up to 15 bytes more. */
 static inline void repeat(uint8_t *to, int64_t offset, int64_t n) {
+    static const line turns[16] = {TURN(1), TURN(1), TURN(2),  TURN(3),  TURN(4),  TURN(5),  TURN(6),  TURN(7),
+                                   TURN(8), TURN(9), TURN(10), TURN(11), TURN(12), TURN(13), TURN(14), TURN(15)};
     const uint8_t *from = to - offset;
     if (offset >= 16) {
         for (int64_t i = 0; i < n; i += 16) copy16(to + i, from + i);
         return;
     }
-    static const uint8_t cycle[32] = {0};
-    (void)cycle;
-    for (int64_t i = 0; i < n; i++) to[i] = from[i];
+    line pattern;
+    memcpy(&pattern, from, 16);
+    pattern = look16(pattern, turns[offset]);
+    for (int64_t i = 0; i < n; i += 16 - 16 % offset) memcpy(to + i, &pattern, 16);
 }
 
-#define BY4(m, x) m(x), m(x + 1), m(x + 2), m(x + 3)
-#define BY16(m, x) BY4(m, x), BY4(m, x + 4), BY4(m, x + 8), BY4(m, x + 12)
-#define BY64(m, x) BY16(m, x), BY16(m, x + 16), BY16(m, x + 32), BY16(m, x + 48)
-/* For each tag: a copy's length, and the offset's bits that a tag of COPY1 holds; too long to be short if no such copy. */
-#define TAG(t) \
-    (uint16_t)(((t) & 3) == COPY1 ? (4 + ((t) >> 2 & 7)) | ((t) >> 5 << 8) : ((t) & 3) == COPY2 ? ((t) >> 2) + 1 : 255)
-static const uint16_t tags[256] = {BY64(TAG, 0), BY64(TAG, 64), BY64(TAG, 128), BY64(TAG, 192)};
+typedef struct {
+    const uint8_t *ip, *end;
+    uint8_t *dst, *op, *op_end;
+} cursor;
+
+/* One tag at c->ip < c->end and what it gives, with every check. */
+static inline int element(cursor *c) {
+    int64_t tag = *c->ip++, six = tag >> 2, kind = tag & 3, value = 0;
+    int64_t bytes = kind == LITERAL ? (six < 60 ? 0 : six - 59) : kind == COPY4 ? 4 : kind;
+    if (bytes > c->end - c->ip) return HB_SNAPPY_TRUNCATED;
+    for (int64_t i = 0; i < bytes; i++) value |= (int64_t)*c->ip++ << (8 * i);
+    if (kind == LITERAL) {
+        int64_t length = 1 + (bytes ? value : six), left = c->end - c->ip;
+        if (length > left) return HB_SNAPPY_TRUNCATED;
+        if (length > c->op_end - c->op) return HB_SNAPPY_LENGTH;
+        if (length <= 64 && left >= 64)
+            for (int64_t i = 0; i < length; i += 16) copy16(c->op + i, c->ip + i);
+        else
+            memcpy(c->op, c->ip, (size_t)length);
+        c->ip += length;
+        c->op += length;
+    } else {
+        int64_t length = kind == COPY1 ? 4 + (six & 7) : 1 + six;
+        int64_t offset = kind == COPY1 ? value | (six >> 3) << 8 : value;
+        if (offset == 0 || offset > c->op - c->dst) return HB_SNAPPY_OFFSET;
+        if (length > c->op_end - c->op) return HB_SNAPPY_LENGTH;
+        repeat(c->op, offset, length);
+        c->op += length;
+    }
+    return 0;
+}
 
 HB_SNAPPY_DECLARE(PASTE(hb_snappy_, HBKIT_ISA)) {
     int64_t length, start = hb_snappy_preamble(src, n, &length);
     if (!start) return HB_SNAPPY_TRUNCATED;
     if (length != dst_n) return HB_SNAPPY_LENGTH;
-    const uint8_t *ip = src + start, *end = src + n;
-    uint8_t *op = dst, *op_end = dst + dst_n;
-    const uint8_t *in_limit = n - start > IN_MARGIN ? end - IN_MARGIN : ip, *out_limit = dst_n > OUT_MARGIN ? op_end - OUT_MARGIN : op;
-    while (ip < end) {
-        while (ip < in_limit && op < out_limit) {
-            uint64_t w;
-            memcpy(&w, ip, 8);
-            uint64_t twice = w + w;
-            HIDE(twice);
-            uint64_t second = (w >> 16) >> (twice & 63), lit = (w & 255) >> 2;
-            const uint8_t *next = ip + lit + 3;
-            HIDE(next);
-            const uint8_t *next0 = ip + 1;
-            lit += 1;
-#if defined(__x86_64__)
-            __asm__("testb $3, %b3\n\tcmovne %3, %0\n\tcmovne %5, %1\n\tcmovne %4, %2" : "+r"(second), "+r"(next), "+r"(lit) : "r"(w), "r"((uint64_t)0), "r"(next0) : "cc");
-#else
-            if (w & 3) second = w, next = next0, lit = 0;
-#endif
-            uint64_t bytes = second & 3;
-            if (UNLIKELY(lit > SHORT)) {
-                if (lit > 60) break;
-                for (uint64_t i = 0; i < lit; i += 16) copy16(op + i, ip + 1 + i);
-                ip += lit + 1, op += lit;
-                continue;
-            }
-            uint32_t u;
-            memcpy(&u, next - 1, 4);
-            memcpy(op, ip + 1, 8);
-            ip = next - 1;
-            op += lit;
-            uint32_t tag = tags[u & 255];
-            uint64_t len = tag & 255;
-            uint64_t offset = (tag >> 8 << 8) + ((u >> 8) & ((1u << 8 * bytes) - 1));
-            if (UNLIKELY(len > 16) || UNLIKELY(offset < len)) {
-                if (len > 64) break;
-                if (offset == 0 || offset > (uint64_t)(op - dst)) return HB_SNAPPY_OFFSET;
-                repeat(op, offset, len);
-            } else {
-                if (UNLIKELY(offset > (uint64_t)(op - dst))) return HB_SNAPPY_OFFSET;
-                copy16(op, op - offset);
-            }
-            HIDE(next);
-            ip = next + bytes;
-            op += len;
+    cursor c = {.ip = src + start, .end = src + n, .dst = dst, .op = dst, .op_end = dst + dst_n};
+    const uint8_t *limit = dst_n > 30 ? c.op_end - 30 : dst; /* before it a step has room */
+    notes p;
+    while (c.ip < c.end) {
+        const uint8_t *block = c.ip, *in = block;
+        int64_t left = c.end - block, block_n = left < BLOCK ? left : BLOCK, at = 0;
+        if (left < BLOCK + PAD) {
+            memset(p.tail, COPY4, sizeof p.tail);
+            memcpy(p.tail, block, (size_t)left);
+            in = p.tail;
         }
-        /* One tag, with every check. */
-        unsigned t = *ip++;
-        int64_t len = t >> 2, offset = 0, bytes = (t & 3) == LITERAL ? (len < 60 ? 0 : len - 59) : 1 << ((t & 3) - 1);
-        if (bytes > end - ip) return HB_SNAPPY_TRUNCATED;
-        for (int64_t i = 0; i < bytes; i++) offset |= (int64_t)ip[i] << (8 * i);
-        ip += bytes;
-        if ((t & 3) == LITERAL) {
-            len = 1 + (len < 60 ? len : offset);
-            if (len > end - ip) return HB_SNAPPY_TRUNCATED;
-            if (len > op_end - op) return HB_SNAPPY_LENGTH;
-            memcpy(op, ip, (size_t)len);
-            ip += len;
-        } else {
-            if ((t & 3) == COPY1) {
-                offset |= (len & ~7) << 5;
-                len = (len & 7) + 3;
-            }
-            len++;
-            if (len > op_end - op) return HB_SNAPPY_LENGTH;
-            if (offset == 0 || offset > op - dst) return HB_SNAPPY_OFFSET;
-            repeat(op, offset, len);
+        scan(in, block_n, &p);
+        while (at < block_n) {
+            c.op = walk(&p, in, &at, c.op, dst, limit);
+            if (at > left) return HB_SNAPPY_TRUNCATED; /* the walk took padding for a tag's last bytes */
+            c.ip = block + at;
+            if (at >= block_n) break;
+            int rc = element(&c);
+            if (rc) return rc;
+            at = c.ip - block;
         }
-        op += len;
     }
-    return op == op_end ? 0 : HB_SNAPPY_LENGTH;
+    return c.op == c.op_end ? 0 : HB_SNAPPY_LENGTH;
 }

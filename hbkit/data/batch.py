@@ -43,18 +43,10 @@ class Batch(dict[str, Column]):
 
 
 def join(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
-    """The rows of the parts end to end, in memory of their own."""
-    if len(parts) > 1:
-        return {name: ragged.concat([p[name] for p in parts]) for name in parts[0]}
-    return {name: _copy(column) for name, column in parts[0].items()}
-
-
-def _copy(column: Any) -> Any:
-    if isinstance(column, Ragged):
-        return Ragged(_copy(column.values), tuple(s.copy() for s in column.row_splits))
-    if isinstance(column, Strings):
-        return Strings(column.data.copy(), column.row_splits.copy())
-    return column.copy()
+    """The rows of the parts end to end."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: ragged.concat([p[name] for p in parts]) for name in parts[0]}
 
 
 def pad(column: Any, n_rows: int) -> Any:

@@ -27,12 +27,14 @@ import numpy.typing as npt
 from hbkit import errors, ragged
 from hbkit.data.ahead import in_order
 from hbkit.data.filter import RowFilter
-from hbkit.parquet import Field, File
+from hbkit.parquet import Field, File, Threads
 from hbkit.ragged import Column
 
 __all__ = ["Epoch", "Shuffle", "Stats", "Unit", "random_order"]
 
 log = logging.getLogger("hbkit.data")
+
+SLAB_ROWS = 65_536  # decoded at once, in whole batches
 Columns = dict[str, Column]
 
 
@@ -51,24 +53,36 @@ class Shuffle(NamedTuple):
     buffer_rows: int
 
 
-class Piece(NamedTuple):
-    """Consecutive rows of the stream: row ``start + i`` is row ``order[i]`` of the columns (row i without order)."""
+class Piece:
+    """Consecutive rows of the stream, from number ``start`` on: the rows of the parts end to end, or, with an order,
+    row ``order[i]`` of them as the i-th."""
 
-    start: int
-    n_rows: int
-    columns: Columns
-    order: npt.NDArray[np.int64] | None = None
+    def __init__(self, start: int, n_rows: int, parts: list[Columns], order: npt.NDArray[np.int64] | None = None) -> None:
+        self.start, self.n_rows, self.parts = start, n_rows, parts
+        self._places = None if order is None else ragged.places([_n_rows(p) for p in parts], order)
 
     def rows(self, first: int, last: int) -> Columns:
         """Rows of the stream's numbers first..last-1, clipped to the piece."""
         a, z = max(first - self.start, 0), min(last - self.start, self.n_rows)
-        if self.order is None:
-            return {name: c[a:z] for name, c in self.columns.items()}
-        return {name: _take(c, self.order[a:z]) for name, c in self.columns.items()}
+        if self._places is None:
+            (columns,) = self.parts
+            return columns if z - a == self.n_rows else {name: c[a:z] for name, c in columns.items()}
+        return {name: self._take(name, a, z) for name in self.parts[0]}
+
+    def shuffled(self, threads: Threads) -> Piece:
+        """The same rows, put in their order column by column: while a column is in the cache."""
+        names = list(self.parts[0])
+        columns = threads.each(lambda name: self._take(name, 0, self.n_rows), names)
+        return Piece(self.start, self.n_rows, [dict(zip(names, columns, strict=True))])
+
+    def _take(self, name: str, a: int, z: int) -> Column:
+        assert self._places is not None
+        part, row = self._places
+        return ragged.take_from([p[name] for p in self.parts], None if part is None else part[a:z], row[a:z])
 
 
-def _take(column: Column, rows: npt.NDArray[np.int64]) -> Column:
-    return column[rows] if isinstance(column, np.ndarray) else column.take(rows)
+def _n_rows(columns: Columns) -> int:
+    return ragged.n_rows(next(iter(columns.values())))
 
 
 def random_order(n: int, *key: int) -> npt.NDArray[np.int64]:
@@ -136,11 +150,15 @@ class Epoch:
 
     def batches(self, start: int) -> Generator[tuple[int, list[Columns], int], None, None]:
         """Number, parts and rows of each batch of this shard, from row ``start`` (a batch boundary) on."""
+        with Threads(self.n_decodes) as threads:
+            yield from self._batches(start, threads)
+
+    def _batches(self, start: int, threads: Threads) -> Iterator[tuple[int, list[Columns], int]]:
         n, m = self.batch_size, self.shard[1]
         window = self.shuffle.buffer_rows if self.shuffle else 1
-        pieces = self._pieces(start // window * window)
+        pieces = self._pieces(start // window * window, threads)
         if self.shuffle:
-            pieces = self._windows(pieces, self.shuffle)
+            pieces = self._windows(pieces, self.shuffle, threads)
         parts: list[Columns] = []
         held = b = 0
         for piece in pieces:
@@ -152,6 +170,7 @@ class Epoch:
                 if last == (b + 1) * n:
                     yield b, parts, held
                     parts, held = [], 0
+            del piece  # its memory may serve the next one
         if parts:
             yield b, parts, held
 
@@ -191,8 +210,8 @@ class Epoch:
         self.skipped.add(unit.number)
         self.stats.skip("row_groups", e)
 
-    def _pieces(self, start: int) -> Iterator[Piece]:
-        """The row groups from the one that holds row ``start`` on, without those that this shard does not need."""
+    def _pieces(self, start: int, threads: Threads) -> Iterator[Piece]:
+        """The rows from ``start`` on in slabs, without those that this shard does not need."""
         order, at = self._order(), 0
         while order and at < start and at + (n := self.count(order[0])) <= start:
             at += n
@@ -200,47 +219,91 @@ class Epoch:
         # Row numbers depend on what decodes, and on the filter: only without both are they known beforehand.
         known = self.filter is None and not self.skip_bad
 
-        def jobs() -> Iterator[Callable[[], tuple[Unit, int, Columns | None, errors.Corrupt | None]]]:
+        def jobs() -> Iterator[Callable[[], _Read]]:
             row = at
             for unit in order:
                 n = self.count(unit) if known else 0
-                yield partial(self._read, unit, not known or self._mine(max(row, start), row + n))
+                if known and not self._mine(max(row, start), row + n):
+                    yield partial(_Read, unit, n)
+                else:
+                    yield partial(self._read, unit, max(row, start) - row if known else 0, row if known else None, threads)
                 row += n
 
-        for unit, n, columns, bad in in_order(jobs(), self.n_reads):
-            if bad is not None:
-                self._drop(unit, bad)
-            elif columns is not None:
-                yield Piece(at, n, columns)
-            at += n
+        for read in in_order(jobs(), self.n_reads):
+            if read.bad is not None:
+                self._drop(read.unit, read.bad)
+            for first, n, columns in read.slabs:
+                yield Piece(at + first, n, [columns])
+                del columns
+            at += read.n_rows
 
-    def _read(self, unit: Unit, needed: bool) -> tuple[Unit, int, Columns | None, errors.Corrupt | None]:
-        """The row group's rows in the stream and its columns; or the error that makes it bad."""
+    def _read(self, unit: Unit, first: int, row: int | None, threads: Threads) -> _Read:
+        """The row group from its row ``first`` on, as slabs; or the error that makes it bad.
+
+        ``row`` is the number of its first row in the stream, where that is known.
+        """
         file, g = unit.file, unit.row_group
-        if not needed or unit.number in self.skipped:
-            return unit, 0 if unit.number in self.skipped else file.row_group_rows[g], None, None
+        n = file.row_group_rows[g]
+        if unit.number in self.skipped:
+            return _Read(unit, 0)
         try:
             mask = None
-            n = file.row_group_rows[g]
             if self.filter is not None:
                 mask = self.filter.mask(file, g)
                 n = 0 if mask is None else int(np.count_nonzero(mask))
             if n == 0:
                 self.stats.add("n_row_groups_pruned", int(file.row_group_rows[g] > 0))
-                return unit, 0, None, None
-            columns = file.read_row_group(g, self.fields, mask, self.n_decodes)
+                return _Read(unit, 0)
+            slabs = self._slabs(unit, mask, first, row, threads)
+            if self.n_reads > 1 or self.skip_bad:  # in another thread; or, since a bad row group is dropped whole, first
+                slabs = iter(list(slabs))
         except errors.Corrupt as e:
-            return unit, 0, None, e
+            return _Read(unit, 0, bad=e)
         self.stats.add("n_row_groups_read")
-        return unit, n, columns, None
+        return _Read(unit, n, slabs)
 
-    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle) -> Iterator[Piece]:
+    def _slabs(
+        self, unit: Unit, mask: npt.NDArray[np.bool_] | None, first: int, row: int | None, threads: Threads
+    ) -> Iterator[tuple[int, int, Columns]]:
+        """(first row, rows, columns) of a row group that are not wholly those of other shards.
+
+        A slab ends with a batch, or with a shuffle's window: then the batch is one piece of memory.
+        """
+        file, g = unit.file, unit.row_group
+        n_rows, size = file.row_group_rows[g], self._slab_rows()
+        group = file.open_row_group(g, self.fields, threads)
+        if first:
+            group.skip(first)
+        at, kept = first, 0
+        while at < n_rows:
+            m = min(size - (at if row is None else row + at) % size, n_rows - at)
+            if mask is not None:
+                rows = mask[at : at + m]
+                k = int(np.count_nonzero(rows))
+                if k:
+                    yield kept, k, group.read(m, None if k == m else rows)
+                else:
+                    group.skip(m)
+                kept += k
+            elif row is None or self._mine(row + at, row + at + m):
+                yield at, m, group.read(m)
+            else:
+                group.skip(m)
+            at += m
+
+    def _slab_rows(self) -> int:
+        if self.shuffle:
+            return self.shuffle.buffer_rows
+        return max(1, SLAB_ROWS // self.batch_size) * self.batch_size
+
+    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads) -> Iterator[Piece]:
         """The stream cut into windows and shuffled within each; windows without rows of this shard are left out."""
         size, parts, held, current = shuffle.buffer_rows, list[Columns](), 0, 0
 
         def window() -> Piece:
-            columns = {name: ragged.concat([p[name] for p in parts]) for name in parts[0]}
-            return Piece(current * size, held, columns, random_order(held, shuffle.seed, self.epoch, current + 1))
+            order = random_order(held, shuffle.seed, self.epoch, current + 1)
+            piece = Piece(current * size, held, parts, order)
+            return piece.shuffled(threads) if self.shard[1] == 1 else piece
 
         for piece in pieces:
             for w in range(piece.start // size, -(-(piece.start + piece.n_rows) // size)):
@@ -255,3 +318,12 @@ class Epoch:
                     parts, held = [], 0
         if parts:
             yield window()
+
+
+class _Read(NamedTuple):
+    """What became of a row group: its rows in the stream, and slabs of them."""
+
+    unit: Unit
+    n_rows: int
+    slabs: Iterator[tuple[int, int, Columns]] = iter(())
+    bad: errors.Corrupt | None = None

@@ -3,5 +3,6 @@
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.file import File, RowGroup, read_columns
 from hbkit.parquet.source import Source, list_files, open_source
+from hbkit.parquet.threads import Threads
 
-__all__ = ["ColumnType", "Field", "File", "RowGroup", "Source", "list_files", "open_source", "read_columns"]
+__all__ = ["ColumnType", "Field", "File", "RowGroup", "Source", "Threads", "list_files", "open_source", "read_columns"]

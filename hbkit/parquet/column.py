@@ -17,7 +17,7 @@ from hbkit._ext import chunk as _chunk
 from hbkit._ext import hash as _hash
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.schema import Leaf
-from hbkit.ragged import Column, Ragged, Strings
+from hbkit.ragged import Column, Dictionary, Ragged, Strings
 
 __all__ = ["Column", "Decoding", "column_type", "decode", "missing"]
 
@@ -116,6 +116,7 @@ class Decoding:
             fill,
             field.hash_seed,
         )
+        self._null, self._fill = null, fill
 
     def _default(self) -> Any:
         """What stands for a null, as one value of the output's dtype."""
@@ -126,12 +127,23 @@ class Decoding:
     def _default_text(self) -> bytes:
         return b"" if self.field.null == "empty" else _default_bytes(self.field, self.place)
 
-    def output(self, limit_nbytes: int) -> Any:
-        """An empty `hbkit._ext.chunk.Output` for the decoder."""
-        return _chunk.Output(_chunk.pool, self.dtype, self.rank, limit_nbytes, self.with_mask)
+    def output(self, limit_nbytes: int, past_cache: bool = False, dictionary: bool = False) -> Any:
+        """An empty `hbkit._ext.chunk.Output` for the decoder: of values, or of codes and their dictionary."""
+        if not dictionary:
+            return _chunk.Output(self.dtype, self.rank, limit_nbytes, self.with_mask, past_cache)
+        if self._casts or self._squeezes or self.out.pad_to is not None or self.out.ragged_rank != self.rank:
+            raise errors.Unsupported(
+                "a dictionary is read as it is stored",
+                remedy="leave dtype, ragged_rank and pad_to out, or dictionary=True",
+                **self.place,
+            )
+        entries = _chunk.Output(self.dtype, 0, limit_nbytes)
+        if self._null == "default":
+            entries.append(self._fill)  # code 0 stands for nulls
+        return _chunk.Output(np.dtype(np.uint32), self.rank, limit_nbytes, False, past_cache, entries)
 
-    def finish(self, output: Any) -> Column:
-        """The column that the field asks for, of what was decoded.
+    def finish(self, output: Any, place: Place) -> Any:
+        """The column that the field asks for, or a Dictionary, of what was decoded.
 
         Raises
         ------
@@ -139,36 +151,45 @@ class Decoding:
         """
         field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
         values, splits, mask = output.finish()
+        if output.dictionary is not None:
+            self.check_nulls(n_nulls, n_rows, place)
+            entries, _, _ = output.dictionary.finish()
+            codes = Ragged._trusted(values, splits) if splits else values
+            return Dictionary(Strings._trusted(*entries) if self.dtype is None else entries, codes)
         if self._squeezes:
-            values, mask, n_nulls = self._squeeze(values, splits[0], mask)
+            values, mask, n_nulls = self._squeeze(values, splits[0], mask, place)
             splits = ()
-        if n_nulls and field.null == "error":
-            raise errors.NullFound(
-                f"{n_nulls} of {n_rows} rows or values are null",
-                remedy="set Field(null='default' or 'empty')",
-                **self.place,
-            )
+        self.check_nulls(n_nulls, n_rows, place)
         if self.dtype is None:
-            values = Strings(*values)
+            values = Strings._trusted(*values)
         elif self._casts:
-            values = _cast(values, np.dtype(self.out.dtype), self._scale, self.place)
+            values = _cast(values, np.dtype(self.out.dtype), self._scale, place)
         if mask is not None and not mask.all():
-            values[~mask] = default_value(field, self.out.dtype, self.place)
+            values[~mask] = default_value(field, self.out.dtype, place)
         if not splits and self.out.ragged_rank + (self.out.pad_to is not None) == 1:
             splits = (np.arange(n_rows + 1, dtype=np.int64),)
         if not splits:
             return values
-        column = Ragged(values, splits)
+        column = Ragged._trusted(values, splits)
         return column if self.out.pad_to is None else column.to_padded(self.out.pad_to, truncate=field.truncate)
 
-    def _squeeze(self, values: Any, splits: Any, mask: Any) -> tuple[Any, Any, int]:
+    def check_nulls(self, n_nulls: int, n_rows: int, place: Place) -> None:
+        """Raise NullFound if there are nulls and the field allows none."""
+        if n_nulls and self.field.null == "error":
+            raise errors.NullFound(
+                f"{n_nulls} of {n_rows} rows or values are null",
+                remedy="set Field(null='default' or 'empty')",
+                **place,
+            )
+
+    def _squeeze(self, values: Any, splits: Any, mask: Any, place: Place) -> tuple[Any, Any, int]:
         """Lists of at most one value as one value a row; an empty list is a null."""
         lengths = np.diff(splits)
         if len(lengths) and lengths.max() > 1:
             raise errors.SchemaMismatch(
                 f"a row holds {lengths.max()} values where ragged_rank=0 allows one",
                 remedy="leave ragged_rank out, or use pad_to=1 to keep the first",
-                **self.place,
+                **place,
             )
         valid = lengths == 1
         valid[valid] = mask

@@ -17,15 +17,16 @@ from hbkit._ext import chunk as _chunk
 from hbkit.parquet import codecs
 from hbkit.parquet.column import Decoding, decode, missing
 from hbkit.parquet.field import ColumnType, Field
-from hbkit.parquet.footer import CODECS, read_footer
+from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source
-from hbkit.parquet.threads import each
+from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
 __all__ = ["File", "RowGroup", "read_columns"]
 
 LIMIT_NBYTES = 1 << 32
+CACHE_NBYTES = 8 << 20  # a read of more goes around the caches: it would not be there when it is used
 INT96 = 3
 _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
@@ -46,42 +47,52 @@ class RowGroup(Protocol):
 class _Native:
     """One column of a row group, by our own decoder."""
 
-    def __init__(self, decoding: Decoding, source: Any, codec: int, n_values: int, n_rows: int, limit_nbytes: int) -> None:
-        self._decoding, self._limit = decoding, limit_nbytes
-        self._chunk = _chunk.Chunk(decoding.form, source, codec, n_values, codecs.decompress, decoding.place)
-        self._left = n_rows
-        self._per_row = n_values / max(n_rows, 1)
+    def __init__(
+        self, decoding: Decoding, data: Any, chunk: Chunk, n_rows: int, limit_nbytes: int, place: dict[str, Any]
+    ) -> None:
+        self._decoding, self._limit, self._place = decoding, limit_nbytes, place
+        self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
+        self._left, self.n_values = n_rows, chunk.n_values
         # lists vary: rooms of their mean length would be moved
-        self._room = 1.0 if not decoding.stored.ragged_rank else 1.1
+        self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
+        self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
-        output = self._decoding.output(self._limit)
-        n_values = int(n_rows * self._per_row * self._room) + 64
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
+        output = self._decoding.output(self._limit, past_cache)
+        n_values = int(n_rows * self._values_per_row) + 64
         output.reserve(n_rows, n_values, 16 * n_values)
         self.read_into(n_rows, output, rows)
-        return self._decoding.finish(output)
+        return self._decoding.finish(output, self._place)
 
     def read_into(self, n_rows: int, output: Any, rows: npt.NDArray[np.bool_] | None = None) -> None:
         if rows is None:
             self._chunk.read(n_rows, output)
         else:
             self._chunk.read_masked(rows.view(np.uint8), output)
-        self._left -= n_rows
-        if self._left == 0:
-            self._chunk.finish()
+        self._step(n_rows)
+
+    def check_nulls(self, output: Any) -> None:
+        self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
 
     def skip(self, n_rows: int) -> None:
         self._chunk.skip(n_rows)
+        self._step(n_rows)
+
+    def _step(self, n_rows: int) -> None:
         self._left -= n_rows
+        if self._left == 0:
+            self._chunk.finish()
 
 
 class _Whole:
     """One column of a row group that was decoded whole."""
 
+    nbytes_per_row = 0.0
+
     def __init__(self, column: Column) -> None:
         self._column, self._at = column, 0
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
         self._at += n_rows
         column = ragged.slice_rows(self._column, self._at - n_rows, self._at)
         return column if rows is None else ragged.take(column, rows)
@@ -93,10 +104,12 @@ class _Whole:
 class _Missing:
     """A column that the file lacks."""
 
+    nbytes_per_row = 0.0
+
     def __init__(self, field: Field, out: ColumnType, place: dict[str, Any]) -> None:
         self._arguments = field, out, place
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> Column:
+    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None, past_cache: bool) -> Column:
         return missing(n_rows if rows is None else int(np.count_nonzero(rows)), *self._arguments)
 
     def skip(self, n_rows: int) -> None:
@@ -104,15 +117,20 @@ class _Missing:
 
 
 class _RowGroup:
-    def __init__(self, columns: dict[str, Any], num_threads: int) -> None:
-        self._columns, self._n = columns, num_threads
+    def __init__(self, columns: dict[str, Any], threads: Threads) -> None:
+        self._columns, self._threads = columns, threads
+        self._nbytes_per_row = sum(c.nbytes_per_row for c in columns.values())
+        # the longest first, so that no thread begins with it when the others are done
+        self._order = sorted(columns, key=lambda name: -columns[name].nbytes_per_row)
 
     def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        columns = each(lambda column: column.read(n_rows, rows), self._columns.values(), self._n)
-        return dict(zip(self._columns, columns, strict=True))
+        past_cache = n_rows * self._nbytes_per_row > CACHE_NBYTES
+        columns = self._threads.each(lambda name: self._columns[name].read(n_rows, rows, past_cache), self._order)
+        found = dict(zip(self._order, columns, strict=True))
+        return {name: found[name] for name in self._columns}
 
     def skip(self, n_rows: int) -> None:
-        each(lambda column: column.skip(n_rows), self._columns.values(), self._n)
+        self._threads.each(lambda name: self._columns[name].skip(n_rows), self._order)
 
 
 class File:
@@ -163,18 +181,24 @@ class File:
         self.metadata = {k: v for k, v in self.footer.pairs.items() if k != "ARROW:schema"}
         self._limit = limit_nbytes
         self._arrow: tuple[Any, pa.Schema] | None = None
+        self._planned: list[tuple[Field, Leaf | None, Decoding | None]] | None = None
         self._leaves: dict[str, Leaf] = {}
         self.schema: dict[str, ColumnType] = {}
+        self._members: dict[str, list[str]] = {}
+        tops = [name for name, _, _ in self.footer.columns]
         for leaf in self.footer.leaves:
+            top = tops[leaf.column]
+            if leaf.name != top:
+                self._members.setdefault(top, []).append(leaf.name)
+                if leaf.name in tops:  # a column that is called so comes before a member
+                    continue
             if leaf.name in self._leaves:
                 leaf.refuse("two columns have this name")
             self._leaves[leaf.name] = leaf
             self.schema[leaf.name] = leaf.kind
-        self._names = {name: name for name in self.schema}
-        if ignore_case:
-            self._fold()
+        self._folded = self._fold() if ignore_case else {}
 
-    def _fold(self) -> None:
+    def _fold(self) -> dict[str, str]:
         folded: dict[str, str] = {}
         for name in self.schema:
             if name.casefold() in folded:
@@ -185,11 +209,26 @@ class File:
                     file=self.path,
                 )
             folded[name.casefold()] = name
-        self._names = folded
+        return folded
 
     def find(self, name: str) -> str | None:
-        """The name in this file of the column that a field calls `name`; None where there is none."""
-        return self._names.get(name) or self._names.get(name.casefold()) if self._names else None
+        """The name in this file of the column that a field calls `name`; None where there is none.
+
+        Raises
+        ------
+        Unsupported
+            It is a structure or map, whose members are columns of their own.
+        """
+        if name in self.schema:
+            return name
+        if name in self._members:
+            raise errors.Unsupported(
+                "a structure or map is read by its members",
+                remedy=f"name {' or '.join(self._members[name][:5])}",
+                file=self.path,
+                column=name,
+            )
+        return self._folded.get(name.casefold())
 
     def decoder(self, name: str) -> str:
         """Which decoder takes a column: "native" or "pyarrow"."""
@@ -218,15 +257,15 @@ class File:
                 raise errors.Corrupt("the footer's schema contradicts itself", remedy=_REWRITE, file=self.path)
         return self._arrow
 
-    def open_row_group(self, g: int, fields: Sequence[Field], num_threads: int = 1) -> RowGroup:
+    def open_row_group(self, g: int, fields: Sequence[Field], threads: Threads = ALONE) -> RowGroup:
         """The rows of one row group, each column as its field asks.
 
         Parameters
         ----------
         g : int
         fields : sequence of Field
-        num_threads : int
-            More than 1 decodes columns in parallel.
+        threads : Threads
+            They share the columns of each read.
 
         Raises
         ------
@@ -235,36 +274,49 @@ class File:
         UnknownColumn, Unsupported, SchemaMismatch, NullFound
             A field does not suit the file. Also while reading.
         """
-        return _RowGroup(self._open(g, fields, num_threads), num_threads)
+        return _RowGroup(self._open(g, fields), threads)
 
-    def _open(self, g: int, fields: Sequence[Field], num_threads: int) -> dict[str, Any]:
+    def _open(self, g: int, fields: Sequence[Field]) -> dict[str, Any]:
         if not 0 <= g < len(self.row_group_rows):
             raise errors.InvalidArgument(
                 f"row group {g} of {len(self.row_group_rows)}", remedy="count from 0", file=self.path
             )
+        n_rows = self.row_group_rows[g]
         readers: dict[str, Any] = {}
         wanted = []
-        for field in fields:
+        for field, leaf, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name, "row_group": g}
-            name = self.find(field.name)
-            if name is None:
+            readers[field.name] = None
+            if leaf is None or decoding is None:
                 readers[field.name] = _Missing(field, _type_of_missing(field), place)
                 continue
-            leaf = self._leaves[name]
-            if leaf.kind.unsupported:
-                raise errors.Unsupported(leaf.kind.unsupported, remedy="leave it out of fields", **place)
             chunk = self.footer.chunk(g, leaf.index)
-            readers[field.name] = None
             if self._is_native(leaf, chunk.codec):
-                wanted.append((field, leaf, chunk, place))
+                wanted.append((field.name, decoding, chunk, place))
             else:
                 readers[field.name] = _Whole(self._decode(g, leaf, field, place))
-        ranges = [self._range(chunk, place) for _, _, chunk, place in wanted]
-        for (field, leaf, chunk, place), data in zip(wanted, self.source.read(ranges), strict=True):
-            readers[field.name] = _Native(
-                Decoding(leaf, field, place), data, chunk.codec, chunk.n_values, self.row_group_rows[g], self._limit
-            )
+        buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
+        for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
+            readers[name] = _Native(decoding, data, chunk, n_rows, self._limit, place)
         return readers
+
+    def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
+        """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
+        last = self._planned
+        if last is not None and len(last) == len(fields) and all(p[0] is f for p, f in zip(last, fields, strict=True)):
+            return last
+        plan: list[tuple[Field, Leaf | None, Decoding | None]] = []
+        for field in fields:
+            name = self.find(field.name)
+            if name is None:
+                plan.append((field, None, None))
+                continue
+            leaf, place = self._leaves[name], {"file": self.path, "column": field.name}
+            if leaf.kind.unsupported:
+                raise errors.Unsupported(leaf.kind.unsupported, remedy="leave it out of fields", **place)
+            plan.append((field, leaf, Decoding(leaf, field, place)))
+        self._planned = plan
+        return plan
 
     def _range(self, chunk: Any, place: dict[str, Any]) -> tuple[int, int]:
         """Offset and size of a column chunk's pages."""
@@ -300,8 +352,10 @@ class File:
 
         Parameters
         ----------
-        g, fields, num_threads
+        g, fields
             As of `open_row_group`.
+        num_threads : int
+            More than 1 decodes columns in parallel.
         rows : bool[row_group_rows[g]], optional
             Only these rows; nulls and misfits elsewhere do not matter.
 
@@ -310,19 +364,42 @@ class File:
         HbkitError
             As `open_row_group`.
         """
-        return self.open_row_group(g, fields, num_threads).read(self.row_group_rows[g], rows)
+        with Threads(num_threads) as threads:
+            return self.open_row_group(g, fields, threads).read(self.row_group_rows[g], rows)
+
+    def read(self, fields: Sequence[Field], row_groups: Sequence[int], dictionary: bool = False) -> dict[str, Any]:
+        """Several row groups end to end; see `read_columns`."""
+        opened = [self._open(g, fields) for g in row_groups]
+        n_rows = sum(self.row_group_rows[g] for g in row_groups)
+        out: dict[str, Any] = {}
+        for field, _, decoding in self._plan(fields):
+            readers = [columns.pop(field.name) for columns in opened]
+            place = {"file": self.path, "column": field.name}
+            if decoding is not None and all(isinstance(r, _Native) for r in readers):
+                output = decoding.output(self._limit, dictionary=dictionary)
+                output.reserve(n_rows, sum(r.n_values for r in readers))
+                for g, reader in zip(row_groups, readers, strict=True):
+                    reader.read_into(self.row_group_rows[g], output)
+                    reader.check_nulls(output)
+                out[field.name] = decoding.finish(output, place)
+                continue
+            if dictionary:
+                raise errors.Unsupported(
+                    "this column has no dictionary to read", remedy="read it without dictionary=True", **place
+                )
+            parts = [r.read(self.row_group_rows[g], None, False) for g, r in zip(row_groups, readers, strict=True)]
+            out[field.name] = ragged.concat(parts or [self.read_no_rows([field])[field.name]])
+        return out
 
     def read_no_rows(self, fields: Sequence[Field]) -> dict[str, Column]:
         """Columns as ``read_row_group`` gives them, of no rows."""
         out: dict[str, Column] = {}
-        for field in fields:
+        for field, _, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name}
-            name = self.find(field.name)
-            if name is None:
+            if decoding is None:
                 out[field.name] = missing(0, field, _type_of_missing(field), place)
             else:
-                decoding = Decoding(self._leaves[name], field, place)
-                out[field.name] = decoding.finish(decoding.output(self._limit))
+                out[field.name] = decoding.finish(decoding.output(self._limit), place)
         return out
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
@@ -364,7 +441,7 @@ class File:
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
         """The named error for whatever a reader raised."""
-        place: dict[str, Any] = {"file": self.path, "row_group": g, "column": name}
+        place: dict[str, Any] = {"file": self.path, "column": name, "row_group": g}
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
             return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
@@ -395,7 +472,9 @@ def read_columns(
     path: str | os.PathLike[str],
     columns: Sequence[str | Field] | None = None,
     row_groups: Sequence[int] | None = None,
-) -> dict[str, Column]:
+    dictionary: bool = False,
+    ignore_case: bool = False,
+) -> dict[str, Any]:
     """Whole columns of one file.
 
     Parameters
@@ -406,24 +485,31 @@ def read_columns(
         None reads every column that can be read.
     row_groups : sequence of int, optional
         None reads all.
+    dictionary : bool
+        Give each column as ``Dictionary(dictionary, codes)``: the entries (array or Strings) and, in place of values, a
+        uint32 position for each. What the file stores by dictionary is neither looked up nor hashed value by value. Every
+        row group brings its own entries, so one may occur more than once.
+    ignore_case : bool
+        Find columns whatever the case of their letters.
 
     Returns
     -------
-    dict of str to array, Ragged or Strings
+    dict of str to array, Ragged, Strings or Dictionary
         In memory that the caller owns.
 
     Raises
     ------
+    Unsupported
+        `dictionary` with a cast, padding or a rank other than the file's.
     HbkitError
         See ``File`` and ``File.open_row_group``.
     """
-    file = File(path)
+    file = File(path, ignore_case)
     try:
         if columns is None:
             columns = [name for name, kind in file.schema.items() if not kind.unsupported]
         fields = [c if isinstance(c, Field) else Field(c) for c in columns]
-        groups = range(len(file.row_group_rows)) if row_groups is None else row_groups
-        parts = [file.read_row_group(g, fields) for g in groups] or [file.read_no_rows(fields)]
-        return {f.name: ragged.concat([p[f.name] for p in parts]) for f in fields}
+        groups = list(range(len(file.row_group_rows)) if row_groups is None else row_groups)
+        return file.read(fields, groups, dictionary)
     finally:
         file.close()

@@ -39,12 +39,17 @@ class Chunk(NamedTuple):
     maximum: bytes | None
     n_nulls: int | None
     codec: int
-    encodings: tuple[int, ...]
+    encoding_bits: int
     nbytes: int  # compressed
     n_values: int  # with nulls and empty lists
     first_page: int
     offset_index: tuple[int, int] | None  # (offset, nbytes) in the file
     column_index: tuple[int, int] | None
+
+    @property
+    def encodings(self) -> tuple[int, ...]:
+        """Numbers of the encodings in use; see `ENCODINGS`."""
+        return tuple(e for e in range(63) if self.encoding_bits >> e & 1)
 
 
 class Footer:
@@ -96,29 +101,24 @@ class Footer:
 
     def chunk(self, g: int, leaf: int) -> Chunk:
         """What is said of one column chunk."""
-        x = dict(zip(thrift.CHUNK_FIELDS, self._numbers[g, leaf].tolist(), strict=True))
+        (codec, n_values, _, nbytes, data_page, dictionary_page, n_nulls, min_at, min_nbytes, max_at, max_nbytes, encodings,
+         _, _, offset_index, offset_index_nbytes, column_index, column_index_nbytes, _) = self._numbers[g, leaf].tolist()
         data = self._raw.data
-
-        def bound(at: int, nbytes: int) -> bytes | None:
-            # SPEC: without column_orders, min_value and max_value are to be ignored
-            return data[at : at + nbytes] if at >= 0 and self._raw.has_orders else None
-
-        def place(offset: int, nbytes: int) -> tuple[int, int] | None:
-            return (offset, nbytes) if offset > 0 and nbytes > 0 else None
-
+        # SPEC: without column_orders, min_value and max_value are to be ignored
+        has_orders = self._raw.has_orders
         # Some writers leave the dictionary's offset out (then it is where the data is said to begin), some say 0.
-        starts = [at for at in (x["dictionary_page"], x["data_page"]) if at > 0]
+        first = dictionary_page if 0 < dictionary_page and not 0 < data_page < dictionary_page else data_page
         return Chunk(
-            bound(x["min_at"], x["min_nbytes"]),
-            bound(x["max_at"], x["max_nbytes"]),
-            x["n_nulls"] if x["n_nulls"] >= 0 else None,
-            x["codec"],
-            tuple(e for e in range(63) if x["encodings"] >> e & 1),
-            x["stored_nbytes"],
-            x["n_values"],
-            min(starts, default=-1),
-            place(x["offset_index"], x["offset_index_nbytes"]),
-            place(x["column_index"], x["column_index_nbytes"]),
+            data[min_at : min_at + min_nbytes] if has_orders and min_at >= 0 else None,
+            data[max_at : max_at + max_nbytes] if has_orders and max_at >= 0 else None,
+            n_nulls if n_nulls >= 0 else None,
+            codec,
+            encodings,
+            nbytes,
+            n_values,
+            first if first > 0 else -1,
+            (offset_index, offset_index_nbytes) if offset_index > 0 and offset_index_nbytes > 0 else None,
+            (column_index, column_index_nbytes) if column_index > 0 and column_index_nbytes > 0 else None,
         )
 
 

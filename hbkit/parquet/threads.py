@@ -1,55 +1,70 @@
-"""Threads that decode columns: started once, and kept."""
+"""Threads that share the columns of one read."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
-__all__ = ["each"]
+__all__ = ["Threads"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_lock = threading.Lock()
 
+class Threads:
+    """The caller's thread and ``n - 1`` helpers.
 
-def _pool(n: int) -> ThreadPoolExecutor:
-    with _lock:
-        if n not in _pools:
-            _pools[n] = ThreadPoolExecutor(n, thread_name_prefix="hbkit-decode")
-        return _pools[n]
+    Parameters
+    ----------
+    n : int
+        1 makes no helper.
 
-
-def each(fn: Callable[[T], R], items: Iterable[T], num_threads: int) -> list[R]:
-    """``fn`` of every item, in their order; an exception is raised once no thread is at work any more.
-
-    The caller is one of the threads. Each takes the next item when it is done with one, so that a long one holds nobody up.
+    Notes
+    -----
+    Used as a context manager: the helpers end with it. Several threads may call `each` at once.
     """
-    work = list(items)
-    n_helpers = min(num_threads, len(work)) - 1
-    if n_helpers < 1:
-        return [fn(item) for item in work]
-    results: list[R | None] = [None] * len(work)
-    numbers = iter(range(len(work)))
 
-    def take() -> None:
-        for i in numbers:  # the GIL hands every number out once
-            results[i] = fn(work[i])
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
+        self._pool = ThreadPoolExecutor(n - 1, thread_name_prefix="hbkit-decode") if n > 1 else None
 
-    helpers = [_pool(num_threads - 1).submit(take) for _ in range(n_helpers)]
-    failure = None
-    try:
-        take()
-    except BaseException as e:
-        failure = e
-        for _ in numbers:  # leave nothing to the others
-            pass
-    for helper in helpers:
-        error = helper.exception()
-        failure = failure or error
-    if failure is not None:
-        raise failure
-    return results  # type: ignore[return-value]  # all were filled
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def each(self, fn: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """``fn`` of every item, in their order; an exception is raised once no thread is at work any more.
+
+        Each thread takes the next item when it is done with one, so that a long one holds nobody up.
+        """
+        work = list(items)
+        n_helpers = min(self.n, len(work)) - 1
+        if self._pool is None or n_helpers < 1:
+            return [fn(item) for item in work]
+        results: list[Any] = [None] * len(work)
+        numbers = iter(range(len(work)))
+
+        def take() -> None:
+            for i in numbers:  # the GIL hands every number out once
+                results[i] = fn(work[i])
+
+        helpers = [self._pool.submit(take) for _ in range(n_helpers)]
+        failure: BaseException | None = None
+        try:
+            take()
+        except BaseException as e:
+            failure = e
+            for _ in numbers:  # leave nothing to the others
+                pass
+        for helper in helpers:
+            failure = failure or helper.exception()
+        if failure is not None:
+            raise failure
+        return results
+
+
+ALONE = Threads()

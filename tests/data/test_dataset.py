@@ -547,7 +547,7 @@ def test_bad_row_group_is_named(tmp_path):
     damage(tmp_path / "part-000.parquet", "x", [2])
     it = iter(Dataset.from_parquet(tmp_path, ["id", "x"]).batch(10))
     assert [next(it)["id"].tolist() for _ in range(2)] == [list(range(10)), list(range(10, 20))]
-    with pytest.raises(errors.Corrupt, match=r"part-000\.parquet, row group 2, column x"):
+    with pytest.raises(errors.Corrupt, match=r"part-000\.parquet, column x, row group 2"):
         next(it)
     assert len(ids(Dataset.from_parquet(tmp_path, ["id"]).batch(10))) == 80  # nobody asked for x
 

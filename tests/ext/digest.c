@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "snappy.h"
 
 extern const hb_kernels KERNELS; /* -DKERNELS=hb_kernels_<isa> */
 
@@ -67,11 +68,43 @@ static void run(int64_t dim) {
     free(values), free(out), free(lines);
 }
 
+/* Short literals and copies of every kind, length and overlap, as no compressor mixes them. */
+static void decompress(void) {
+    enum { TAGS = 2000, START = 3 }; /* the length takes three bytes */
+    static uint8_t src[START + 20 * TAGS];
+    static float dst[16 * TAGS + HB_SNAPPY_SLACK];
+    int64_t n = START, length = 0;
+    for (int i = 0; i < TAGS; i++) {
+        uint64_t bits = draw(), size = 1 + (bits >> 8) % (bits & 8 ? 18 : 64);
+        uint64_t offset = 1 + (bits >> 32) % (bits & 16 ? 40 : 2000);
+        if (i == 0 || (bits & 3) == 0) {
+            size = 1 + size % 18;
+            src[n++] = (uint8_t)((size - 1) << 2);
+            for (uint64_t j = 0; j < size; j++) src[n++] = (uint8_t)draw();
+        } else {
+            if (offset > (uint64_t)length) offset = (uint64_t)length;
+            if (bits & 1 && size >= 4 && size <= 11) {
+                src[n++] = (uint8_t)(1 | (size - 4) << 2 | offset >> 8 << 5);
+                src[n++] = (uint8_t)offset;
+            } else {
+                src[n++] = (uint8_t)(2 | (size - 1) << 2);
+                src[n++] = (uint8_t)offset, src[n++] = (uint8_t)(offset >> 8);
+            }
+        }
+        length += (int64_t)size;
+    }
+    for (int i = 0; i < START; i++) src[i] = (uint8_t)((length >> 7 * i & 127) | (i + 1 < START ? 128 : 0));
+    if (KERNELS.snappy(src, n, (uint8_t *)dst, length)) abort();
+    memset((uint8_t *)dst + length, 0, HB_SNAPPY_SLACK);
+    add(dst, length / 4 + 1);
+}
+
 int main(void) {
     const int64_t dims[] = {1, 7, 16, 33, 300};
     hb_fp_state before = hb_fp_enter();
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) run(dims[i]);
     hb_fp_leave(before);
+    decompress();
     printf("%016llx\n", (unsigned long long)digest);
     return 0;
 }

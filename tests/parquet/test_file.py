@@ -303,10 +303,17 @@ def test_unsupported_column_does_not_spoil_the_others(path):
         {"s": [{"a": 1}], "x": [1], "m": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), "n": [None]}
     )
     path.write_bytes(write(table))
-    assert list(read_columns(path)) == ["x"]
-    assert [bool(kind.unsupported) for kind in File(path).schema.values()] == [True, False, True, True]
-    with pytest.raises(errors.Unsupported, match=r"struct.*x.parquet, column s"):
+    assert {n: c.tolist() for n, c in read_columns(path).items()} == {
+        "s.a": [1],
+        "x": [1],
+        "m.key": [[b"k"]],
+        "m.value": [[1]],
+    }
+    assert File(path).schema["n"].unsupported
+    with pytest.raises(errors.Unsupported, match=r"structure.*x.parquet, column s\).*s\.a"):
         read_columns(path, ["x", "s"])
+    with pytest.raises(errors.Unsupported, match=r"null.*x.parquet, column n"):
+        read_columns(path, ["x", "n"])
 
 
 def test_columns_of_one_name_are_unsupported(path):

@@ -50,12 +50,13 @@ def test_footer_says_what_pyarrow_wrote():
     footer = read_footer(Bytes(data))
     assert footer.columns == [("a", 0, 1), ("b", 1, 1), ("c", 2, 2), ("d", 4, 1)]
     assert footer.row_group_rows == [2, 1]
-    assert [leaf.codecs for leaf in footer.leaves] == [{6}] * 5
-    assert not any(leaf.unsupported for leaf in footer.leaves)
-    assert footer.chunks[0][0][:3] == ((1).to_bytes(8, "little"), (2).to_bytes(8, "little"), 0)
-    assert footer.chunks[0][4][:3] == (b"p", b"p", 1)
+    assert [leaf.name for leaf in footer.leaves] == ["a", "b", "c.x", "c.y", "d"]
+    assert not any(leaf.kind.unsupported for leaf in footer.leaves)
+    assert footer.chunk(0, 0)[:3] == ((1).to_bytes(8, "little"), (2).to_bytes(8, "little"), 0)
+    assert footer.chunk(0, 4)[:3] == (b"p", b"p", 1)
     told = pq.read_metadata(io.BytesIO(data)).row_group(0)
-    for i, chunk in enumerate(footer.chunks[0]):
+    for i in range(5):
+        chunk = footer.chunk(0, i)
         theirs = told.column(i)
         assert CODECS[chunk.codec] == theirs.compression and chunk.nbytes == theirs.total_compressed_size
         assert {ENCODINGS[e] for e in chunk.encodings} == set(theirs.encodings)
