@@ -263,7 +263,7 @@ LAYOUTS = st.fixed_dictionaries(
 
 
 def write(path: Any, columns: dict[str, pa.Array], encoding: str, layout: dict[str, Any]) -> dict[str, Any]:
-    """Columns whose leaves have the encoding; a layout's None leaves it to pyarrow. Returns the rows that pyarrow reads."""
+    """Columns whose leaves have the encoding; a layout's None leaves it to pyarrow. Returns the rows."""
     table = pa.table(columns)
     options = {k: v for k, v in layout.items() if v is not None}
     if encoding == "DELTA_BYTE_ARRAY":  # not of integers
