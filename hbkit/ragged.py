@@ -521,12 +521,25 @@ def concat(columns: Sequence[Column]) -> Column:
         levels = tuple(_concat_splits([c.row_splits[k] for c in ragged]) for k in range(head.ragged_rank))
         values = concat([c.values for c in ragged])
         assert not isinstance(values, Ragged)
-        return Ragged(values, levels)
+        return Ragged._trusted(values, levels)
     if isinstance(head, Strings):
         strings = [c for c in columns if isinstance(c, Strings)]
-        return Strings(np.concatenate([c.data for c in strings]), _concat_splits([c.row_splits for c in strings]))
-    return np.concatenate([c for c in columns if isinstance(c, np.ndarray)])
+        return Strings._trusted(_concat([c.data for c in strings]), _concat_splits([c.row_splits for c in strings]))
+    return _concat([c for c in columns if isinstance(c, np.ndarray)])
+
+
+def _concat(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    head = parts[0]
+    if any(p.dtype != head.dtype or p.ndim != 1 for p in parts):
+        return np.concatenate(parts)
+    out = _empty(sum(len(p) for p in parts), head.dtype)
+    return np.concatenate(parts, out=out)
 
 
 def _concat_splits(parts: list[Int64s]) -> Int64s:
-    return _from_lengths(np.concatenate([np.diff(p) for p in parts]))
+    out = _empty(sum(len(p) - 1 for p in parts) + 1, np.dtype(np.int64))
+    out[0] = at = 0
+    for p in parts:
+        np.add(p[1:], out[at], out=out[at + 1 : at + len(p)])
+        at += len(p) - 1
+    return out

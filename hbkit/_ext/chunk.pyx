@@ -327,6 +327,7 @@ cdef class Chunk:
     cdef const hb_decoders *k
     cdef int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
     cdef int codec
+    cdef const uint8_t *base
     cdef const uint8_t *at
     cdef const uint8_t *end
     cdef int64_t entries_left  # behind the current page
@@ -344,7 +345,7 @@ cdef class Chunk:
     cdef int64_t bit_at
     # the current window
     cdef int64_t window_at, window_n
-    cdef bint all_elements, all_valid, any_before
+    cdef bint all_elements, all_valid, any_before, has_jumped
     cdef int last_def, levels_are, same_level
     cdef uint64_t *starts
     cdef uint64_t *elements
@@ -357,7 +358,7 @@ cdef class Chunk:
         self.f = &form.shape
         self.k = kernels().decode
         self.snappy = kernels().snappy
-        self.at = &data[0] if data.shape[0] else NULL
+        self.base = self.at = &data[0] if data.shape[0] else NULL
         self.end = self.at + data.shape[0]
         self.entries_left = n_entries
         if n_entries < 0:
@@ -407,13 +408,16 @@ cdef class Chunk:
         cdef PageHeader h
         cdef const uint8_t *body
         while self.entries_left > 0:
+            if self.has_jumped and self.at == self.end:
+                self.entries_left = 0
+                break
             self.n_pages += 1
             self.header(&h, &body)
+            if h.kind != 1:
+                self.check_crc(&h, body)
             if h.kind == 2:
                 self.open_dictionary(&h, body)
             elif h.kind == 0 or h.kind == 3:
-                if h.n_entries < 0 or h.n_entries > self.entries_left:
-                    self.fail("a page claims more values than are left in the column chunk")
                 if h.n_entries > 0:
                     self.entries_left -= h.n_entries
                     self.page_entries = h.n_entries
@@ -436,17 +440,64 @@ cdef class Chunk:
             self.fail("a page reaches beyond its column chunk")
         if h.nbytes < 0:
             self.fail("a page has a negative size")
+        if (h.kind == 0 or h.kind == 3) and (h.n_entries < 0 or h.n_entries > self.entries_left):
+            self.fail("a page claims more values than are left in the column chunk")
         body[0] = c.at
         self.at = c.at + h.stored_nbytes
         if h.nbytes > _max_page and h.kind != 1:
             with gil:
                 raise BudgetExceeded(f"a page claims {h.nbytes} bytes, more than {MAX_PAGE_NBYTES}",
                                   remedy="write smaller pages", page=self.n_pages, **self.place)
+        return 0
+
+    cdef int check_crc(self, PageHeader *h, const uint8_t *body) except -1 nogil:
         if h.crc >= 0:
             with gil:
-                if zlib.crc32(PyMemoryView_FromMemory(<char *>body[0], h.stored_nbytes, PyBUF_READ)) != h.crc:
+                if zlib.crc32(PyMemoryView_FromMemory(<char *>body, h.stored_nbytes, PyBUF_READ)) != h.crc:
                     self.fail("a page's checksum is wrong")
         return 0
+
+    cdef int skip_page(self, int64_t n_rows, int64_t *skipped) except -1 nogil:
+        """Step over the next page without opening it, where its header shows that its rows are among the next n_rows;
+        1 if so. SPEC: a page of version 2 begins with a row."""
+        cdef PageHeader h
+        cdef const uint8_t *before = self.at
+        cdef const uint8_t *body
+        if self.entries_left == 0 or self.at == self.end:
+            return 0
+        self.n_pages += 1
+        self.header(&h, &body)
+        if h.kind == 0 and self.f.max_rep == 0:
+            h.n_rows = h.n_entries
+        if (h.kind == 0 or h.kind == 3) and 0 <= h.n_rows <= n_rows and h.n_entries > 0 and \
+                (self.f.max_rep == 0 or h.kind == 3):
+            self.entries_left -= h.n_entries
+            self.last_def, self.any_before = self.f.max_def, True
+            skipped[0] += h.n_rows
+            return 1
+        self.at = before
+        self.n_pages -= 1
+        return 0
+
+    def jump(self, int64_t offset, int64_t end):
+        """Go on with the page at this byte of the chunk, which begins with a row; `end` is where the last page ends.
+
+        The first page is opened before, if it is the dictionary.
+        """
+        cdef PageHeader h
+        cdef const uint8_t *body
+        cdef const uint8_t *base = self.base
+        if self.n_pages == 0:
+            self.n_pages = 1
+            self.header(&h, &body)
+            if h.kind == 2:
+                self.check_crc(&h, body)
+                self.open_dictionary(&h, body)
+        if not self.at - base <= offset < end <= self.end - base:
+            self.fail("the offset index points outside of the column chunk's pages")
+        self.at, self.end = base + offset, base + end
+        self.page_entries = self.window_at = self.window_n = 0
+        self.last_def, self.any_before, self.has_jumped = self.f.max_def, False, True
 
     cdef const uint8_t *unpack(self, const uint8_t *source, int64_t stored, int64_t nbytes,
                                uint8_t *into) except? NULL nogil:
@@ -1213,7 +1264,8 @@ cdef class Chunk:
 
     def finish(self):
         """Raise Corrupt unless all rows were read."""
-        if self.window_at < self.window_n or self.page_entries or self.entries_left:
+        if self.window_at < self.window_n or self.page_entries or (
+                self.entries_left and not (self.has_jumped and self.at == self.end)):
             self.fail("the column chunk holds more rows than its row group")
 
     cdef int64_t rows(self, int64_t n_rows, Output out) except -1 nogil:
@@ -1279,6 +1331,8 @@ cdef class Chunk:
             if self.window_at == self.window_n:
                 if not self.f.max_rep and row == n_rows:
                     break
+                if self.page_entries == 0 and row < n_rows and self.skip_page(n_rows - row, &row):
+                    continue
                 if not self.open_window():
                     break
             if self.f.max_rep > 1:

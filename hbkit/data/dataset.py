@@ -1,4 +1,4 @@
-"""Datasets: Parquet files to batches, by an order that neither threads nor shards can change."""
+"""Datasets: Parquet or ORC files to batches, by an order that neither threads nor shards can change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -15,9 +16,14 @@ import numpy.typing as npt
 from hbkit import errors, ragged
 from hbkit.data.ahead import prefetch
 from hbkit.data.batch import Batch, Inputs, dense_inputs, join, pad
+from hbkit.data.deduplicated import Deduplicated, declared, layout
+from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
+from hbkit.data.hive import partitioned
+from hbkit.data.orc import OrcFile
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
+from hbkit.parquet.source import SUFFIXES
 from hbkit.ragged import Column
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ class _Plan:
     n_reads: int
     n_decodes: int
     skip_bad: bool
+    decoded_by: Mapping[str, str]
     filter: RowFilter | None = None
     shuffle: Shuffle | None = None
     batch_size: int | None = None
@@ -53,11 +60,12 @@ class _Plan:
 
 
 class Dataset:
-    """Rows of Parquet files as batches of columns.
+    """Rows of Parquet or ORC files as batches of columns.
 
-    Make one with ``from_parquet``, say what to do with chained calls (each gives a new dataset), and iterate. Every
-    iteration is one epoch (or as many as ``repeat`` says), in an order that depends on the files, the filter, the
-    seed, the epoch and the batch size alone: batch ``b`` of the global order goes to shard ``b % m`` of ``(i, m)``.
+    Make one with ``from_parquet`` or ``from_orc``, say what to do with chained calls (each gives a new dataset), and
+    iterate. Every iteration is one epoch (or as many as ``repeat`` says), in an order that depends on the files, the
+    filter, the seed, the epoch and the batch size alone: batch ``b`` of the global order goes to shard ``b % m`` of
+    ``(i, m)``.
 
     Notes
     -----
@@ -83,6 +91,9 @@ class Dataset:
         num_parallel_reads: int = 1,
         num_parallel_decodes: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        hive: bool = False,
+        deduplicated: Mapping[str, Sequence[str]] | None = None,
+        ignore_case: bool = False,
     ) -> Self:
         """A dataset over the rows of Parquet files.
 
@@ -102,6 +113,15 @@ class Dataset:
         on_error : "raise" or "skip"
             "skip" drops a file or row group whose bytes are damaged, counts it in ``stats()`` and logs it. Every
             shard then decodes every row group, so that all agree on the rows that are left.
+        hive : bool
+            Directories ``key=value`` become columns, as in Spark: int64 where all values of a key are integers of at
+            most 18 digits, else string; URL-decoded, ``__HIVE_DEFAULT_PARTITION__`` is null. A filter on them leaves
+            whole files unread.
+        deduplicated : mapping of str to sequence of str, optional
+            Index column to the value columns that it restores, in files whose rows are blocks of samples; the rows are
+            then samples. Files of ``write_deduplicated`` say so themselves.
+        ignore_case : bool
+            Find the fields' columns whatever the case of their letters; batches call them as the fields do.
 
         Raises
         ------
@@ -114,6 +134,71 @@ class Dataset:
         SchemaMismatch, Unsupported, InvalidArgument
             The files disagree, or a field does not suit them.
         """
+        return cls._open(
+            paths,
+            SUFFIXES,
+            partial(File, ignore_case=ignore_case),
+            fields,
+            shard,
+            num_parallel_reads,
+            num_parallel_decodes,
+            on_error,
+            hive,
+            deduplicated,
+        )
+
+    @classmethod
+    def from_orc(
+        cls,
+        paths: Paths,
+        fields: Sequence[str | Field] | None = None,
+        shard: tuple[int, int] = (0, 1),
+        num_parallel_reads: int = 1,
+        num_parallel_decodes: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+        hive: bool = False,
+        deduplicated: Mapping[str, Sequence[str]] | None = None,
+    ) -> Self:
+        """A dataset over the rows of ORC files; all is as ``from_parquet`` says, and stripes are its row groups.
+
+        Raises
+        ------
+        HbkitError
+            See ``from_parquet``.
+
+        Notes
+        -----
+        pyarrow decodes a stripe, all columns in one thread; a filter prunes none. A damaged footer is an error, but
+        some damage inside a stripe crashes or stalls pyarrow's reader, which nothing here can prevent: read ORC files
+        from sources that are trusted. Parquet files have no such risk.
+        """
+        return cls._open(
+            paths,
+            (".orc",),
+            OrcFile,
+            fields,
+            shard,
+            num_parallel_reads,
+            num_parallel_decodes,
+            on_error,
+            hive,
+            deduplicated,
+        )
+
+    @classmethod
+    def _open(
+        cls,
+        paths: Paths,
+        suffixes: Sequence[str],
+        open_file: Callable[[str], DataFile],
+        fields: Sequence[str | Field] | None,
+        shard: tuple[int, int],
+        num_parallel_reads: int,
+        num_parallel_decodes: int,
+        on_error: Literal["raise", "skip"],
+        hive: bool,
+        deduplicated: Mapping[str, Sequence[str]] | None,
+    ) -> Self:
         i, m = shard
         _require(
             isinstance(i, int) and isinstance(m, int) and 0 <= i < m, f"shard is {shard}", "use (i, m), 0 <= i < m"
@@ -123,10 +208,13 @@ class Dataset:
         stats = Stats()
         each = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         _require(bool(each), "paths is empty", "name at least one file")
-        files: list[File] = []
-        for path in [name for p in each for name in list_files(p)]:
+        blocks = None if deduplicated is None else layout(deduplicated)
+        files: list[DataFile] = []
+        for path in [name for p in each for name in list_files(p, suffixes)]:
             try:
-                files.append(File(path))
+                file = open_file(path)
+                indices = blocks or declared(file)
+                files.append(Deduplicated(file, indices) if indices else file)
             except errors.Corrupt as e:
                 if on_error == "raise":
                     raise
@@ -134,6 +222,8 @@ class Dataset:
                 stats.skip("files", e)
         if not files:
             raise last
+        if hive:
+            files = partitioned(files)
         settled, schema, unsupported = _settle(files, fields)
         units = [(file, g) for file in files for g in range(len(file.row_group_rows))]
         plan = _Plan(
@@ -145,6 +235,7 @@ class Dataset:
             n_reads=num_parallel_reads,
             n_decodes=num_parallel_decodes,
             skip_bad=on_error == "skip",
+            decoded_by={name: _decoded_by(files, name) for name in schema},
         )
         return cls(plan, stats)
 
@@ -286,7 +377,7 @@ class Dataset:
         return {
             **{f"n_{name}": self._stats[f"n_{name}"] for name in names},
             "skipped": list(self._stats.skipped),
-            "decoded_by": {f.name: "pyarrow" for f in self._plan.fields},
+            "decoded_by": {f.name: self._plan.decoded_by[f.name] for f in self._plan.fields},
             "unsupported": dict(self._plan.unsupported),
         }
 
@@ -445,7 +536,7 @@ class Dataset:
 
 
 def _settle(
-    files: Sequence[File], fields: Sequence[str | Field] | None
+    files: Sequence[DataFile], fields: Sequence[str | Field] | None
 ) -> tuple[list[Field], dict[str, ColumnType], dict[str, str]]:
     """The fields with a dtype and rank that suit all files, the schema they give, and what cannot be read."""
     unsupported = {name: kind.unsupported for f in files for name, kind in f.schema.items() if kind.unsupported}
@@ -457,13 +548,14 @@ def _settle(
     settled: list[Field] = []
     for field in wanted:
         _require(field.name not in schema, f"field {field.name!r} is named twice", "name it once")
-        have = [(f.path, field.output(f.schema[field.name], f.path)) for f in files if field.name in f.schema]
+        found = [(f, f.find(field.name)) for f in files]
+        have = [(f.path, field.output(f.schema[name], f.path)) for f, name in found if name is not None]
         if not have:
             known = ", ".join(dict.fromkeys(name for f in files for name in f.schema))
             raise errors.UnknownColumn(
                 f"column {field.name!r} is not in the files", remedy=f"columns are {known}", file=files[0].path
             )
-        lacking = next((f.path for f in files if field.name not in f.schema), None)
+        lacking = next((f.path for f, name in found if name is None), None)
         if lacking is not None and field.default is None and field.null != "empty":
             raise errors.UnknownColumn(
                 f"column {field.name!r} is in {have[0][0]} but not in this file",
@@ -485,6 +577,10 @@ def _settle(
         rank = kind.ragged_rank if kind.pad_to is None else 1
         settled.append(replace(field, dtype=None if field.hash_to else kind.dtype, ragged_rank=rank))
     return settled, schema, unsupported
+
+
+def _decoded_by(files: Sequence[DataFile], name: str) -> str:
+    return ", ".join(dict.fromkeys(f.decoded_by(found) for f in files if (found := f.find(name)) is not None))
 
 
 def _common(a: ColumnType, b: ColumnType) -> str | None:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from hbkit import errors
-from hbkit.parquet import File
+from hbkit.data.files import DataFile
+from hbkit.parquet.source import unreadable
 
 __all__ = ["RowFilter"]
 
@@ -38,7 +39,7 @@ class RowFilter:
     def __and__(self, other: RowFilter) -> RowFilter:
         return RowFilter(self.expr & other.expr)
 
-    def check(self, file: File) -> None:
+    def check(self, file: DataFile) -> None:
         """Raise UnknownColumn, SchemaMismatch or InvalidArgument unless the expression suits the file's schema."""
         try:
             kind = _type(self.expr, file.arrow_schema)
@@ -60,7 +61,7 @@ class RowFilter:
                 f"the filter gives {kind}, not bool", remedy="compare it with something", file=file.path
             )
 
-    def mask(self, file: File, g: int) -> npt.NDArray[np.bool_] | None:
+    def mask(self, file: DataFile, g: int) -> npt.NDArray[np.bool_] | None:
         """bool[rows of the row group], or None where statistics show that no row is kept."""
         import pyarrow.dataset as pads
 
@@ -73,18 +74,18 @@ class RowFilter:
             try:
                 column = pads.dataset(table).to_table(columns={"keep": self.expr}, use_threads=False).column("keep")
             except Exception as e:
-                raise file.broken(e, "a column of the filter", g) from e
+                raise unreadable(e, "a column of the filter", file=file.path, row_group=g) from e
             mask = np.asarray(pc.fill_null(column, False).to_numpy(), np.bool_)
         self._counts[id(file), g] = 0 if mask is None else int(np.count_nonzero(mask))
         return mask
 
-    def count(self, file: File, g: int) -> int:
+    def count(self, file: DataFile, g: int) -> int:
         """Rows of the row group that are kept."""
         if (id(file), g) not in self._counts:
             self.mask(file, g)
         return self._counts[id(file), g]
 
-    def _plan(self, file: File) -> tuple[list[str], frozenset[int]]:
+    def _plan(self, file: DataFile) -> tuple[list[str], frozenset[int]]:
         """The columns that the expression reads, and the row groups that statistics leave."""
         with self._lock:
             plan = self._plans.get(id(file))
@@ -102,7 +103,7 @@ class RowFilter:
             return True
         return False
 
-    def _left(self, file: File, names: list[str]) -> frozenset[int]:
+    def _left(self, file: DataFile, names: list[str]) -> frozenset[int]:
         """Row groups that may hold a row to keep.
 
         Each row group becomes a fragment that exists only by its guarantee, ``low <= x <= high or x is null``, and
@@ -115,7 +116,8 @@ class RowFilter:
         for g in range(len(file.row_group_rows)):
             promise = pc.scalar(True)
             for name in names:
-                promise &= _guarantee(file, g, name)
+                if (known := file.guarantee(g, name)) is not None:
+                    promise &= known
             fragments.append(form.make_fragment(str(g), pafs.LocalFileSystem(), partition_expression=promise))
         groups = pads.FileSystemDataset(fragments, file.arrow_schema, form, pafs.LocalFileSystem())
         return frozenset(int(f.path) for f in groups.get_fragments(filter=self.expr))
@@ -126,49 +128,3 @@ def _type(expr: pc.Expression, schema: pa.Schema) -> pa.DataType:
 
     empty = pads.dataset(schema.empty_table())
     return empty.scanner(columns={"keep": expr}).projected_schema.field("keep").type
-
-
-def _guarantee(file: File, g: int, name: str) -> pc.Expression:
-    """What the footer promises of a column's values in a row group.
-
-    Floats promise nothing: a NaN lies outside its chunk's bounds, yet ``~(x > 3)`` is true of it.
-    """
-    nothing = pc.scalar(True)
-    kind = file.arrow_schema.field(name).type
-    _, first, n_leaves = file.footer.columns[file.arrow_schema.names.index(name)]
-    if n_leaves != 1:
-        return nothing
-    bounds, physical = file.footer.chunk(g, first), file.footer.leaves[first].physical
-    low, high = _bound(bounds.minimum, kind, physical), _bound(bounds.maximum, kind, physical)
-    if low is None or high is None:
-        return nothing
-    field = pc.field(name)
-    if bounds.n_nulls == 0:
-        return (field >= low) & (field <= high)
-    # the simplifier knows a nullable bound in this form only
-    return ((field >= low) | field.is_null()) & ((field <= high) | field.is_null())
-
-
-def _bound(data: bytes | None, kind: pa.DataType, physical: int) -> pa.Scalar | None:
-    """A PLAIN-encoded bound as a scalar of the column's type, or None where that is not certain."""
-    types = pa.types
-    if data is None:
-        return None
-    if types.is_string(kind) or types.is_large_string(kind):
-        try:  # a bound may be cut off within a character
-            return pa.scalar(data.decode(), kind)
-        except UnicodeDecodeError:
-            return None
-    if types.is_binary(kind) or types.is_large_binary(kind):
-        return pa.scalar(data, kind)
-    # SPEC: physical types INT32 = 1, INT64 = 2
-    n_bytes = {1: 4, 2: 8}.get(physical)
-    if len(data) != n_bytes or not (types.is_integer(kind) or types.is_date32(kind) or types.is_timestamp(kind)):
-        return None
-    value = int.from_bytes(data, "little", signed=not types.is_unsigned_integer(kind))
-    try:
-        if types.is_integer(kind):
-            return pa.scalar(value, kind)
-        return pa.scalar(value, pa.int32() if types.is_date32(kind) else pa.int64()).cast(kind)
-    except (pa.ArrowInvalid, OverflowError):  # a damaged footer: no narrower type would write such a bound
-        return None

@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from hbkit import errors, ragged
 from hbkit.data.ahead import in_order
+from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
-from hbkit.parquet import Field, File, Threads
+from hbkit.parquet import Field, RowGroup, Threads
 from hbkit.ragged import Column
 
 __all__ = ["Epoch", "Shuffle", "Stats", "Unit", "random_order"]
@@ -42,7 +43,7 @@ class Unit(NamedTuple):
     """One row group; ``number`` counts over all files in their order."""
 
     number: int
-    file: File
+    file: DataFile
     row_group: int
 
 
@@ -229,7 +230,9 @@ class Epoch:
                     yield partial(self._read, unit, max(row, start) - row if known else 0, row if known else None, threads)
                 row += n
 
-        for read in in_order(jobs(), self.n_reads):
+        # of a remote file, the next row group's bytes are fetched while this one's are decoded
+        ahead = 2 if any(u.file.remote for u in order) else 1
+        for read in in_order(jobs(), max(ahead, self.n_reads)):
             if read.bad is not None:
                 self._drop(read.unit, read.bad)
             for first, n, columns in read.slabs:
@@ -254,7 +257,8 @@ class Epoch:
             if n == 0:
                 self.stats.add("n_row_groups_pruned", int(file.row_group_rows[g] > 0))
                 return _Read(unit, 0)
-            slabs = self._slabs(unit, mask, first, row, threads)
+            group = file.open_row_group(g, self.fields, threads)
+            slabs = self._slabs(group, file.row_group_rows[g], mask, first, row)
             if self.n_reads > 1 or self.skip_bad:  # in another thread; or, since a bad row group is dropped whole, first
                 slabs = iter(list(slabs))
         except errors.Corrupt as e:
@@ -263,15 +267,13 @@ class Epoch:
         return _Read(unit, n, slabs)
 
     def _slabs(
-        self, unit: Unit, mask: npt.NDArray[np.bool_] | None, first: int, row: int | None, threads: Threads
+        self, group: RowGroup, n_rows: int, mask: npt.NDArray[np.bool_] | None, first: int, row: int | None
     ) -> Iterator[tuple[int, int, Columns]]:
         """(first row, rows, columns) of a row group that are not wholly those of other shards.
 
         A slab ends with a batch, or with a shuffle's window: then the batch is one piece of memory.
         """
-        file, g = unit.file, unit.row_group
-        n_rows, size = file.row_group_rows[g], self._slab_rows()
-        group = file.open_row_group(g, self.fields, threads)
+        size = self._slab_rows()
         if first:
             group.skip(first)
         at, kept = first, 0

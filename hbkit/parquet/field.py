@@ -180,3 +180,13 @@ class Field:
             rank = 0
         logical = "" if self.hash_to or dtype != stored.dtype else stored.logical
         return replace(stored, dtype=dtype, ragged_rank=rank, logical=logical, pad_to=self.pad_to, nullable=False)
+
+    def of_missing(self) -> ColumnType:
+        """The type of a column that a file lacks: what the field says, else what its default is."""
+        if self.hash_to or isinstance(self.default, (str, bytes)):
+            dtype = "string"
+        elif self.dtype is not None:
+            dtype = str(self.dtype)
+        else:
+            dtype = np.asarray(0.0 if self.default is None else self.default).dtype.name
+        return self.output(ColumnType(dtype, self.ragged_rank or (self.pad_to is not None) + 0))

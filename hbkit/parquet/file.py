@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbkit import errors, ragged
 from hbkit._ext import chunk as _chunk
+from hbkit._ext import thrift
 from hbkit.parquet import codecs
+from hbkit.parquet.bounds import guarantee
 from hbkit.parquet.column import Decoding, decode, missing
+from hbkit.parquet.decoded import RowGroup
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.footer import Chunk, read_footer
 from hbkit.parquet.schema import Leaf
-from hbkit.parquet.source import Source, open_source
+from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
 
-__all__ = ["File", "RowGroup", "read_columns"]
+__all__ = ["File", "read_columns"]
 
 LIMIT_NBYTES = 1 << 32
 CACHE_NBYTES = 8 << 20  # a read of more goes around the caches: it would not be there when it is used
+JUMP_ROWS = 1000  # from here on a skip looks into the offset index
 INT96 = 3
 _REWRITE = "write the file again, or leave it out"
 # PARQUET-816: these writers leave the dictionary page's header out of a chunk's size
@@ -34,25 +40,31 @@ _SHORT_CHUNKS = re.compile(r"parquet-mr(?! version)|parquet-mr version (0|1\.[01
 _SHORT_BY = 100
 
 
-class RowGroup(Protocol):
-    """A row group's rows, from the first on."""
+class PageRows(NamedTuple):
+    """Where each page of a column chunk begins in it, the row it begins with, and where the last one ends."""
 
-    def read(self, n_rows: int, rows: npt.NDArray[np.bool_] | None = None) -> dict[str, Column]:
-        """The next n_rows rows, or those of them where the mask `rows` is true; the caller owns their memory."""
-
-    def skip(self, n_rows: int) -> None:
-        """Step over the next n_rows rows."""
+    offsets: npt.NDArray[np.int64]
+    first_rows: npt.NDArray[np.int64]
+    end: int
 
 
 class _Native:
     """One column of a row group, by our own decoder."""
 
     def __init__(
-        self, decoding: Decoding, data: Any, chunk: Chunk, n_rows: int, limit_nbytes: int, place: dict[str, Any]
+        self,
+        decoding: Decoding,
+        data: Any,
+        chunk: Chunk,
+        pages: Callable[[], PageRows | None],
+        n_rows: int,
+        limit_nbytes: int,
+        place: dict[str, Any],
     ) -> None:
         self._decoding, self._limit, self._place = decoding, limit_nbytes, place
         self._chunk = _chunk.Chunk(decoding.form, data, chunk.codec, chunk.n_values, codecs.decompress, place)
-        self._left, self.n_values = n_rows, chunk.n_values
+        self._row, self._n_rows, self.n_values = 0, n_rows, chunk.n_values
+        self._pages = pages
         # lists vary: rooms of their mean length would be moved
         self._values_per_row = chunk.n_values / max(n_rows, 1) * (1.1 if decoding.stored.ragged_rank else 1)
         self.nbytes_per_row = self._values_per_row * (16 if decoding.dtype is None else decoding.dtype.itemsize)
@@ -75,12 +87,19 @@ class _Native:
         self._decoding.check_nulls(output.n_nulls, output.n_rows, self._place)
 
     def skip(self, n_rows: int) -> None:
+        to = self._row + n_rows
+        pages = self._pages() if n_rows >= JUMP_ROWS else None
+        if pages is not None:
+            page = int(np.searchsorted(pages.first_rows, to, side="right")) - 1
+            if page > 0 and pages.first_rows[page] > self._row and to < self._n_rows:
+                self._chunk.jump(int(pages.offsets[page]), int(pages.end))
+                n_rows, self._row = to - int(pages.first_rows[page]), int(pages.first_rows[page])
         self._chunk.skip(n_rows)
         self._step(n_rows)
 
     def _step(self, n_rows: int) -> None:
-        self._left -= n_rows
-        if self._left == 0:
+        self._row += n_rows
+        if self._row == self._n_rows:
             self._chunk.finish()
 
 
@@ -174,7 +193,7 @@ class File:
         self, source: Source | str | os.PathLike[str], ignore_case: bool = False, limit_nbytes: int = LIMIT_NBYTES
     ) -> None:
         self.source: Source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
-        self.path = self.source.path
+        self.path, self.remote = self.source.path, self.source.remote
         self.footer = read_footer(self.source)
         self.row_group_rows = self.footer.row_group_rows
         self.n_rows = sum(self.row_group_rows)
@@ -230,11 +249,10 @@ class File:
             )
         return self._folded.get(name.casefold())
 
-    def decoder(self, name: str) -> str:
-        """Which decoder takes a column: "native" or "pyarrow"."""
+    def decoded_by(self, name: str) -> str:
+        """Which decoder takes a column: "native", or "pyarrow" where it takes one of its chunks."""
         leaf = self._leaves[name]
-        groups = range(len(self.row_group_rows))
-        return "native" if all(self._is_native(leaf, self.footer.chunk(g, leaf.index).codec) for g in groups) else "pyarrow"
+        return "native" if all(self._is_native(leaf, codec) for codec in self.footer.codecs(leaf.index)) else "pyarrow"
 
     @staticmethod
     def _is_native(leaf: Leaf, codec: int) -> bool:
@@ -251,6 +269,8 @@ class File:
             try:
                 reader = pq.ParquetFile(self.source.file)
                 self._arrow = reader.metadata, reader.schema_arrow
+            except errors.HbkitError:  # the source's own
+                raise
             except Exception as e:
                 raise self.broken(e, "the footer") from e
             if self._arrow[1].names != [name for name, _, _ in self.footer.columns]:
@@ -288,7 +308,7 @@ class File:
             place = {"file": self.path, "column": field.name, "row_group": g}
             readers[field.name] = None
             if leaf is None or decoding is None:
-                readers[field.name] = _Missing(field, _type_of_missing(field), place)
+                readers[field.name] = _Missing(field, field.of_missing(), place)
                 continue
             chunk = self.footer.chunk(g, leaf.index)
             if self._is_native(leaf, chunk.codec):
@@ -297,8 +317,23 @@ class File:
                 readers[field.name] = _Whole(self._decode(g, leaf, field, place))
         buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
         for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
-            readers[name] = _Native(decoding, data, chunk, n_rows, self._limit, place)
+            pages = partial(self._page_rows, chunk, n_rows)
+            readers[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
         return readers
+
+    def _page_rows(self, chunk: Chunk, n_rows: int) -> PageRows | None:
+        """Where the pages of a column chunk lie and which rows they begin with; None without a sound offset index."""
+        if chunk.offset_index is None or sum(chunk.offset_index) > self.source.nbytes:
+            return None
+        pages = thrift.read_offset_index(self.source.read([chunk.offset_index])[0])
+        if pages is None or len(pages) == 0:
+            return None
+        offsets, sizes, first_rows = (pages - [chunk.first_page, 0, 0]).T
+        end = int(offsets[-1] + sizes[-1])
+        rising = (np.diff(offsets) > 0).all() and (np.diff(first_rows) >= 0).all()
+        if not rising or offsets[0] < 0 or sizes[-1] <= 0 or end > chunk.nbytes or not 0 == first_rows[0] <= first_rows[-1] < n_rows:
+            return None
+        return PageRows(offsets, first_rows, end)
 
     def _plan(self, fields: Sequence[Field]) -> list[tuple[Field, Leaf | None, Decoding | None]]:
         """The leaf of each field and how to decode it; kept for the fields that were asked for last."""
@@ -397,10 +432,14 @@ class File:
         for field, _, decoding in self._plan(fields):
             place = {"file": self.path, "column": field.name}
             if decoding is None:
-                out[field.name] = missing(0, field, _type_of_missing(field), place)
+                out[field.name] = missing(0, field, field.of_missing(), place)
             else:
                 out[field.name] = decoding.finish(decoding.output(self._limit), place)
         return out
+
+    def guarantee(self, g: int, name: str) -> pc.Expression | None:
+        """What statistics promise of all values of a stored column in a row group, or None."""
+        return guarantee(self.footer, self.arrow_schema, g, name)
 
     def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
         """Columns of one row group as they are stored, for expressions on them."""
@@ -415,6 +454,8 @@ class File:
                 leaves.append(leaf.index)
         try:
             table = self._read(g, leaves, num_threads)
+        except errors.HbkitError:  # the source's own
+            raise
         except Exception as e:
             what, only = ("the column", names[0]) if len(names) == 1 else ("the row group", None)
             raise self.broken(e, what, g, only) from e
@@ -441,31 +482,13 @@ class File:
 
     def broken(self, e: Exception, what: str, g: int | None = None, name: str | None = None) -> errors.HbkitError:
         """The named error for whatever a reader raised."""
-        place: dict[str, Any] = {"file": self.path, "column": name, "row_group": g}
-        text = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, OSError) and (e.errno is not None or type(e) is not OSError):
-            return errors.StorageError(f"cannot read {what}: {text}", remedy="check the connection and retry", **place)
-        if isinstance(e, NotImplementedError):
-            return errors.Unsupported(f"cannot read {what}: {text}", remedy="leave it out of fields", **place)
-        return errors.Corrupt(f"{what} is damaged: {text}", remedy=_REWRITE, **place)
+        return unreadable(e, what, file=self.path, column=name, row_group=g)
 
     def close(self) -> None:
         """Close the source."""
         self.source.close()
 
 
-def _type_of_missing(field: Field) -> ColumnType:
-    """The type of a column that the file lacks: what the field says, else what its default is."""
-    if field.dtype is not None:
-        dtype = str(field.dtype)
-    elif field.hash_to:
-        dtype = field.hash_to
-    elif isinstance(field.default, (str, bytes)):
-        dtype = "string"
-    else:
-        dtype = np.asarray(0.0 if field.default is None else field.default).dtype.name
-    stored = ColumnType(dtype if not field.hash_to else "string", field.ragged_rank or (field.pad_to is not None) + 0)
-    return field.output(stored)
 
 
 def read_columns(

@@ -99,6 +99,10 @@ class Footer:
             if not encrypted[i]:
                 raise SchemaError(f"row group {g} contradicts the schema's type of {self.leaves[i].name!r}")
 
+    def codecs(self, leaf: int) -> set[int]:
+        """Of all chunks of a leaf."""
+        return set(self._numbers[:, leaf, _FIELDS["codec"]].tolist())
+
     def chunk(self, g: int, leaf: int) -> Chunk:
         """What is said of one column chunk."""
         (codec, n_values, _, nbytes, data_page, dictionary_page, n_nulls, min_at, min_nbytes, max_at, max_nbytes, encodings,

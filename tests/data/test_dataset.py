@@ -358,7 +358,7 @@ def test_stats_count(folder):
         list(ds)
     stats = ds.stats()
     assert (stats["n_batches"], stats["n_rows"], stats["n_row_groups_read"]) == (6, 2 * N, 2 * 14)
-    assert stats["decoded_by"] == {"id": "pyarrow", "x": "pyarrow"}
+    assert stats["decoded_by"] == {"id": "native", "x": "native"}
     assert ds.batch(10).stats()["n_batches"] == 0
     json.dumps(stats)
 
