@@ -11,13 +11,17 @@ from setuptools.command.build_ext import build_ext
 
 EXT = Path("hbkit/_ext")
 DEBUG = os.environ.get("HBKIT_DEBUG") == "1"
-BUILD = "build/debug" if DEBUG else "build"  # apart, since timestamps do not tell the two builds' files from each other
+# clang's sanitizers, as in `make asan` and `make fuzz`: "address,undefined" (or 1), "address,fuzzer-no-link"
+SANITIZE = os.environ.get("HBKIT_SANITIZE", "").replace("1", "address,undefined")
+# Builds lie apart, since timestamps do not tell their files from each other.
+BUILD = "build/fuzz" if "fuzzer" in SANITIZE else "build/asan" if SANITIZE else "build/debug" if DEBUG else "build"
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
 SOURCES = [str(EXT / name) for name in ("kernels.c", "decode.c", "snappy_kernel.c")]
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
+SANITIZER = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
 
 
 class BuildExt(build_ext):
@@ -30,7 +34,7 @@ class BuildExt(build_ext):
                 SOURCES,
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("HBKIT_ISA", isa)],
-                extra_postargs=["-std=c11", *CFLAGS, *([f"-march={march}"] if march else [])],
+                extra_postargs=["-std=c11", *CFLAGS, *SANITIZER, *([f"-march={march}"] if march else [])],
             )
         isa = next(e for e in self.extensions if e.name == "hbkit._ext.isa")
         isa.extra_objects = objects
@@ -47,7 +51,15 @@ setup(
                 f"hbkit._ext.{path.stem}",
                 [str(path)],
                 depends=[str(path) for path in sorted(EXT.glob("*.[ch]"))],
-                extra_compile_args=["-O3", *([] if DEBUG else ["-g0"]), "-ffp-contract=off", "-Wno-unused-function"],
+                extra_compile_args=[
+                    "-O3",
+                    *([] if DEBUG or SANITIZE else ["-g0"]),
+                    "-ffp-contract=off",
+                    "-Wno-unused-function",
+                    *SANITIZER,
+                ],
+                # the process loads the sanitizer before anything else, so no extension brings its own
+                extra_link_args=[*SANITIZER[:1], "-shared-libsan"] if SANITIZE else [],
                 define_macros=[("CYTHON_CCOMPLEX", "0")],
             )
             for path in sorted(EXT.glob("*.pyx"))

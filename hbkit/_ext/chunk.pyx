@@ -817,7 +817,7 @@ cdef class Chunk:
             memcpy(out, p, n * width)
         elif f.convert == RESIZE:
             self.resize(p, n, out)
-        elif f.convert == HASH_INT:
+        elif f.convert == HASH_INT and (f.physical == INT32 or f.physical == INT64):
             unused = 64 - f.bits
             for i in range(n):
                 if width == 8:
@@ -878,6 +878,8 @@ cdef class Chunk:
             x = x << 8 | p[i]
         if n > 8 and (x >> 63) != (p[0] >> 7):
             self.fail("a decimal has more digits than its column allows")
+        if self.f.convert == HASH_INT:
+            x = hb_xxh64(<const uint8_t *>&x, 8, self.f.seed)
         memcpy(out, &x, 8)
         return 0
 
