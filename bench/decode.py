@@ -20,11 +20,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import contest
+
+Passes = Callable[[], Iterable[Any]]  # each call is one pass over the file, in pieces
 
 ROWS = 65_536
 WORKLOADS = {  # file, goal
@@ -54,25 +56,25 @@ def fields(path: str, ids: bool) -> list[Any]:
     return [Field(name, **how) for name, _ in kinds]
 
 
-def hbkit_batches(path: str, ids: bool, threads: int, rows: int = ROWS) -> Iterator[Any]:
+def hbkit_batches(path: str, ids: bool, threads: int, rows: int = ROWS) -> Passes:
     from hbkit.data import Dataset
 
     columns = fields(path, ids)
     return lambda: Dataset.from_parquet(path, columns, num_parallel_reads=threads).batch(rows)
 
 
-def hbkit_batches_of_4096(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def hbkit_batches_of_4096(path: str, ids: bool, threads: int) -> Passes:
     return hbkit_batches(path, ids, threads, 4096)
 
 
-def hbkit_columns(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def hbkit_columns(path: str, ids: bool, threads: int) -> Passes:
     from hbkit.parquet import read_columns
 
     columns = fields(path, ids)
     return lambda: iter([read_columns(path, columns)])
 
 
-def pyarrow_table(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def pyarrow_table(path: str, ids: bool, threads: int) -> Passes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,7 +82,7 @@ def pyarrow_table(path: str, ids: bool, threads: int) -> Iterator[Any]:
     return lambda: iter([pq.read_table(path, use_threads=threads > 1, memory_map=True)])
 
 
-def pyarrow_batches(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def pyarrow_batches(path: str, ids: bool, threads: int) -> Passes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,7 +97,7 @@ def _lazy(path: str, ids: bool) -> Any:
     return frame.select(pl.all().hash(0)) if ids else frame
 
 
-def polars(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def polars(path: str, ids: bool, threads: int) -> Passes:
     import polars as pl
 
     if ids:
@@ -103,15 +105,15 @@ def polars(path: str, ids: bool, threads: int) -> Iterator[Any]:
     return lambda: iter([pl.read_parquet(path)])
 
 
-def polars_streaming(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def polars_streaming(path: str, ids: bool, threads: int) -> Passes:
     return lambda: iter([_lazy(path, ids).collect(engine="streaming")])
 
 
-def polars_batches(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def polars_batches(path: str, ids: bool, threads: int) -> Passes:
     return lambda: _lazy(path, ids).collect_batches(chunk_size=ROWS, maintain_order=True, engine="streaming")
 
 
-def polars_as_offsets(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def polars_as_offsets(path: str, ids: bool, threads: int) -> Passes:
     import polars as pl
 
     return lambda: iter([pl.read_parquet(path).to_arrow(compat_level=pl.CompatLevel.oldest())])
@@ -125,22 +127,22 @@ def _query(path: str, ids: bool, threads: int) -> Any:
     return lambda: connection.sql(f"select {'hash(columns(*))' if ids else '*'} from '{path}'")
 
 
-def duckdb_table(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def duckdb_table(path: str, ids: bool, threads: int) -> Passes:
     query = _query(path, ids, threads)
     return lambda: iter([query().to_arrow_table(ROWS)])
 
 
-def duckdb_batches(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def duckdb_batches(path: str, ids: bool, threads: int) -> Passes:
     query = _query(path, ids, threads)
     return lambda: query().to_arrow_reader(ROWS)
 
 
-def duckdb_numpy(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def duckdb_numpy(path: str, ids: bool, threads: int) -> Passes:
     query = _query(path, ids, threads)
     return lambda: iter([query().fetchnumpy()])
 
 
-def fastparquet(path: str, ids: bool, threads: int) -> Iterator[Any]:
+def fastparquet(path: str, ids: bool, threads: int) -> Passes:
     from fastparquet import ParquetFile
 
     return lambda: iter([ParquetFile(path).to_pandas()])
