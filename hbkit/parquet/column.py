@@ -31,9 +31,11 @@ class Decoding:
         Lists a row nests in what the decoder gives.
     may_misfit : bool
         Whether a value may not fit what the field asks for.
+    with_mask : bool
+        Whether the output's mask says which values were not null; ``keep_mask`` asks for that.
     """
 
-    def __init__(self, leaf: Leaf, field: Field, place: Place) -> None:
+    def __init__(self, leaf: Leaf, field: Field, place: Place, keep_mask: bool = False) -> None:
         stored = leaf.kind
         self.field, self.stored, self.place = field, stored, place
         self.out = field.output(stored, place.get("file"))
@@ -46,7 +48,7 @@ class Decoding:
         self._casts = self.out.dtype != stored.dtype and not field.hash_to
         self._scale = leaf.scale if self.out.dtype.startswith("float") else 0
         self.may_misfit = self._casts or self._squeezes
-        self.with_mask = self._squeezes or (self._casts and null == "default")
+        self.with_mask = keep_mask or self._squeezes or (self._casts and null == "default")
         self.rank = stored.ragged_rank or int(null == "empty")
         self.dtype = None if text and not field.hash_to else np.dtype("int64" if field.hash_to else stored.dtype)
         fill = b""
