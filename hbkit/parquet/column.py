@@ -95,14 +95,14 @@ class Decoding:
         mine, theirs = ((d.out, d.dtype, d.rank, d.with_mask, d._casts, d._scale, d.field) for d in (self, other))
         return self is other or mine == theirs
 
-    def finish(self, output: Any, place: Place | None = None) -> Any:
+    def finish(self, output: Any, place: Place) -> Any:
         """The column that the field asks for, or a Dictionary, of what was decoded.
 
         Raises
         ------
         NullFound, SchemaMismatch
         """
-        field, n_rows, n_nulls, place = self.field, output.n_rows, output.n_nulls, place or self.place
+        field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
         values, splits, mask = output.finish()
         if output.dictionary is not None:
             refuse_nulls(n_nulls, n_rows, field, place)

@@ -2,8 +2,8 @@
 
 ``python damage.py KIND N SEED FILE...``: N copies of each file, each damaged at a place of its own: "cut" off there;
 "short", where reads of pages end there; "blank", with zeros from there to the footer; with one bit changed anywhere
-("flip") or in a page ("page"); or so and then filtered ("filter"). The last line is a JSON count of outcomes: "read", or
-the name of the error.
+("flip") or in a page ("page"); or so and then filtered ("filter"). The last line is a JSON count of outcomes: "read",
+or the name of the error.
 """
 
 import collections
