@@ -883,7 +883,7 @@ cdef class Chunk:
         memcpy(out, &x, 8)
         return 0
 
-    cdef int values(self, int64_t n, uint8_t *out) except -1 nogil:
+    cdef int values(self, int64_t n, uint8_t *out, bint past_cache) except -1 nogil:
         """The next n values of the page, of fixed width, into out (with slack)."""
         cdef uint32_t codes[UNPACKED]
         cdef int64_t done = 0, m, i, item = self.f.item
@@ -895,6 +895,10 @@ cdef class Chunk:
                 self.k.bits_to_bytes(self.value_at, self.bit_at, n, out)
                 self.bit_at += n
                 return 0
+            if past_cache and self.f.convert == COPY and n <= (self.value_end - self.value_at) // item:
+                self.k.copy_past_cache(out, self.value_at, n * item)
+                self.value_at += n * item
+                return 0
             return self.convert(&self.value_at, self.value_end, n, out)
         if self.is_dict and self.dict_data == NULL:
             self.fail("a page refers to a dictionary that is not there")
@@ -905,6 +909,12 @@ cdef class Chunk:
             if self.is_runs:
                 for i in range(m):
                     out[done + i] = <uint8_t>codes[i]
+            elif item == 8 and past_cache:
+                e = self.k.gather8_past_cache(codes, m, <const uint64_t *>self.dict_data, self.n_dict,
+                                              <uint64_t *>out + done)
+            elif item == 4 and past_cache:
+                e = self.k.gather4_past_cache(codes, m, <const uint32_t *>self.dict_data, self.n_dict,
+                                              <uint32_t *>out + done)
             elif item == 8:
                 e = self.k.gather8(codes, m, <const uint64_t *>self.dict_data, self.n_dict, <uint64_t *>out + done)
             elif item == 4:
@@ -914,23 +924,6 @@ cdef class Chunk:
             else:
                 e = self.k.gather1(codes, m, self.dict_data, self.n_dict, out + done)
             self.check(e)
-            done += m
-        return 0
-
-    cdef int values_past_cache(self, int64_t n, uint8_t *out) except -1 nogil:
-        """As `values`, by way of a block in the first cache, or from where they lie."""
-        cdef uint64_t block[BLOCK + 8]
-        cdef int64_t done = 0, m, item = self.f.item
-        if not self.is_dict and self.f.convert == COPY and self.f.width:
-            if n > (self.value_end - self.value_at) // item:
-                self.fail("a page holds fewer values than it claims")
-            self.k.copy_past_cache(out, self.value_at, n * item)
-            self.value_at += n * item
-            return 0
-        while done < n:
-            m = min(n - done, <int64_t>BLOCK)
-            self.values(m, <uint8_t *>block)
-            self.k.copy_past_cache(out + done * item, block, m * item)
             done += m
         return 0
 
@@ -967,10 +960,8 @@ cdef class Chunk:
             out.room(VALUES, out.n_values * out.item, n * out.item)
             if self.dictionary is not None and out is not self.dictionary:
                 self.codes(n, out.vecs[VALUES].data + 4 * out.n_values)
-            elif out.past_cache:
-                self.values_past_cache(n, out.vecs[VALUES].data + out.n_values * out.item)
             else:
-                self.values(n, out.vecs[VALUES].data + out.n_values * out.item)
+                self.values(n, out.vecs[VALUES].data + out.n_values * out.item, out.past_cache)
         out.n_values += n
         return 0
 
@@ -1061,7 +1052,7 @@ cdef class Chunk:
                 if self.dictionary is not None:
                     self.codes(m, <uint8_t *>dense)
                 else:
-                    self.values(m, <uint8_t *>dense)
+                    self.values(m, <uint8_t *>dense, False)
                 out.room(VALUES, out.n_values * out.item, n_slots * out.item)
                 self.k.expand(slots, self.valid, a, z, dense, out.item, 0 if self.dictionary is not None else self.f.fill,
                               out.vecs[VALUES].data + out.n_values * out.item)
