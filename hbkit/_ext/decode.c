@@ -178,6 +178,66 @@ static int runs_bits(hb_runs *r, uint64_t *restrict bits, int64_t n) {
     return 0;
 }
 
+/* Sets bits from..from+n-1, of words that are 0 from there on. */
+static inline void set_bits(uint64_t *bits, int64_t from, int64_t n) {
+    int64_t i = from >> 6, last = (from + n) >> 6;
+    uint64_t head = ~(uint64_t)0 << (from & 63), tail = ((uint64_t)1 << ((from + n) & 63)) - 1;
+    if (i == last) {
+        bits[i] |= head & tail;
+        return;
+    }
+    bits[i++] |= head;
+    for (; i < last; i++) bits[i] = ~(uint64_t)0;
+    bits[i] |= tail;
+}
+
+static inline void put_bits(uint64_t *bits, int64_t from, uint64_t word) {
+    bits[from >> 6] |= word << (from & 63);
+    if (from & 63) bits[(from >> 6) + 1] |= word >> (64 - (from & 63));
+}
+
+static int runs_levels(hb_runs *r, int64_t n, uint32_t least, uint32_t most, uint32_t null_set, uint64_t *elements,
+                       uint64_t *valid, uint64_t *nulls) {
+    size_t nbytes = (size_t)(n / 64 + 2) * 8;
+    memset(elements, 0, nbytes);
+    memset(valid, 0, nbytes);
+    if (nulls) memset(nulls, 0, nbytes);
+    for (int64_t at = 0; at < n;) {
+        if (r->left == 0) {
+            int e = next_run(r);
+            if (e) return e;
+        }
+        int64_t m = min64(n - at, r->left);
+        if (!r->packed) {
+            if (r->value > most) return HB_E_RANGE;
+            if (r->value >= least) set_bits(elements, at, m);
+            if (r->value == most) set_bits(valid, at, m);
+            if (nulls && null_set >> r->value & 1) set_bits(nulls, at, m);
+        } else {
+            uint32_t levels[64 + HB_SLACK / 4];
+            uint64_t a = 0, b = 0, c = 0;
+            uint32_t worst = 0;
+            m = min64(m, 64);
+            unpack(r->packed, r->end, r->done, m, r->width, levels);
+            r->done += m;
+            for (int64_t i = 0; i < m; i++) {
+                uint32_t level = levels[i];
+                worst = level > worst ? level : worst;
+                a |= (uint64_t)(level >= least) << i;
+                b |= (uint64_t)(level == most) << i;
+                c |= (uint64_t)(null_set >> (level & 31) & 1) << i;
+            }
+            if (worst > most) return HB_E_RANGE;
+            put_bits(elements, at, a);
+            put_bits(valid, at, b);
+            if (nulls) put_bits(nulls, at, c);
+        }
+        r->left -= m;
+        at += m;
+    }
+    return 0;
+}
+
 static int runs_same(hb_runs *r, int64_t n, uint32_t *value) {
     if (r->left == 0) {
         int e = next_run(r);
@@ -241,17 +301,6 @@ static uint32_t at_least(const uint32_t *levels, int64_t n, uint32_t least, uint
         bits[i / 64] = word;
     }
     return largest(levels, n);
-}
-
-static int64_t count_levels(const uint32_t *levels, int64_t n, uint32_t set) {
-    int64_t total = 0;
-    for (int64_t first = 0; first < n; first += 4096) { /* sums that fit a lane */
-        int64_t last = min64(n, first + 4096);
-        uint32_t sum = 0;
-        for (int64_t i = first; i < last; i++) sum += set >> (levels[i] & 31) & 1;
-        total += sum;
-    }
-    return total;
 }
 
 /* Word i of bits with only from..to-1 left. */
@@ -500,6 +549,36 @@ static int64_t strings_size(const uint32_t *codes, int64_t n, const hb_span *dic
     return total;
 }
 
+static int64_t strings_short(const uint8_t *src, const uint8_t *end, int64_t n, hb_short *restrict out) {
+    const uint8_t *p = src;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t size;
+        if (end - p < 4) return HB_E_END;
+        memcpy(&size, p, 4);
+        p += 4;
+        if (size > HB_SHORT) return HB_E_RANGE;
+        if (size > (uint64_t)(end - p)) return HB_E_END;
+        if (end - p >= HB_SHORT) memcpy(out[i].bytes, p, HB_SHORT);
+        else memcpy(out[i].bytes, p, size);
+        out[i].n = (uint8_t)size;
+        p += size;
+    }
+    return p - src;
+}
+
+static int strings_gather_short(const uint32_t *codes, int64_t n, const hb_short *dictionary, int64_t n_dictionary,
+                                int64_t *restrict splits, uint8_t *restrict data) {
+    int64_t at = splits[0];
+    if (n > 0 && (int64_t)largest(codes, n) >= n_dictionary) return HB_E_RANGE;
+    for (int64_t i = 0; i < n; i++) {
+        const hb_short *s = &dictionary[codes[i]];
+        memcpy(data + at, s->bytes, HB_SHORT);
+        at += s->n;
+        splits[i + 1] = at;
+    }
+    return 0;
+}
+
 static void strings_gather(const uint32_t *codes, int64_t n, const hb_span *dictionary, const uint8_t *from,
                            int64_t *restrict splits, uint8_t *restrict data) {
     int64_t at = splits[0];
@@ -512,6 +591,28 @@ static void strings_gather(const uint32_t *codes, int64_t n, const hb_span *dict
 }
 
 const hb_decoders PASTE(hb_decoders_, HBKIT_ISA) = {
-    runs_read,  runs_bits,  runs_same,     runs_skip,     gather8,      gather4, gather2, gather1, at_least, count_levels,
-    copy_past_cache, count_bits, row_starts, expand, delta, unsplit, resize4, bits_to_bytes, strings_plain, strings_hash,
-    strings_size, strings_gather};
+    .runs_read = runs_read,
+    .runs_bits = runs_bits,
+    .runs_levels = runs_levels,
+    .runs_same = runs_same,
+    .runs_skip = runs_skip,
+    .gather8 = gather8,
+    .gather4 = gather4,
+    .gather2 = gather2,
+    .gather1 = gather1,
+    .at_least = at_least,
+    .copy_past_cache = copy_past_cache,
+    .count_bits = count_bits,
+    .row_starts = row_starts,
+    .expand = expand,
+    .delta = delta,
+    .unsplit = unsplit,
+    .resize4 = resize4,
+    .bits_to_bytes = bits_to_bytes,
+    .strings_plain = strings_plain,
+    .strings_hash = strings_hash,
+    .strings_size = strings_size,
+    .strings_short = strings_short,
+    .strings_gather_short = strings_gather_short,
+    .strings_gather = strings_gather,
+};
