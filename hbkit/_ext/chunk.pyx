@@ -160,16 +160,20 @@ cdef class Output:
         free(self.vecs)
         free(self.n_items)
 
-    def reserve(self, int64_t n_rows, int64_t n_values, int64_t nbytes=0):
-        """Make room for this many more rows, values and (for strings) bytes, so that nothing need be moved later."""
+    def reserve(self, n_rows, n_values, nbytes=0):
+        """Make room for about this many more rows, values and (for strings) bytes, so that nothing need be moved later.
+        The numbers are a file's claims: of any size, and what is beyond the limit is refused when it comes."""
         cdef int k
         for k in range(self.rank):
-            self.room(SPLITS + k, 8 * (self.n_rows + 1), 8 * n_rows)
+            self.expect(SPLITS + k, 8 * (self.n_rows + 1), 8 * n_rows)
         if self.dtype is None:
-            self.room(ENDS, 8 * (self.n_values + 1), 8 * n_values)
-            self.room(VALUES, self.n_bytes(), nbytes)
+            self.expect(ENDS, 8 * (self.n_values + 1), 8 * n_values)
+            self.expect(VALUES, self.n_bytes(), nbytes)
         else:
-            self.room(VALUES, self.n_values * self.item, n_values * self.item)
+            self.expect(VALUES, self.n_values * self.item, n_values * self.item)
+
+    cdef int expect(self, int which, int64_t used, object more) except -1:
+        return self.room(which, used, max(0, min(more, self.limit - used)))
 
     cdef int64_t n_bytes(self) noexcept nogil:
         """Bytes of the strings so far."""
@@ -1291,7 +1295,7 @@ cdef class Chunk:
         if self.f.max_rep > 1:
             return self.nested(n_rows, out)
         if is_ragged:
-            out.room(SPLITS, 8 * (out.n_rows + 1), 8 * n_rows)
+            out.room(SPLITS, 8 * (out.n_rows + 1), 8 * min(n_rows, out.limit))  # n_rows is a claim: of any size
             splits = <int64_t *>out.vecs[SPLITS].data + out.n_rows
         while True:
             if self.window_at == self.window_n:
