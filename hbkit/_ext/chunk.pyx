@@ -41,6 +41,7 @@ cdef extern from "snappy.h" nogil:
 
 cdef enum:
     SNAPPY = 1  # SPEC: parquet.thrift, enum CompressionCodec
+    LZ4_RAW = 7
     MOST_OF_SNAPPY = 22  # bytes that one compressed byte can give: three are a copy of 64
 
 cdef enum:
@@ -307,6 +308,41 @@ cdef class Form:
         free(self.shape.thresholds)
 
 
+cdef int64_t lz4_length(const uint8_t *p, const uint8_t *end) noexcept nogil:
+    """The bytes that an LZ4 block decompresses to, which its decompressor does not tell; -1 of a damaged one.
+
+    SPEC: lz4_Block_format.md: sequences of a token (two lengths of 4 bits, which go on in bytes up to one below 255), the
+    literals, and an offset of two bytes, which the last sequence lacks."""
+    cdef int64_t total = 0, n
+    cdef int token, part
+    while p < end:
+        token = p[0]
+        p += 1
+        for part in range(2):
+            n = token & 15 if part else token >> 4
+            if n == 15:
+                while True:
+                    if p == end:
+                        return -1
+                    n += p[0]
+                    p += 1
+                    if p[-1] != 255:
+                        break
+            total += n
+            if part:
+                total += 4
+                break
+            if n > end - p:
+                return -1
+            p += n
+            if p == end:
+                return total
+            if end - p < 2:
+                return -1
+            p += 2
+    return -1
+
+
 cdef class Chunk:
     """One column chunk, read from its first row on; not safe to share between threads at the same time.
 
@@ -528,6 +564,8 @@ cdef class Chunk:
             if self.snappy(source, stored, into, nbytes):
                 self.fail("a page's snappy data is damaged")
             return into
+        if self.codec == LZ4_RAW and lz4_length(source, source + stored) != nbytes:
+            self.fail("a page decompresses to another size than it claims")
         with gil:
             try:
                 owner = self.decompress(self.codec, PyMemoryView_FromMemory(<char *>source, stored, PyBUF_READ), nbytes)
