@@ -13,12 +13,12 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["hbkit"]):
+    import bombs
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    import bombs
     from bombs import BOOLEAN, BYTE_ARRAY, DOUBLE, FIXED, INT32, INT64, OPTIONAL, REQUIRED, a_list, flat, parquet
+
     from hbkit import errors
     from hbkit.parquet import File
 
