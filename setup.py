@@ -21,6 +21,7 @@ MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"
 SOURCES = [str(EXT / name) for name in ("kernels.c", "decode.c", "snappy_kernel.c")]
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
+# Only for compiling: an extension brings no sanitizer of its own, the process has loaded one before (LD_PRELOAD).
 SANITIZER = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
 
 
@@ -58,8 +59,6 @@ setup(
                     "-Wno-unused-function",
                     *SANITIZER,
                 ],
-                # the process loads the sanitizer before anything else, so no extension brings its own
-                extra_link_args=[*SANITIZER[:1], "-shared-libsan"] if SANITIZE else [],
                 define_macros=[("CYTHON_CCOMPLEX", "0")],
             )
             for path in sorted(EXT.glob("*.pyx"))

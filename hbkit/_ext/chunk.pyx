@@ -41,6 +41,7 @@ cdef extern from "snappy.h" nogil:
 
 cdef enum:
     SNAPPY = 1  # SPEC: parquet.thrift, enum CompressionCodec
+    LZ4_RAW = 7
     MOST_OF_SNAPPY = 22  # bytes that one compressed byte can give: three are a copy of 64
 
 cdef enum:
@@ -160,16 +161,20 @@ cdef class Output:
         free(self.vecs)
         free(self.n_items)
 
-    def reserve(self, int64_t n_rows, int64_t n_values, int64_t nbytes=0):
-        """Make room for this many more rows, values and (for strings) bytes, so that nothing need be moved later."""
+    def reserve(self, n_rows, n_values, nbytes=0):
+        """Make room for about this many more rows, values and (for strings) bytes, so that nothing need be moved later.
+        The numbers are a file's claims: of any size, and what is beyond the limit is refused when it comes."""
         cdef int k
         for k in range(self.rank):
-            self.room(SPLITS + k, 8 * (self.n_rows + 1), 8 * n_rows)
+            self.expect(SPLITS + k, 8 * (self.n_rows + 1), 8 * n_rows)
         if self.dtype is None:
-            self.room(ENDS, 8 * (self.n_values + 1), 8 * n_values)
-            self.room(VALUES, self.n_bytes(), nbytes)
+            self.expect(ENDS, 8 * (self.n_values + 1), 8 * n_values)
+            self.expect(VALUES, self.n_bytes(), nbytes)
         else:
-            self.room(VALUES, self.n_values * self.item, n_values * self.item)
+            self.expect(VALUES, self.n_values * self.item, n_values * self.item)
+
+    cdef int expect(self, int which, int64_t used, object more) except -1:
+        return self.room(which, used, max(0, min(more, self.limit - used)))
 
     cdef int64_t n_bytes(self) noexcept nogil:
         """Bytes of the strings so far."""
@@ -301,6 +306,41 @@ cdef class Form:
 
     def __dealloc__(self):
         free(self.shape.thresholds)
+
+
+cdef int64_t lz4_length(const uint8_t *p, const uint8_t *end) noexcept nogil:
+    """The bytes that an LZ4 block decompresses to, which its decompressor does not tell; -1 of a damaged one.
+
+    SPEC: lz4_Block_format.md: sequences of a token (two lengths of 4 bits, which go on in bytes up to one below 255), the
+    literals, and an offset of two bytes, which the last sequence lacks."""
+    cdef int64_t total = 0, n
+    cdef int token, part
+    while p < end:
+        token = p[0]
+        p += 1
+        for part in range(2):
+            n = token & 15 if part else token >> 4
+            if n == 15:
+                while True:
+                    if p == end:
+                        return -1
+                    n += p[0]
+                    p += 1
+                    if p[-1] != 255:
+                        break
+            total += n
+            if part:
+                total += 4
+                break
+            if n > end - p:
+                return -1
+            p += n
+            if p == end:
+                return total
+            if end - p < 2:
+                return -1
+            p += 2
+    return -1
 
 
 cdef class Chunk:
@@ -524,6 +564,8 @@ cdef class Chunk:
             if self.snappy(source, stored, into, nbytes):
                 self.fail("a page's snappy data is damaged")
             return into
+        if self.codec == LZ4_RAW and lz4_length(source, source + stored) != nbytes:
+            self.fail("a page decompresses to another size than it claims")
         with gil:
             try:
                 owner = self.decompress(self.codec, PyMemoryView_FromMemory(<char *>source, stored, PyBUF_READ), nbytes)
@@ -1282,7 +1324,7 @@ cdef class Chunk:
         if self.f.max_rep > 1:
             return self.nested(n_rows, out)
         if is_ragged:
-            out.room(SPLITS, 8 * (out.n_rows + 1), 8 * n_rows)
+            out.room(SPLITS, 8 * (out.n_rows + 1), 8 * min(n_rows, out.limit))  # n_rows is a claim: of any size
             splits = <int64_t *>out.vecs[SPLITS].data + out.n_rows
         while True:
             if self.window_at == self.window_n:
