@@ -1,8 +1,8 @@
 """Thrift's compact protocol, as far as Parquet uses it: the footer, page headers and page indexes.
 
 Nothing is trusted. The cursor knows where its bytes end; once something is wrong it stays wrong, and every read gives
-0, so that loops end. Nesting is bounded; a declared count allocates nothing (elements are read one by one until the bytes
-end). Structures are small state machines over field numbers; fields that nobody asks for are skipped.
+0, so that loops end. Nesting is bounded; a declared count allocates nothing (elements are read one by one until the
+bytes end). Structures are small state machines over field numbers; fields that nobody asks for are skipped.
 SPEC: thrift-compact-protocol.md; parquet.thrift
 """
 

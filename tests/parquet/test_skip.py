@@ -118,7 +118,7 @@ def test_filter_reads_the_pages_that_may_hold_a_row(tmp_path, options, monkeypat
     ):
         ds = Dataset.from_parquet(path, ["plain", "list", "nested"]).filter(expr).batch(64)
         want = rows.filter(expr)
-        got = [b for b in ds]
+        got = list(ds)
         for name in ("plain", "list", "nested"):
             assert [x for b in got for x in b[name].tolist()] == want.column(name).to_pylist()
     if options != "v1":
