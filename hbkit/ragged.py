@@ -444,9 +444,9 @@ def take(column: AnyColumn, rows: npt.ArrayLike) -> AnyColumn:
     """The rows of a column at these numbers (or where a mask is true), copied."""
     if isinstance(column, np.ndarray):
         index = _rows(rows, len(column))
-        if index.size and (index.min() < 0 or index.max() >= len(column)):
-            raise InvalidArgument(f"rows {index.min()}..{index.max()} of {len(column)}", remedy="rows are 0..n-1")
         if column.ndim > 1:
+            if index.size and (index.min() < 0 or index.max() >= len(column)):
+                raise InvalidArgument(f"rows {index.min()}..{index.max()} of {len(column)}", remedy="rows are 0..n-1")
             return column[index]
         out = _empty(len(index), column.dtype)
         _ext.take_items([_bytes(np.ascontiguousarray(column))], column.itemsize, None, index, _bytes(out))
@@ -464,6 +464,15 @@ def places(sizes: Sequence[int], rows: Int64s) -> Places:
     starts = _from_lengths(sizes)
     part = np.searchsorted(starts, rows, side="right") - 1
     return part.astype(np.int32), rows - starts[part]
+
+
+def gather(column: Column, rows: npt.NDArray[np.uint32]) -> Column:
+    """The rows of a column at these numbers, in memory that does not go through the caches: for many rows."""
+    if not isinstance(column, np.ndarray) or column.ndim > 1 or column.itemsize not in (4, 8):
+        return take(column, rows.astype(np.int64))
+    out = _empty(len(rows), column.dtype)
+    _ext.gather_items(_bytes(np.ascontiguousarray(column)), column.itemsize, rows, _bytes(out))
+    return out
 
 
 def take_from(parts: Sequence[Any], part: npt.NDArray[np.int32] | None, rows: Int64s) -> Column:

@@ -1,10 +1,11 @@
 """Ragged conversions: copies of ranges of fixed-size items, whole ranges at a time, bounds proven before the first."""
 
-from libc.stdint cimport int32_t, int64_t, uint64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy
 
 import numpy as np
 
+from hbkit._ext.isa cimport kernels
 from hbkit.errors import InvalidArgument
 
 
@@ -115,6 +116,28 @@ def take_items(list parts, int64_t itemsize, const int32_t[::1] part, const int6
             for i in range(n):
                 at = only if part is None else <const uint8_t *>base[part[i]]
                 _copy_item(&out[i * itemsize], at + rows[i] * itemsize, itemsize)
+
+
+def gather_items(const uint8_t[::1] items, int64_t itemsize, const uint32_t[::1] rows, uint8_t[::1] out):
+    """Copy item rows[i] to place i of `out`, around the caches; of items of 4 or 8 bytes, aligned to their size."""
+    cdef int64_t n = rows.shape[0]
+    cdef int rc = 0
+    if (itemsize != 4 and itemsize != 8) or out.shape[0] != n * itemsize:
+        raise InvalidArgument(f"{itemsize} bytes an item, {out.shape[0]} of out", remedy="give 4 or 8, and room for all")
+    if n == 0:
+        return
+    if items.shape[0] and (<uint64_t>&items[0] | <uint64_t>&out[0]) % itemsize:
+        raise InvalidArgument("items are not aligned to their size", remedy="give whole arrays")
+    cdef const uint8_t *at = &items[0] if items.shape[0] else NULL
+    with nogil:
+        if itemsize == 8:
+            rc = kernels().decode.gather8_past_cache(&rows[0], n, <const uint64_t *>at, items.shape[0] // 8,
+                                                     <uint64_t *>&out[0])
+        else:
+            rc = kernels().decode.gather4_past_cache(&rows[0], n, <const uint32_t *>at, items.shape[0] // 4,
+                                                     <uint32_t *>&out[0])
+    if rc:
+        raise InvalidArgument("a row does not exist", remedy="rows are 0..n-1")
 
 
 def lengths_of(list splits, const int32_t[::1] part, const int64_t[::1] rows, int64_t[::1] out):

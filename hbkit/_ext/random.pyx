@@ -45,3 +45,19 @@ def initialize(str kind, double a, double b, uint64_t seed, const int64_t[::1] k
             kernels().initialize(code, a, b, seed, &keys[0], keys.shape[0], dim, &to[0, 0])
             hb_fp_leave(fp)
     return out
+
+
+def permutation(const uint64_t[::1] draws):
+    """0..n-1 in an order that n random words decide (Fisher and Yates, by Durstenfeld): int64[n]; n is below 2**32."""
+    cdef int64_t n = draws.shape[0], i, j, x
+    if n >= 1 << 32:
+        raise InvalidArgument(f"{n} rows to permute", remedy="shuffle fewer at a time")
+    out = np.arange(n)
+    cdef int64_t[::1] to = out
+    with nogil:
+        for i in range(n - 1, 0, -1):
+            j = <int64_t>(((draws[i] >> 32) * <uint64_t>(i + 1)) >> 32)
+            x = to[i]
+            to[i] = to[j]
+            to[j] = x
+    return out

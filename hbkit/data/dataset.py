@@ -457,7 +457,7 @@ class Dataset:
         data = [[u.file.n_rows, u.file.row_group_rows[u.row_group]] for u in plan.units]
         text = json.dumps([data, str(plan.filter.expr) if plan.filter else None])
         return {
-            "version": 1,
+            "version": 2,  # 1 shuffled in another order
             "data": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
             "shuffle": list(plan.shuffle) if plan.shuffle else None,
             "batch_size": plan.batch_size,

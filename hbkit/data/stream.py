@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit import errors, ragged
+from hbkit._ext import random as _random
 from hbkit.data.ahead import in_order
 from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
@@ -75,7 +76,13 @@ class Piece:
     def shuffled(self, threads: Threads) -> Piece:
         """The same rows, put in their order column by column: while a column is in the cache."""
         names = list(self.parts[0])
-        columns = threads.each(lambda name: self._take(name, 0, self.n_rows), names)
+        assert self._places is not None
+        part, row = self._places
+        if part is None and self.n_rows < 2**32:
+            row32 = row.astype(np.uint32)
+            columns = threads.each(lambda name: ragged.gather(self.parts[0][name], row32), names)
+        else:
+            columns = threads.each(lambda name: self._take(name, 0, self.n_rows), names)
         return Piece(self.start, self.n_rows, [dict(zip(names, columns, strict=True))])
 
     def _take(self, name: str, a: int, z: int) -> Column:
@@ -89,7 +96,7 @@ def random_order(n: int, *key: int) -> npt.NDArray[np.int64]:
 
     The bits of Philox are fixed by its definition; those of ``Generator.permutation`` may change.
     """
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+    return _random.permutation(np.random.Philox(np.random.SeedSequence(key)).random_raw(n))
 
 
 class Stats:

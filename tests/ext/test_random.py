@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbkit._ext.hash import hash_bytes, hash_ints
-from hbkit._ext.random import initialize, philox
+from hbkit._ext.random import initialize, permutation, philox
 from hbkit.errors import InvalidArgument
 
 # Random123's kat_vectors, philox4x32 10.
@@ -98,3 +98,19 @@ def test_hash_ints_equals_xxh64_of_their_bytes(values, seed):
 def test_hash_bytes_refuses_splits_outside_the_bytes(splits):
     with pytest.raises(InvalidArgument):
         hash_bytes(np.zeros(10, np.uint8), np.array(splits, np.int64))
+
+
+def test_permutation_is_one_and_depends_on_the_draws():
+    draws = np.random.Philox(7).random_raw(1000)
+    order = permutation(draws)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert order.tolist() == naive_permutation(draws)
+    assert permutation(draws[:0]).tolist() == []
+
+
+def naive_permutation(draws):
+    order = list(range(len(draws)))
+    for i in range(len(draws) - 1, 0, -1):
+        j = (int(draws[i]) >> 32) * (i + 1) >> 32
+        order[i], order[j] = order[j], order[i]
+    return order
