@@ -123,7 +123,8 @@ def gather_items(const uint8_t[::1] items, int64_t itemsize, const uint32_t[::1]
     cdef int64_t n = rows.shape[0]
     cdef int rc = 0
     if (itemsize != 4 and itemsize != 8) or out.shape[0] != n * itemsize:
-        raise InvalidArgument(f"{itemsize} bytes an item, {out.shape[0]} of out", remedy="give 4 or 8, and room for all")
+        raise InvalidArgument(f"{itemsize} bytes an item, {out.shape[0]} of out",
+                              remedy="give 4 or 8, and room for all")
     if n == 0:
         return
     if items.shape[0] and (<uint64_t>&items[0] | <uint64_t>&out[0]) % itemsize:
