@@ -311,8 +311,8 @@ cdef class Form:
 cdef int64_t lz4_length(const uint8_t *p, const uint8_t *end) noexcept nogil:
     """The bytes that an LZ4 block decompresses to, which its decompressor does not tell; -1 of a damaged one.
 
-    SPEC: lz4_Block_format.md: sequences of a token (two lengths of 4 bits, which go on in bytes up to one below 255), the
-    literals, and an offset of two bytes, which the last sequence lacks."""
+    SPEC: lz4_Block_format.md: sequences of a token (two lengths of 4 bits, which go on in bytes up to one below 255),
+    the literals, and an offset of two bytes, which the last sequence lacks."""
     cdef int64_t total = 0, n
     cdef int token, part
     while p < end:

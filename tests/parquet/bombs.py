@@ -849,10 +849,17 @@ def by_pieces(file):
         decoded.read(group, n - min(n, 2))
 
 
+def as_dictionaries(file):
+    fields = [Field(name, null="empty") for name in file.schema]
+    columns = file.read(fields, range(len(file.row_group_rows)), dictionary=True).values()
+    return [row for column in columns for row in column.decode().tolist()]
+
+
 WAYS = {
     "whole": whole_groups,
     "without nulls": lambda file: whole_groups(file, null="empty"),
     "by pieces": by_pieces,
+    "as dictionaries": as_dictionaries,
     "hashed": lambda file: whole_groups(file, null="empty", hash_to="int64"),
 }
 
