@@ -340,7 +340,7 @@ def numbers_of_values():
     codes = dictionary(4, FOUR) + v1(10**9, b"\2" + run(10**9), RLE_DICTIONARY)
     bomb("count: a billion codes of one run in truth", parquet(codes, 10**9))
     text = dictionary(1, strings(bytes(1 << 20))) + v1(10**6, b"\1" + run(10**6), RLE_DICTIONARY)
-    bomb("count: a million strings of a million bytes in truth", parquet(text, 10**6, TEXT))
+    bomb("count: a million strings of a million bytes in truth", parquet(text, 10**6, TEXT), ...)
     bomb(
         "count: a billion booleans of one run in truth",
         parquet(v1(10**9, levels(run(10**9, 1)), RLE), 10**9, flat(BOOLEAN)),
