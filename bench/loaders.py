@@ -99,20 +99,21 @@ def main() -> None:
 
 def contend(a: argparse.Namespace, size: str, order: str, scratch: str) -> None:
     """One batch size and order, on one thread and on two in the same rounds."""
+    counts = HBKIT if a.clock == "wall" else (1,)  # CPU time cannot tell what a second thread gains
     options = ["--loaders", str(a.loaders.resolve()), "--data", str(a.data.resolve()), "--sizes", size]
     commands = {
         f"{name} x{threads}": contest.itself(
             a.peers if name in PEERS[order] else sys.executable,
             __file__, name, *options, "--orders", order, "--threads", str(threads),
         )
-        for threads in HBKIT
+        for threads in counts
         for name in (*HBKIT[threads], *PEERS[order])
     }  # fmt: skip
     figures = contest.take_turns(commands, a.rounds, scratch)  # datasets puts its cache into the working directory
     rates = {c: round(f[0]["n"] / contest.median(figures, c, a.clock)) for c, f in figures.items()}
     ratios = {}
-    for threads, ours in HBKIT.items():
-        mine = max((f"{name} x{threads}" for name in ours), key=rates.get)
+    for threads in counts:
+        mine = max((f"{name} x{threads}" for name in HBKIT[threads]), key=rates.get)
         peers = [f"{p} x{threads}" for p in PEERS[order] if f"{p} x{threads}" in figures]
         readers = [p for p in peers if not p.startswith("datasets")]
         fastest = max(peers, key=rates.get)
@@ -122,7 +123,7 @@ def contend(a: argparse.Namespace, size: str, order: str, scratch: str) -> None:
         }
         second = ""
         if threads == 2:
-            ratios[mine]["one thread"] = contest.ratio(figures, mine, ["hbkit x1"], a.clock)
+            ratios[mine]["one thread"] = round(contest.ratio(figures, mine, ["hbkit x1"], a.clock), 2)
             second = f"{ratios[mine]['one thread']:.2f}x (goal {SECOND_THREAD}x)"
         print(
             f"{order}, {size} rows, x{threads}".ljust(28) + f"{rates[mine]:12,}{rates[fastest]:12,} {fastest:16}"

@@ -1,7 +1,7 @@
 """Column chunks of Parquet files to rows: page after page, levels to row splits, values straight into the output.
 
-How a chunk is read. Pages are opened one at a time. Their levels are decoded a *window* of entries at a time (an entry is
-a value, a null or an empty list) into bitmaps: where a row starts, which entries are elements of the innermost list,
+How a chunk is read. Pages are opened one at a time. Their levels are decoded a *window* of entries at a time (an entry
+is a value, a null or an empty list) into bitmaps: where a row starts, which entries are elements of the innermost list,
 which have a value. A flat column is one whose entries all start a row; deeper lists keep their levels as numbers. From
 the bitmaps come the row splits, run by run; the values between two positions are then decoded in one go, and nothing is
 done for each value but its decoding. The window bounds the memory, whatever a page claims of itself.
@@ -10,19 +10,19 @@ Reading may stop after any row and goes on there: all state lies in the chunk. A
 the last row of a read may need the next page (SPEC: only v2 pages must begin with a row).
 
 Trust. Bytes come from outside. A cursor knows its end; lengths are compared before they are used; dictionary indices
-are proven in blocks before the first is looked up; levels beyond the schema's are an error; what a page claims to hold is
-bounded by `MAX_PAGE_NBYTES`, what a read produces by the output's limit.
+are proven in blocks before the first is looked up; levels beyond the schema's are an error; what a page claims to hold
+is bounded by `MAX_PAGE_NBYTES`, what a read produces by the output's limit.
 
 Encodings other than PLAIN and dictionaries are rare: their pages are rewritten as PLAIN, whole, and then read as such.
 """
 
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
-from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
+from cpython.buffer cimport PyBUF_READ
 from cpython.memoryview cimport PyMemoryView_FromMemory
 
-from hbkit._ext.isa cimport (HB_CODES, HB_E_END, HB_E_FORMAT, HB_E_RANGE, HB_SHORT, HB_SLACK, hb_decoders, hb_runs,
+from hbkit._ext.isa cimport (HB_CODES, HB_E_END, HB_E_RANGE, HB_SHORT, HB_SLACK, hb_decoders, hb_runs,
                              hb_short, hb_span, kernels)
 from hbkit._ext.thrift cimport Cursor, PageHeader, read_page_header
 
@@ -223,8 +223,8 @@ cdef class Output:
         return np.empty(n, dtype) if n == 0 else np.frombuffer(self.owners[which], dtype, n)
 
     def finish(self):
-        """(values, splits, mask): values an array, or (bytes, ends); splits a tuple of int64 arrays, outer to inner; mask
-        a bool array or None. They share the pool's memory, which returns to it when the last of them is gone."""
+        """(values, splits, mask): values an array, or (bytes, ends); splits a tuple of int64 arrays, outer to inner;
+        mask a bool array or None. They share the pool's memory, which returns to it when the last of them is gone."""
         cdef int k
         cdef int64_t n = self.n_rows
         splits = []
@@ -326,7 +326,7 @@ cdef int64_t lz4_length(const uint8_t *p, const uint8_t *end) noexcept nogil:
                         return -1
                     n += p[0]
                     p += 1
-                    if p[-1] != 255:
+                    if (p - 1)[0] != 255:
                         break
             total += n
             if part:
@@ -355,7 +355,7 @@ cdef class Chunk:
     n_entries : int
         Values, nulls and empty lists of the whole chunk, as the footer says.
     decompress : callable
-        ``decompress(codec, source, nbytes)`` for every codec but "none" and snappy: a buffer of nbytes, or an exception.
+        ``decompress(codec, source, nbytes)`` for every codec but "none" and snappy: a buffer, or an exception.
     place : dict
         For errors: file, column, row group.
     """
@@ -491,7 +491,7 @@ cdef class Chunk:
         if h.nbytes > _max_page and h.kind != 1:
             with gil:
                 raise BudgetExceeded(f"a page claims {h.nbytes} bytes, more than {MAX_PAGE_NBYTES}",
-                                  remedy="write smaller pages", page=self.n_pages, **self.place)
+                                     remedy="write smaller pages", page=self.n_pages, **self.place)
         return 0
 
     cdef int check_crc(self, PageHeader *h, const uint8_t *body) except -1 nogil:
@@ -694,7 +694,7 @@ cdef class Chunk:
         if nbytes > _max_page:
             with gil:
                 raise BudgetExceeded(f"a page decodes to {nbytes} bytes, more than {MAX_PAGE_NBYTES}",
-                                  remedy="write smaller pages", page=self.n_pages, **self.place)
+                                     remedy="write smaller pages", page=self.n_pages, **self.place)
         if self.flat.data == NULL or self.flat.capacity < nbytes:
             with gil:
                 self.flat_owner = self.take(&self.flat, nbytes, self.flat_owner)
@@ -703,8 +703,8 @@ cdef class Chunk:
     cdef int64_t count_delta(self, const uint8_t *p, const uint8_t *end) except -1 nogil:
         """How many integers a delta-encoded run claims: its third number."""
         cdef uint64_t value = 0
-        cdef int i, shift
-        for i in range(3):
+        cdef int _i, shift
+        for _i in range(3):
             value, shift = 0, 0
             while True:
                 if p >= end or shift > 56:
@@ -728,7 +728,7 @@ cdef class Chunk:
     cdef int rewrite_strings(self, const uint8_t *p, const uint8_t *end, bint has_prefixes) except -1 nogil:
         """SPEC: DELTA_LENGTH_BYTE_ARRAY is all lengths, then all bytes; DELTA_BYTE_ARRAY has before them the length of
         the prefix that each value shares with the one before."""
-        cdef int64_t n = self.count_delta(p, end), count = 0, used, total = 0, i, shared = 0, size = 0
+        cdef int64_t n = self.count_delta(p, end), count = 0, used, total = 0, i, prefix = 0, size = 0
         cdef bint is_fixed = self.f.physical == FIXED
         cdef int32_t *prefixes = NULL
         cdef int32_t *lengths = NULL
@@ -750,10 +750,10 @@ cdef class Chunk:
         self.check(used)
         p += used
         for i in range(n):
-            shared = prefixes[i] if has_prefixes else 0
-            if lengths[i] < 0 or lengths[i] > end - p or shared < 0 or shared > size:
+            prefix = prefixes[i] if has_prefixes else 0
+            if lengths[i] < 0 or lengths[i] > end - p or prefix < 0 or prefix > size:
                 self.fail("a string is longer than its page, or shares more than there is")
-            size = shared + lengths[i]
+            size = prefix + lengths[i]
             if is_fixed and size != self.f.type_length:
                 self.fail("a value does not have the column's length")
             total += size + (0 if is_fixed else 4)
@@ -762,16 +762,16 @@ cdef class Chunk:
         self.flat_room(total)
         to = self.flat.data
         for i in range(n):
-            shared = prefixes[i] if has_prefixes else 0
-            size = shared + lengths[i]
+            prefix = prefixes[i] if has_prefixes else 0
+            size = prefix + lengths[i]
             if lengths[i] > end - p:
                 self.fail("strings reach beyond their page")
             if not is_fixed:
                 memcpy(to, &size, 4)
                 to += 4
-            if shared:
-                memcpy(to, last, shared)
-            memcpy(to + shared, p, lengths[i])
+            if prefix:
+                memcpy(to, last, prefix)
+            memcpy(to + prefix, p, lengths[i])
             last = to
             to += size
             p += lengths[i]
@@ -925,7 +925,7 @@ cdef class Chunk:
         memcpy(out, &x, 8)
         return 0
 
-    cdef int values(self, int64_t n, uint8_t *out) except -1 nogil:
+    cdef int values(self, int64_t n, uint8_t *out, bint past_cache) except -1 nogil:
         """The next n values of the page, of fixed width, into out (with slack)."""
         cdef uint32_t codes[UNPACKED]
         cdef int64_t done = 0, m, i, item = self.f.item
@@ -937,6 +937,10 @@ cdef class Chunk:
                 self.k.bits_to_bytes(self.value_at, self.bit_at, n, out)
                 self.bit_at += n
                 return 0
+            if past_cache and self.f.convert == COPY and n <= (self.value_end - self.value_at) // item:
+                self.k.copy_past_cache(out, self.value_at, n * item)
+                self.value_at += n * item
+                return 0
             return self.convert(&self.value_at, self.value_end, n, out)
         if self.is_dict and self.dict_data == NULL:
             self.fail("a page refers to a dictionary that is not there")
@@ -947,6 +951,12 @@ cdef class Chunk:
             if self.is_runs:
                 for i in range(m):
                     out[done + i] = <uint8_t>codes[i]
+            elif item == 8 and past_cache:
+                e = self.k.gather8_past_cache(codes, m, <const uint64_t *>self.dict_data, self.n_dict,
+                                              <uint64_t *>out + done)
+            elif item == 4 and past_cache:
+                e = self.k.gather4_past_cache(codes, m, <const uint32_t *>self.dict_data, self.n_dict,
+                                              <uint32_t *>out + done)
             elif item == 8:
                 e = self.k.gather8(codes, m, <const uint64_t *>self.dict_data, self.n_dict, <uint64_t *>out + done)
             elif item == 4:
@@ -956,23 +966,6 @@ cdef class Chunk:
             else:
                 e = self.k.gather1(codes, m, self.dict_data, self.n_dict, out + done)
             self.check(e)
-            done += m
-        return 0
-
-    cdef int values_past_cache(self, int64_t n, uint8_t *out) except -1 nogil:
-        """As `values`, by way of a block in the first cache, or from where they lie."""
-        cdef uint64_t block[BLOCK + 8]
-        cdef int64_t done = 0, m, item = self.f.item
-        if not self.is_dict and self.f.convert == COPY and self.f.width:
-            if n > (self.value_end - self.value_at) // item:
-                self.fail("a page holds fewer values than it claims")
-            self.k.copy_past_cache(out, self.value_at, n * item)
-            self.value_at += n * item
-            return 0
-        while done < n:
-            m = min(n - done, <int64_t>BLOCK)
-            self.values(m, <uint8_t *>block)
-            self.k.copy_past_cache(out + done * item, block, m * item)
             done += m
         return 0
 
@@ -1009,10 +1002,8 @@ cdef class Chunk:
             out.room(VALUES, out.n_values * out.item, n * out.item)
             if self.dictionary is not None and out is not self.dictionary:
                 self.codes(n, out.vecs[VALUES].data + 4 * out.n_values)
-            elif out.past_cache:
-                self.values_past_cache(n, out.vecs[VALUES].data + out.n_values * out.item)
             else:
-                self.values(n, out.vecs[VALUES].data + out.n_values * out.item)
+                self.values(n, out.vecs[VALUES].data + out.n_values * out.item, out.past_cache)
         out.n_values += n
         return 0
 
@@ -1103,9 +1094,10 @@ cdef class Chunk:
                 if self.dictionary is not None:
                     self.codes(m, <uint8_t *>dense)
                 else:
-                    self.values(m, <uint8_t *>dense)
+                    self.values(m, <uint8_t *>dense, False)
                 out.room(VALUES, out.n_values * out.item, n_slots * out.item)
-                self.k.expand(slots, self.valid, a, z, dense, out.item, 0 if self.dictionary is not None else self.f.fill,
+                self.k.expand(slots, self.valid, a, z, dense, out.item,
+                              0 if self.dictionary is not None else self.f.fill,
                               out.vecs[VALUES].data + out.n_values * out.item)
                 out.n_values += n_slots
             a = z

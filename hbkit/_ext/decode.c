@@ -12,6 +12,8 @@
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
 
+enum { AHEAD = 24 }; /* dictionary entries prefetched before use */
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The 8 bytes at p, of which those from end on are read as 0. */
@@ -290,6 +292,45 @@ GATHER(gather8, uint64_t)
 GATHER(gather4, uint32_t)
 GATHER(gather2, uint16_t)
 GATHER(gather1, uint8_t)
+
+/* Lookups wait for the dictionary, stores around the caches for memory: by turns, eight lines of one block are filled
+ * while those of the block before are sent, so that neither waits for the other. */
+#if defined(__AVX2__)
+static inline void send_line(void *to, const void *from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(to, _mm512_load_si512(from));
+#else
+    _mm256_stream_si256((__m256i *)to, _mm256_load_si256((const __m256i *)from));
+    _mm256_stream_si256((__m256i *)to + 1, _mm256_load_si256((const __m256i *)from + 1));
+#endif
+}
+
+#define GATHER_PAST_CACHE(name, type, per_line)                                                                  \
+    static int name(const uint32_t *codes, int64_t n, const type *dictionary, int64_t n_dictionary, type *out) { \
+        enum { BLOCK = 8 * per_line };                                                                           \
+        type lines[2][BLOCK] __attribute__((aligned(64)));                                                       \
+        if (n > 0 && (int64_t)largest(codes, n) >= n_dictionary) return HB_E_RANGE;                              \
+        int64_t i = 0;                                                                                           \
+        for (; i < n && ((uintptr_t)(out + i) & 63); i++) out[i] = dictionary[codes[i]];                         \
+        int64_t n_blocks = (n - i) / BLOCK;                                                                      \
+        for (int64_t b = 0; b <= n_blocks; b++) {                                                                \
+            type *fill = lines[b & 1], *full = lines[~b & 1];                                                    \
+            for (int k = 0; k < BLOCK; k += per_line) {                                                          \
+                if (b < n_blocks)                                                                                \
+                    for (int j = 0; j < per_line; j++) fill[k + j] = dictionary[codes[i + b * BLOCK + k + j]];   \
+                if (b) send_line(out + i + (b - 1) * BLOCK + k, full + k);                                       \
+            }                                                                                                    \
+        }                                                                                                        \
+        for (i += n_blocks * BLOCK; i < n; i++) out[i] = dictionary[codes[i]];                                   \
+        _mm_sfence(); /* another thread may read it next */                                                      \
+        return 0;                                                                                                \
+    }
+GATHER_PAST_CACHE(gather8_past_cache, uint64_t, 8)
+GATHER_PAST_CACHE(gather4_past_cache, uint32_t, 16)
+#else
+GATHER(gather8_past_cache, uint64_t)
+GATHER(gather4_past_cache, uint32_t)
+#endif
 
 /* ---- levels as bitmaps -------------------------------------------------------------------------------------------*/
 
@@ -571,6 +612,7 @@ static int strings_gather_short(const uint32_t *codes, int64_t n, const hb_short
     int64_t at = splits[0];
     if (n > 0 && (int64_t)largest(codes, n) >= n_dictionary) return HB_E_RANGE;
     for (int64_t i = 0; i < n; i++) {
+        if (i + AHEAD < n) __builtin_prefetch(&dictionary[codes[i + AHEAD]]);
         const hb_short *s = &dictionary[codes[i]];
         memcpy(data + at, s->bytes, HB_SHORT);
         at += s->n;
@@ -600,6 +642,8 @@ const hb_decoders PASTE(hb_decoders_, HBKIT_ISA) = {
     .gather4 = gather4,
     .gather2 = gather2,
     .gather1 = gather1,
+    .gather8_past_cache = gather8_past_cache,
+    .gather4_past_cache = gather4_past_cache,
     .at_least = at_least,
     .copy_past_cache = copy_past_cache,
     .count_bits = count_bits,

@@ -56,6 +56,11 @@ typedef struct {
     int (*gather1)(const uint32_t *codes, int64_t n, const uint8_t *dictionary, int64_t n_dictionary, uint8_t *out);
     /* Bit i: levels[i] >= least. Returns the largest level. Bits beyond n in the last word are 0. */
     uint32_t (*at_least)(const uint32_t *levels, int64_t n, uint32_t least, uint64_t *bits);
+    /* gather8 and gather4 into memory that does not fit the caches: around them. */
+    int (*gather8_past_cache)(const uint32_t *codes, int64_t n, const uint64_t *dictionary, int64_t n_dictionary,
+                              uint64_t *out);
+    int (*gather4_past_cache)(const uint32_t *codes, int64_t n, const uint32_t *dictionary, int64_t n_dictionary,
+                              uint32_t *out);
     /* memcpy that leaves the caches alone: for outputs that do not fit them anyway. */
     void (*copy_past_cache)(void *to, const void *from, int64_t nbytes);
     /* Bits set among bits from..to-1. */

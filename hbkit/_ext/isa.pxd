@@ -29,6 +29,8 @@ cdef extern from "decode.h" nogil:
         int (*gather2)(const uint32_t *, int64_t, const uint16_t *, int64_t, uint16_t *) noexcept nogil
         int (*gather1)(const uint32_t *, int64_t, const uint8_t *, int64_t, uint8_t *) noexcept nogil
         uint32_t (*at_least)(const uint32_t *, int64_t, uint32_t, uint64_t *) noexcept nogil
+        int (*gather8_past_cache)(const uint32_t *, int64_t, const uint64_t *, int64_t, uint64_t *) noexcept nogil
+        int (*gather4_past_cache)(const uint32_t *, int64_t, const uint32_t *, int64_t, uint32_t *) noexcept nogil
         void (*copy_past_cache)(void *, const void *, int64_t) noexcept nogil
         int64_t (*count_bits)(const uint64_t *, int64_t, int64_t) noexcept nogil
         int64_t (*row_starts)(const uint64_t *, const uint64_t *, int64_t, int64_t, int64_t, int64_t, int64_t *,

@@ -88,7 +88,8 @@ cdef _bases(list parts, int64_t itemsize, const int32_t[::1] part, const int64_t
                 bad = i
                 break
     if bad >= 0:
-        raise InvalidArgument(f"row {rows[bad]} does not exist", remedy="rows are 0..n-1; negative ones are not allowed")
+        raise InvalidArgument(f"row {rows[bad]} does not exist",
+                              remedy="rows are 0..n-1; negative ones are not allowed")
     return base
 
 

@@ -1,12 +1,12 @@
 """Thrift's compact protocol, as far as Parquet uses it: the footer, page headers and page indexes.
 
-Nothing is trusted. The cursor knows where its bytes end; once something is wrong it stays wrong, and every read gives 0,
-so that loops end. Nesting is bounded; a declared count allocates nothing (elements are read one by one until the bytes
-end). Structures are small state machines over field numbers; fields that nobody asks for are skipped.
+Nothing is trusted. The cursor knows where its bytes end; once something is wrong it stays wrong, and every read gives
+0, so that loops end. Nesting is bounded; a declared count allocates nothing (elements are read one by one until the
+bytes end). Structures are small state machines over field numbers; fields that nobody asks for are skipped.
 SPEC: thrift-compact-protocol.md; parquet.thrift
 """
 
-from libc.stdint cimport int16_t, int32_t, int64_t, uint64_t, uint8_t
+from libc.stdint cimport int16_t, int64_t, uint64_t, uint8_t
 
 import numpy as np
 
@@ -123,7 +123,7 @@ cdef bint _struct(Cursor *c, int wire) noexcept nogil:
 cdef void _skip(Cursor *c, int wire, int depth) noexcept nogil:
     cdef int16_t number = 0
     cdef int inner, key
-    cdef int64_t n, i
+    cdef int64_t n, _i
     if depth > MAX_NESTING:
         _fail(c, "it nests more than 32 deep")
     elif wire == TRUE or wire == FALSE:
@@ -150,7 +150,7 @@ cdef void _skip(Cursor *c, int wire, int depth) noexcept nogil:
         n = _list(c, wire, &inner)
         if inner == TRUE or inner == FALSE:  # no bytes as a field, one byte as an element
             inner = BYTE
-        for i in range(n):
+        for _i in range(n):
             if c.problem != NULL:
                 break
             _skip(c, inner, depth + 1)
@@ -296,23 +296,23 @@ cdef class Footer:
     cdef void _file(self, Cursor *c, list rows):
         cdef int16_t number = 0
         cdef int element, wire = _field(c, &number)
-        cdef int64_t i, n
+        cdef int64_t _i, n
         while wire:
             if number == 2:
                 n = _list(c, wire, &element)
-                for i in range(n):
+                for _i in range(n):
                     if c.problem != NULL or not _struct(c, element):
                         break
                     self.elements.append(self._element(c))
             elif number == 4:
                 n = _list(c, wire, &element)
-                for i in range(n):
+                for _i in range(n):
                     if c.problem != NULL or not _struct(c, element):
                         break
                     self._row_group(c, rows)
             elif number == 5:
                 n = _list(c, wire, &element)
-                for i in range(n):
+                for _i in range(n):
                     if c.problem != NULL or not _struct(c, element):
                         break
                     self.pairs.append(self._pair(c))
@@ -405,11 +405,11 @@ cdef class Footer:
     cdef void _row_group(self, Cursor *c, list rows):
         cdef int16_t number = 0
         cdef int element, wire = _field(c, &number)
-        cdef int64_t i, n = 0, n_rows = -1, n_chunks = 0
+        cdef int64_t _i, n = 0, n_rows = -1, n_chunks = 0
         while wire:
             if number == 1:
                 n = _list(c, wire, &element)
-                for i in range(n):
+                for _i in range(n):
                     if c.problem != NULL or not _struct(c, element):
                         break
                     rows.append(self._chunk(c))
@@ -453,13 +453,13 @@ cdef class Footer:
     cdef void _chunk_meta(self, Cursor *c, int64_t *out):
         cdef int16_t number = 0
         cdef int element, wire = _field(c, &number)
-        cdef int64_t i, n, x
+        cdef int64_t _i, n, x
         while wire:
             if number == 1:
                 out[PHYSICAL_TYPE] = _integer(c, wire)
             elif number == 2:
                 n = _list(c, wire, &element)
-                for i in range(n):
+                for _i in range(n):
                     x = _integer(c, element)
                     if 0 <= x < 62:
                         out[ENCODINGS] |= <int64_t>1 << x
@@ -508,7 +508,7 @@ def read_offset_index(const uint8_t[::1] data):
     cdef Cursor c
     cdef int16_t number = 0, inner
     cdef int element, wire, w
-    cdef int64_t i, n, offset, nbytes, first
+    cdef int64_t _i, n, offset, nbytes, first
     if data.shape[0] == 0:
         return None
     c.at = &data[0]
@@ -519,7 +519,7 @@ def read_offset_index(const uint8_t[::1] data):
     while wire:
         if number == 1:
             n = _list(&c, wire, &element)
-            for i in range(n):
+            for _i in range(n):
                 if c.problem != NULL or not _struct(&c, element):
                     break
                 offset = nbytes = first = -1
@@ -550,7 +550,7 @@ def read_column_index(const uint8_t[::1] data):
     cdef Cursor c
     cdef int16_t number = 0
     cdef int element, wire
-    cdef int64_t i, n, size
+    cdef int64_t _i, n, size
     cdef list nulls = [], low = [], high = [], counts = None, into
     if data.shape[0] == 0:
         return None
@@ -561,12 +561,12 @@ def read_column_index(const uint8_t[::1] data):
     while wire:
         if number == 1:
             n = _list(&c, wire, &element)
-            for i in range(n):
+            for _i in range(n):
                 nulls.append(_byte(&c) == 1)
         elif number == 2 or number == 3:
             into = low if number == 2 else high
             n = _list(&c, wire, &element)
-            for i in range(n):
+            for _i in range(n):
                 size = _take(&c, element)
                 into.append(c.at[:size])
                 c.at += size

@@ -31,7 +31,7 @@ from hbkit.data.batch import Batch
 from hbkit.data.files import ArrowFile, DataFile, Mask, RowGroup
 from hbkit.data.output import ROW_GROUP_ROWS, Output, writers
 from hbkit.parquet import ColumnType, Field
-from hbkit.parquet.arrow import column_type, decode
+from hbkit.parquet.arrow import Ranges, column_type, decode, rows_of
 from hbkit.parquet.decoded import Slab, read
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.parquet.values import missing
@@ -158,10 +158,11 @@ class Deduplicated(ArrowFile):
             columns[name] = decode(array, field, self.schema[name], place)
         return _Reader(columns, places)
 
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
         """See ``DataFile``; a row is a sample."""
         arrays, places = self._read(g, names, num_threads)
-        return pa.table({n: a.take(pa.array(places[n])) if n in places else a for n, a in arrays.items()})
+        table = pa.table({n: a.take(pa.array(places[n])) if n in places else a for n, a in arrays.items()})
+        return rows_of(table, ranges)
 
     def _read(
         self, g: int, names: Sequence[str], num_threads: int

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from hbkit import errors
 from hbkit.parquet import ColumnType, Field
-from hbkit.parquet.arrow import decode
+from hbkit.parquet.arrow import Ranges, decode
+from hbkit.parquet.bounds import Promises
 from hbkit.parquet.decoded import Decoded, Mask, RowGroup
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.parquet.values import missing
@@ -71,11 +72,14 @@ class DataFile(Protocol):
     def find(self, name: str) -> str | None:
         """What the column that a field calls `name` is called in the schema; None where there is none."""
 
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
-        """Columns of a row group as they are stored, for filter expressions."""
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
+        """Columns of a row group as they are stored, for filter expressions; of some ranges of its rows, or of all."""
 
     def guarantee(self, g: int, name: str) -> pc.Expression | None:
         """What is known to be true of all values of a stored column in a row group, or None."""
+
+    def page_guarantees(self, g: int, name: str) -> Promises | None:
+        """The same for ranges of its rows; None where no more is known."""
 
     def decoded_by(self, name: str) -> str:
         """What decodes a column."""
@@ -100,7 +104,7 @@ class ArrowFile(ABC):
         return sum(self.row_group_rows)
 
     @abstractmethod
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
         """See ``DataFile``."""
 
     def read_row_group(
@@ -126,6 +130,10 @@ class ArrowFile(ABC):
         return name if name in self.schema else None
 
     def guarantee(self, g: int, name: str) -> pc.Expression | None:
+        """See ``DataFile``; nothing here."""
+        return None
+
+    def page_guarantees(self, g: int, name: str) -> Promises | None:
         """See ``DataFile``; nothing here."""
         return None
 

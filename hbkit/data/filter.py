@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -62,22 +63,44 @@ class RowFilter:
             )
 
     def mask(self, file: DataFile, g: int) -> npt.NDArray[np.bool_] | None:
-        """bool[rows of the row group], or None where statistics show that no row is kept."""
-        import pyarrow.dataset as pads
-
+        """bool[rows of the row group], or None where no row is kept."""
         names, left = self._plan(file)
         mask = None
         if g in left:
-            table = file.read_arrow(g, names)
-            if not names:  # a constant: any column gives it its length
-                table = pa.table({"": np.zeros(file.row_group_rows[g], np.bool_)})
-            try:
-                column = pads.dataset(table).to_table(columns={"keep": self.expr}, use_threads=False).column("keep")
-            except Exception as e:
-                raise unreadable(e, "a column of the filter", file=file.path, row_group=g) from e
-            mask = np.asarray(pc.fill_null(column, False).to_numpy(), np.bool_)
+            mask = np.zeros(file.row_group_rows[g], np.bool_)
+            ranges = self._pages(file, g, names)
+            if ranges:
+                mask[_inside(ranges)] = self._kept(file, g, names, ranges)
+            if not mask.any():
+                mask = None
         self._counts[id(file), g] = 0 if mask is None else int(np.count_nonzero(mask))
         return mask
+
+    def _kept(self, file: DataFile, g: int, names: list[str], ranges: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+        import pyarrow.dataset as pads
+
+        table = file.read_arrow(g, names, ranges=ranges)
+        if not names:  # a constant: any column gives it its length
+            table = pa.table({"": np.zeros(sum(b - a for a, b in ranges), np.bool_)})
+        try:
+            column = pads.dataset(table).to_table(columns={"keep": self.expr}, use_threads=False).column("keep")
+        except Exception as e:
+            raise unreadable(e, "a column of the filter", file=file.path, row_group=g) from e
+        return np.asarray(pc.fill_null(column, False).to_numpy(), np.bool_)
+
+    def _pages(self, file: DataFile, g: int, names: list[str]) -> list[tuple[int, int]]:
+        """Ranges of rows that may hold one to keep: by the page indexes where there are some, else all."""
+        n_rows = file.row_group_rows[g]
+        found = [p for name in names if (p := file.page_guarantees(g, name)) is not None]
+        if not found:
+            return [(0, n_rows)]
+        starts = np.unique(np.concatenate([first_rows for first_rows, _ in found]))
+        promises: list[list[pc.Expression | None]] = [
+            [said[int(np.searchsorted(first_rows, a, side="right")) - 1] for first_rows, said in found] for a in starts
+        ]
+        ends = np.append(starts[1:], n_rows)
+        left = self._left(file.arrow_schema, promises)
+        return [(int(starts[i]), int(ends[i])) for i in sorted(left) if starts[i] < ends[i]]
 
     def count(self, file: DataFile, g: int) -> int:
         """Rows of the row group that are kept."""
@@ -92,7 +115,9 @@ class RowFilter:
             if plan is None:
                 self.check(file)
                 names = [name for i, name in enumerate(file.arrow_schema.names) if self._reads(file.arrow_schema, i)]
-                plan = self._plans[id(file)] = names, self._left(file, names)
+                groups = range(len(file.row_group_rows))
+                promises = [[file.guarantee(g, name) for name in names] for g in groups]
+                plan = self._plans[id(file)] = names, self._left(file.arrow_schema, promises)
             return plan
 
     def _reads(self, schema: pa.Schema, i: int) -> bool:
@@ -103,24 +128,29 @@ class RowFilter:
             return True
         return False
 
-    def _left(self, file: DataFile, names: list[str]) -> frozenset[int]:
-        """Row groups that may hold a row to keep.
+    def _left(self, schema: pa.Schema, promises: Sequence[Sequence[pc.Expression | None]]) -> frozenset[int]:
+        """Numbers of the ranges of rows that may hold one to keep, given what is promised of each.
 
-        Each row group becomes a fragment that exists only by its guarantee, ``low <= x <= high or x is null``, and
-        Arrow's expression simplifier says which guarantees rule the filter out.
+        Each range becomes a fragment that exists only by its guarantee, ``low <= x <= high or x is null``, and Arrow's
+        expression simplifier says which guarantees rule the filter out.
         """
         import pyarrow.dataset as pads
 
         fragments = []
         form = pads.ParquetFileFormat()
-        for g in range(len(file.row_group_rows)):
+        for i, known in enumerate(promises):
             promise = pc.scalar(True)
-            for name in names:
-                if (known := file.guarantee(g, name)) is not None:
-                    promise &= known
-            fragments.append(form.make_fragment(str(g), pafs.LocalFileSystem(), partition_expression=promise))
-        groups = pads.FileSystemDataset(fragments, file.arrow_schema, form, pafs.LocalFileSystem())
-        return frozenset(int(f.path) for f in groups.get_fragments(filter=self.expr))
+            for said in known:
+                if said is not None:
+                    promise &= said
+            fragments.append(form.make_fragment(str(i), pafs.LocalFileSystem(), partition_expression=promise))
+        found = pads.FileSystemDataset(fragments, schema, form, pafs.LocalFileSystem())
+        return frozenset(int(f.path) for f in found.get_fragments(filter=self.expr))
+
+
+def _inside(ranges: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """The rows of the ranges, one after another."""
+    return np.concatenate([np.arange(a, b) for a, b in ranges])
 
 
 def _type(expr: pc.Expression, schema: pa.Schema) -> pa.DataType:

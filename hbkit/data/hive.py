@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from hbkit import errors
 from hbkit.data.files import DataFile, Mask, RowGroup
 from hbkit.parquet import Field
-from hbkit.parquet.arrow import column_type, decode
+from hbkit.parquet.arrow import Ranges, column_type, decode
+from hbkit.parquet.bounds import Promises
 from hbkit.parquet.decoded import Decoded, Slab
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.ragged import Column
@@ -102,11 +103,12 @@ class Partitioned:
         """See ``DataFile``."""
         return self._with(self.file.read_no_rows(self._stored(fields)), fields, 0, None)
 
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
         """See ``DataFile``."""
-        stored = self.file.read_arrow(g, [name for name in names if name not in self._values], num_threads)
+        stored = self.file.read_arrow(g, [name for name in names if name not in self._values], num_threads, ranges)
         columns = {name: stored.column(name) for name in stored.column_names}
-        ours = {name: pa.repeat(self._values[name], self.row_group_rows[g]) for name in names if name in self._values}
+        n = self.row_group_rows[g] if ranges is None else sum(b - a for a, b in ranges)
+        ours = {name: pa.repeat(self._values[name], n) for name in names if name in self._values}
         return pa.table({**columns, **ours})
 
     def find(self, name: str) -> str | None:
@@ -119,6 +121,10 @@ class Partitioned:
             return self.file.guarantee(g, name)
         value = self._values[name]
         return pc.field(name) == value if value.is_valid else pc.field(name).is_null()
+
+    def page_guarantees(self, g: int, name: str) -> Promises | None:
+        """See ``DataFile``."""
+        return None if name in self._values else self.file.page_guarantees(g, name)
 
     def decoded_by(self, name: str) -> str:
         """See ``DataFile``."""

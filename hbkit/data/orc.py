@@ -21,7 +21,7 @@ import pyarrow as pa
 from hbkit import errors
 from hbkit.data.files import ArrowFile
 from hbkit.parquet import ColumnType, Source, open_source
-from hbkit.parquet.arrow import column_type
+from hbkit.parquet.arrow import Ranges, column_type, rows_of
 from hbkit.parquet.source import unreadable
 
 __all__ = ["OrcFile"]
@@ -108,7 +108,7 @@ class OrcFile(ArrowFile):
             raise _Broken(f"its stripes have {sum(rows)} rows, the file {dict(footer).get(6, 0)!r}")
         return rows
 
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
         """See ``DataFile``; one thread decodes all columns."""
         if not names:
             return pa.table({})
@@ -125,7 +125,7 @@ class OrcFile(ArrowFile):
                 file=self.path,
                 row_group=g,
             )
-        return pa.Table.from_batches([batch])
+        return rows_of(pa.Table.from_batches([batch]), ranges)
 
     def decoded_by(self, name: str) -> str:
         """See ``DataFile``."""

@@ -280,7 +280,8 @@ class Epoch:
             group = file.open_row_group(g, self.fields, threads)
             if first:
                 group.skip(first)
-            if self.n_reads > 1 or self.skip_bad:  # in this thread; or, since a bad row group is dropped whole, first
+            # in this thread; or first, since a bad row group is dropped whole
+            if self.n_reads > 1 or self.skip_bad:
                 group, mask = Decoded(read(group, file.row_group_rows[g] - first, mask)), None
         except errors.Corrupt as e:
             return _Read(unit, 0, bad=e)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,9 @@ from hbkit.parquet.source import unreadable
 from hbkit.parquet.values import Place, cast, null_text, null_value, one_a_row, refuse_nulls, shaped
 from hbkit.ragged import Column, Ragged, Strings
 
-__all__ = ["column_type", "decode"]
+__all__ = ["Ranges", "column_type", "decode", "is_plain", "rows_of", "to_arrow"]
+
+Ranges: TypeAlias = "Sequence[tuple[int, int]]"  # first row and the one behind the last, rising
 
 _STRINGS = (
     "is_string",
@@ -183,3 +186,30 @@ def _fixed(array: pa.Array, stored: ColumnType, place: Place) -> np.ndarray[Any,
             )
         return low
     return np.frombuffer(data, dtype)[array.offset : array.offset + len(array)].copy()
+
+
+def is_plain(stored: ColumnType, kind: pa.DataType) -> bool:
+    """Whether `to_arrow` makes arrays of this Arrow type from such a column."""
+    types = pa.types
+    if stored.dtype == "string":
+        return types.is_string(kind) or types.is_binary(kind)
+    if not stored.logical:
+        plain = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+        return plain and np.dtype(kind.to_pandas_dtype()) == stored.dtype
+    return stored.logical == str(kind) and not types.is_decimal(kind)
+
+
+def to_arrow(values: Any, mask: Any, kind: pa.DataType) -> pa.Array:
+    """Decoded values as an Arrow array of a type that `is_plain`; null where the mask is false."""
+    if isinstance(values, np.ndarray) and values.dtype == np.bool_:
+        return pa.array(values, mask=~mask)
+    valid = pa.py_buffer(np.packbits(mask, bitorder="little"))
+    if isinstance(values, Strings):
+        buffers = [valid, pa.py_buffer(values.row_splits), pa.py_buffer(values.data)]
+        return pa.Array.from_buffers(pa.large_binary(), len(values), buffers).cast(kind)
+    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(values)])
+
+
+def rows_of(table: pa.Table, ranges: Ranges | None) -> pa.Table:
+    """The rows of a table in these ranges; all of them where ranges is None."""
+    return table if ranges is None else pa.concat_tables([table.slice(a, b - a) for a, b in ranges])

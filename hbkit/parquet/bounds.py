@@ -1,13 +1,21 @@
-"""What a Parquet footer promises of the values in a row group."""
+"""What a Parquet file promises of the values in a row group, or in one of its pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hbkit.parquet.footer import Footer
 
-__all__ = ["guarantee"]
+__all__ = ["Promises", "guarantee", "page_guarantees"]
+
+# For consecutive ranges of rows: the first row of each, and what is true of its values (None where nothing is certain).
+Promises: TypeAlias = "tuple[npt.NDArray[np.int64], list[pc.Expression | None]]"
 
 
 def guarantee(footer: Footer, schema: pa.Schema, g: int, name: str) -> pc.Expression | None:
@@ -15,16 +23,42 @@ def guarantee(footer: Footer, schema: pa.Schema, g: int, name: str) -> pc.Expres
 
     Floats promise nothing: a NaN lies outside its chunk's bounds, yet ``~(x > 3)`` is true of it.
     """
-    kind = schema.field(name).type
     _, first, n_leaves = footer.columns[schema.names.index(name)]
     if n_leaves != 1:
         return None
-    bounds, physical = footer.chunk(g, first), footer.leaves[first].physical
-    low, high = _bound(bounds.minimum, kind, physical), _bound(bounds.maximum, kind, physical)
+    chunk, physical = footer.chunk(g, first), footer.leaves[first].physical
+    return _between(name, schema.field(name).type, physical, chunk.minimum, chunk.maximum, chunk.n_nulls == 0)
+
+
+def page_guarantees(
+    name: str,
+    kind: pa.DataType,
+    physical: int,
+    first_rows: npt.NDArray[np.int64],
+    index: tuple[Sequence[bool], Sequence[bytes], Sequence[bytes], Sequence[int] | None],
+) -> Promises | None:
+    """The same of each page, from its column index; None where that does not fit the pages."""
+    all_null, low, high, n_nulls = index
+    if len(all_null) != len(first_rows):
+        return None
+    # SPEC: the bounds of a page of nulls are not to be read
+    promises = [
+        pc.field(name).is_null()
+        if all_null[i]
+        else _between(name, kind, physical, low[i], high[i], n_nulls is not None and n_nulls[i] == 0)
+        for i in range(len(first_rows))
+    ]
+    return first_rows, promises
+
+
+def _between(
+    name: str, kind: pa.DataType, physical: int, minimum: bytes | None, maximum: bytes | None, has_no_null: bool
+) -> pc.Expression | None:
+    low, high = _bound(minimum, kind, physical), _bound(maximum, kind, physical)
     if low is None or high is None:
         return None
     field = pc.field(name)
-    if bounds.n_nulls == 0:
+    if has_no_null:
         return (field >= low) & (field <= high)
     # the simplifier knows a nullable bound in this form only
     return ((field >= low) | field.is_null()) & ((field <= high) | field.is_null())

@@ -31,9 +31,11 @@ class Decoding:
         Lists a row nests in what the decoder gives.
     may_misfit : bool
         Whether a value may not fit what the field asks for.
+    with_mask : bool
+        Whether the output's mask says which values were not null; ``keep_mask`` asks for that.
     """
 
-    def __init__(self, leaf: Leaf, field: Field, place: Place) -> None:
+    def __init__(self, leaf: Leaf, field: Field, place: Place, keep_mask: bool = False) -> None:
         stored = leaf.kind
         self.field, self.stored, self.place = field, stored, place
         self.out = field.output(stored, place.get("file"))
@@ -46,7 +48,7 @@ class Decoding:
         self._casts = self.out.dtype != stored.dtype and not field.hash_to
         self._scale = leaf.scale if self.out.dtype.startswith("float") else 0
         self.may_misfit = self._casts or self._squeezes
-        self.with_mask = self._squeezes or (self._casts and null == "default")
+        self.with_mask = keep_mask or self._squeezes or (self._casts and null == "default")
         self.rank = stored.ragged_rank or int(null == "empty")
         self.dtype = None if text and not field.hash_to else np.dtype("int64" if field.hash_to else stored.dtype)
         fill = b""
@@ -93,14 +95,14 @@ class Decoding:
         mine, theirs = ((d.out, d.dtype, d.rank, d.with_mask, d._casts, d._scale, d.field) for d in (self, other))
         return self is other or mine == theirs
 
-    def finish(self, output: Any, place: Place | None = None) -> Any:
+    def finish(self, output: Any, place: Place) -> Any:
         """The column that the field asks for, or a Dictionary, of what was decoded.
 
         Raises
         ------
         NullFound, SchemaMismatch
         """
-        field, n_rows, n_nulls, place = self.field, output.n_rows, output.n_nulls, place or self.place
+        field, n_rows, n_nulls = self.field, output.n_rows, output.n_nulls
         values, splits, mask = output.finish()
         if output.dictionary is not None:
             refuse_nulls(n_nulls, n_rows, field, place)

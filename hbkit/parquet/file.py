@@ -18,8 +18,8 @@ from hbkit import errors
 from hbkit._ext import chunk as _chunk
 from hbkit._ext import thrift
 from hbkit.parquet import codecs
-from hbkit.parquet.arrow import decode
-from hbkit.parquet.bounds import guarantee
+from hbkit.parquet.arrow import Ranges, decode, is_plain, rows_of, to_arrow
+from hbkit.parquet.bounds import Promises, guarantee, page_guarantees
 from hbkit.parquet.column import Decoding
 from hbkit.parquet.decoded import Decoded, Gathered, Mask, RowGroup, Slab, read
 from hbkit.parquet.field import ColumnType, Field
@@ -28,7 +28,7 @@ from hbkit.parquet.schema import Leaf
 from hbkit.parquet.source import Source, open_source, unreadable
 from hbkit.parquet.threads import ALONE, Threads
 from hbkit.parquet.values import Place, missing, refuse_nulls
-from hbkit.ragged import Column
+from hbkit.ragged import Column, Strings
 
 __all__ = ["File", "read_columns"]
 
@@ -307,11 +307,18 @@ class File:
             else:
                 table = self._read(g, [leaf.index], field.name)
                 found[field.name] = decode(table.column(0), field, leaf.kind, place)
-        buffers = self.source.read([self._range(chunk, place) for _, _, chunk, place in wanted])
-        for (name, decoding, chunk, place), data in zip(wanted, buffers, strict=True):
-            pages = partial(self._page_rows, chunk, n_rows)
-            found[name] = _Native(decoding, data, chunk, pages, n_rows, self._limit, place)
+        readers = self._readers(g, [(decoding, chunk, place) for _, decoding, chunk, place in wanted])
+        found.update({name: reader for (name, _, _, _), reader in zip(wanted, readers, strict=True)})
         return {field.name: found[field.name] for field in fields}
+
+    def _readers(self, g: int, wanted: Sequence[tuple[Decoding, Chunk, Place]]) -> list[_Native]:
+        """Readers of column chunks, whose bytes are asked for together."""
+        buffers = self.source.read([self._range(chunk, place) for _, chunk, place in wanted])
+        n = self.row_group_rows[g]
+        return [
+            _Native(decoding, data, chunk, partial(self._page_rows, chunk, n), n, self._limit, place)
+            for (decoding, chunk, place), data in zip(wanted, buffers, strict=True)
+        ]
 
     def _page_rows(self, chunk: Chunk, n_rows: int) -> PageRows | None:
         """Where the pages of a column chunk lie and which rows they begin with; None without a sound offset index."""
@@ -428,8 +435,53 @@ class File:
         """What statistics promise of all values of a stored column in a row group, or None."""
         return guarantee(self.footer, self.arrow_schema, g, name)
 
-    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1) -> pa.Table:
-        """Columns of one row group as they are stored, for expressions on them."""
+    def page_guarantees(self, g: int, name: str) -> Promises | None:
+        """What the column index promises of a stored column's values page by page; None without one."""
+        _, first, n_leaves = self.footer.columns[self.arrow_schema.names.index(name)]
+        leaf, chunk = self.footer.leaves[first], self.footer.chunk(g, first)
+        if n_leaves != 1 or leaf.kind.ragged_rank or chunk.column_index is None:
+            return None
+        pages = self._page_rows(chunk, self.row_group_rows[g])
+        if pages is None or sum(chunk.column_index) > self.source.nbytes:
+            return None
+        index = thrift.read_column_index(self.source.read([chunk.column_index])[0])
+        if index is None:
+            return None
+        return page_guarantees(name, self.arrow_schema.field(name).type, leaf.physical, pages.first_rows, index)
+
+    def read_arrow(self, g: int, names: Sequence[str], num_threads: int = 1, ranges: Ranges | None = None) -> pa.Table:
+        """Columns of one row group as they are stored, for expressions on them; of these ranges of rows, or of all."""
+        stored = [found for name in names if (found := self._stored(g, name)) is not None]
+        if len(stored) < len(names) or not names:  # not that simple
+            return rows_of(self._read_leaves(g, names, num_threads), ranges)
+        arrays = {}
+        n_rows = self.row_group_rows[g]
+        for name, (decoding, _, _), reader in zip(names, stored, self._readers(g, stored), strict=True):
+            output, at = decoding.output(self._limit), 0
+            for first, last in ranges if ranges is not None else [(0, n_rows)]:
+                if first > at:
+                    reader.skip(first - at)
+                reader.read_into(last - first, output)
+                at = last
+            values, _, mask = output.finish()
+            values = Strings(*values) if decoding.dtype is None else values
+            arrays[name] = to_arrow(values, mask, self.arrow_schema.field(name).type)
+        return pa.table(arrays)
+
+    def _stored(self, g: int, name: str) -> tuple[Decoding, Chunk, Place] | None:
+        """How our own decoder reads a column as Arrow has it; None where that is more than one plain value a row."""
+        _, first, n_leaves = self.footer.columns[self.arrow_schema.names.index(name)]
+        leaf, chunk, kind = self.footer.leaves[first], self.footer.chunk(g, first), self.arrow_schema.field(name).type
+        if n_leaves != 1 or leaf.kind.ragged_rank or leaf.kind.unsupported or not self._is_native(leaf, chunk.codec):
+            return None
+        if not is_plain(leaf.kind, kind):
+            return None
+        place = {"file": self.path, "column": name, "row_group": g}
+        text = leaf.kind.dtype == "string"
+        field = Field(name, null="default", default="" if text else 0)
+        return Decoding(leaf, field, place, keep_mask=True), chunk, place
+
+    def _read_leaves(self, g: int, names: Sequence[str], num_threads: int) -> pa.Table:
         leaves = []
         for name in names:
             _, first, n = self.footer.columns[self.arrow_schema.names.index(name)]

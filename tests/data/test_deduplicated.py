@@ -172,6 +172,15 @@ def test_deduplicated_takes_fields(path):
     assert len(set(got["name"])) == len(set(all_of["name"].tolist()))
 
 
+def test_deduplicated_files_and_others_keep_their_order(tmp_path):
+    table = pa.table({"id": range(30), "user": [i // 4 for i in range(30)]})
+    names = [tmp_path / f"{k}.parquet" for k in range(3)]
+    pq.write_table(table.slice(0, 10), names[0])
+    write_deduplicated(names[1], table.slice(10, 10), {"i": ["user"]}, 4)
+    pq.write_table(table.slice(20), names[2])
+    assert read(names) == table.to_pydict()
+
+
 def test_deduplicated_file_is_smaller(tmp_path):
     rng = np.random.default_rng(0)
     user = np.repeat(np.arange(400), 30)

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from hbkit import errors
+from hbkit.data import Dataset
 from hbkit.parquet import Field, File
 from hbkit.parquet.decoded import read
 
@@ -98,3 +100,53 @@ def test_null_beyond_the_rows_read_is_no_error(tmp_path):
     assert read(group, 2)["x"].tolist() == [1, 2]
     with pytest.raises(errors.NullFound):
         read(group, 1)
+
+
+@pytest.mark.parametrize("options", ["v1", "indexed", "indexed v2"])
+def test_filter_reads_the_pages_that_may_hold_a_row(tmp_path, options, monkeypatch):
+    path = tmp_path / "x.parquet"
+    rows = table().append_column("day", pa.array(np.arange(N) // 100, mask=np.arange(N) % 1000 == 0))
+    pq.write_table(rows, path, data_page_size=4000, max_rows_per_page=700, **OPTIONS[options])
+    read = []
+    monkeypatch.setattr(File, "read_arrow", spy(File.read_arrow, read))
+    for expr in (
+        pc.field("day") == 77,
+        (pc.field("day") > 150) & (pc.field("text") == "text 1"),
+        pc.field("day").is_null(),
+        ~(pc.field("day") < 190),
+        pc.field("day") > 10**6,
+    ):
+        ds = Dataset.from_parquet(path, ["plain", "list", "nested"]).filter(expr).batch(64)
+        want = rows.filter(expr)
+        got = list(ds)
+        for name in ("plain", "list", "nested"):
+            assert [x for b in got for x in b[name].tolist()] == want.column(name).to_pylist()
+    if options != "v1":
+        assert sum(b - a for a, b in read[0]) <= 1400  # of the first filter, two pages at the most
+
+
+def spy(method, calls):
+    def spied(self, g, names, num_threads=1, ranges=None):
+        calls.append(ranges)
+        return method(self, g, names, num_threads, ranges)
+
+    return spied
+
+
+def test_filter_with_a_lying_column_index_is_still_bounded(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(table(), path, data_page_size=4000, write_page_index=True)
+    data = bytearray(path.read_bytes())
+    file = File(path)
+    rng = np.random.default_rng(0)
+    spans = [s for c in (file.footer.chunk(0, i) for i in range(2)) for s in (c.column_index, c.offset_index)]
+    for _ in range(200):
+        bad = bytearray(data)
+        at, n = spans[rng.integers(len(spans))]
+        bad[at + rng.integers(n)] ^= 1 << rng.integers(8)
+        path.write_bytes(bad)
+        try:
+            list(Dataset.from_parquet(path, ["flat", "plain"]).filter(pc.field("plain") > 0.99).batch(64))
+            list(Dataset.from_parquet(path, [FIELDS[0], "plain"]).filter(pc.field("flat") > 19_000).batch(64))
+        except errors.HbkitError as e:
+            assert "x.parquet" in str(e)

@@ -14,7 +14,7 @@ CYTHON = sorted(EXT.glob("*.p[yx][xdi]"))
 ADAPTERS = sorted((ROOT / "backends").rglob("*.py"))
 
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\S+)[ \t]+c?import\b|c?import[ \t]+([^\n#(]+))", re.MULTILINE)
-C_HEADERS = {f"{name}.h" for name in ("errno", "limits", "math", "stddef", "stdint", "stdlib", "string")}
+C_HEADERS = {f"{name}.h" for name in ("errno", "limits", "math", "stddef", "stdint", "stdlib", "string", "sys/mman")}
 _EXTERN = re.compile(r"^[ \t]*cdef[ \t]+extern[ \t]+from[ \t]+[\"']([^\"']+)[\"']", re.MULTILINE)
 
 
