@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-torch test-tensorflow test-debug check format wheel clean
+.PHONY: help demo test test-core test-torch test-tensorflow test-debug asan fuzz check format wheel clean
 
 PYTHON ?= python3
 HBKIT_SHARED ?= $(abspath ../shared)
@@ -67,6 +67,29 @@ test-tensorflow: ## only the tests of the TensorFlow adapter
 test-debug: ## the extensions' tests on a build with every Cython check on; leaves that build in .venv
 	@$(MAKE) --no-print-directory install-dev HBKIT_DEBUG=1
 	$(PYTEST) $(addprefix $(CURDIR)/tests/,ext ragged embedding) -n 2
+
+# $(call sanitize,NAME,KIND): the extensions by clang, with the sanitizers that setup.py means by KIND, in build/NAME/lib
+define sanitize
+	@command -v clang >/dev/null || { echo "this needs clang and its sanitizers, as in: apt-get install clang libclang-rt-14-dev" >&2; exit 1; }
+	find build/$(1)/lib -name '*.py' -delete 2>/dev/null || true
+	CC=clang HBKIT_SANITIZE=$(2) $(BIN)/python setup.py -q build --build-lib build/$(1)/lib
+endef
+# $(call sanitized,NAME,LIBRARY): Python on that build; the sanitizer's library must come before anything else.
+sanitized = HBKIT_SANITIZE=1 LD_PRELOAD=$(2) PYTHONPATH=$(CURDIR)/build/$(1)/lib PYTHONMALLOC=malloc \
+    UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(BIN)/python
+
+asan: install-dev ## the extensions' and the decoder's tests under AddressSanitizer and UBSan; needs clang
+	$(call sanitize,asan,1)
+	cd .venv && $(call sanitized,asan,$$(clang -print-file-name=libclang_rt.asan-$$(uname -m).so)) -m pytest -n 2 \
+	    -m "not slow" $(addprefix $(CURDIR)/tests/,ext ragged store embedding parquet data_convert/test_tfrecord.py) \
+	    --ignore=$(CURDIR)/tests/ext/test_cross.py
+
+FUZZ_SECONDS ?= 60
+fuzz: install-dev ## fuzz footers, pages and files for FUZZ_SECONDS; what was found lies in build/fuzz; needs clang
+	$(PIP) install --constraint constraints.txt atheris
+	$(call sanitize,fuzz,fuzz)
+	cd build/fuzz && $(call sanitized,fuzz,$$($(BIN)/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so) \
+	    $(CURDIR)/tests/parquet/fuzz.py corpus -max_total_time=$(FUZZ_SECONDS) -timeout=10
 
 check: install-dev ## style, types and arrows; `make format` mends what can be mended
 	@export PATH="$(BIN):$$PATH" failed=0; \

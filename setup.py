@@ -11,10 +11,10 @@ from setuptools.command.build_ext import build_ext
 
 EXT = Path("hbkit/_ext")
 DEBUG = os.environ.get("HBKIT_DEBUG") == "1"
-# clang's sanitizers, as in `make asan` and `make fuzz`: "address,undefined" (or 1), "address,fuzzer-no-link"
-SANITIZE = os.environ.get("HBKIT_SANITIZE", "").replace("1", "address,undefined")
+# clang's sanitizers, for `make asan` and `make fuzz`
+SANITIZE = os.environ.get("HBKIT_SANITIZE", "")
 # Builds lie apart, since timestamps do not tell their files from each other.
-BUILD = "build/fuzz" if "fuzzer" in SANITIZE else "build/asan" if SANITIZE else "build/debug" if DEBUG else "build"
+BUILD = {"1": "build/asan", "fuzz": "build/fuzz"}.get(SANITIZE, "build/debug" if DEBUG else "build")
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
@@ -22,7 +22,8 @@ SOURCES = [str(EXT / name) for name in ("kernels.c", "decode.c", "snappy_kernel.
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]
 # Only for compiling: an extension brings no sanitizer of its own, the process has loaded one before (LD_PRELOAD).
-SANITIZER = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
+SANITIZER = ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-fsanitize=address"] if SANITIZE else []
+SANITIZER += {"1": ["-fsanitize=undefined"], "fuzz": ["-fsanitize=fuzzer-no-link"]}.get(SANITIZE, [])
 
 
 class BuildExt(build_ext):

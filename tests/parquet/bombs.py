@@ -204,8 +204,11 @@ def numbers(*values, bits=32):
     return delta(values[0] if values else 0, *blocks, count=len(values))
 
 
-def parquet(pages, n=4, columns=None, rows=None, n_values=None, codec=NONE, n_groups=1, meta=(), group=(), footer=()):
-    """A file of one column, whose chunk lies behind the magic number; `meta`, `group` and `footer` replace fields."""
+def parquet(
+    pages, n=4, columns=None, rows=None, n_values=None, codec=NONE, n_groups=1, meta=(), group=(), footer=(), index=None
+):
+    """A file of one column, whose chunk lies behind the magic number; `meta`, `group` and `footer` replace fields. The
+    offset index lies behind the chunk."""
     columns = columns or flat()
     leaf = columns[-1]
     rows = n if rows is None else rows
@@ -220,8 +223,9 @@ def parquet(pages, n=4, columns=None, rows=None, n_values=None, codec=NONE, n_gr
         9: I64(4),
         **dict(meta),
     }
-    groups = [{1: [{2: I64(4), 3: chunk}], 2: I64(len(pages)), 3: I64(rows), **dict(group)}] * n_groups
-    return whole(pages, {1: 1, 2: schema(columns), 3: I64(rows), 4: groups, **dict(footer)})
+    indexed = {} if index is None else {4: I64(4 + len(pages)), 5: len(index)}
+    groups = [{1: [{2: I64(4), 3: chunk, **indexed}], 2: I64(len(pages)), 3: I64(rows), **dict(group)}] * n_groups
+    return whole(pages + (index or b""), {1: 1, 2: schema(columns), 3: I64(rows), 4: groups, **dict(footer)})
 
 
 def whole(pages, footer):
@@ -336,7 +340,7 @@ def numbers_of_values():
     codes = dictionary(4, FOUR) + v1(10**9, b"\2" + run(10**9), RLE_DICTIONARY)
     bomb("count: a billion codes of one run in truth", parquet(codes, 10**9))
     text = dictionary(1, strings(bytes(1 << 20))) + v1(10**6, b"\1" + run(10**6), RLE_DICTIONARY)
-    bomb("count: a million strings of a million bytes in truth", parquet(text, 10**6, TEXT))
+    bomb("count: a million strings of a million bytes in truth", parquet(text, 10**6, TEXT), ...)
     bomb(
         "count: a billion booleans of one run in truth",
         parquet(v1(10**9, levels(run(10**9, 1)), RLE), 10**9, flat(BOOLEAN)),
@@ -611,6 +615,47 @@ def offsets():
         bomb(f"codec: {codec}", parquet(pages, codec=codec))
 
 
+def indices():
+    """Three pages of a thousand rows, and what their offset index says of them."""
+    pages = [v1(1000, ints(*range(k, k + 1000))) for k in (0, 1000, 2000)]
+    size = len(pages[0])
+    good = [(4, size, 0), (4 + size, size, 1000), (4 + 2 * size, size, 2000)]
+
+    def indexed(places, n=None):
+        entries = [struct_({1: I64(at), 2: nbytes, 3: I64(row)}) for at, nbytes, row in places]
+        return b"\x19" + many(len(places) if n is None else n, 12) + b"".join(entries) + b"\0"
+
+    bomb("good: offset index", parquet(b"".join(pages), 3000, index=indexed(good)), list(range(3000)))
+    for name, index in {
+        "nothing": b"",
+        "no pages": indexed([]),
+        "fewer pages": indexed(good[:2]),
+        "more pages": indexed([*good, (4 + 3 * size, size, 3000)]),
+        "pages in no order": indexed(good[::-1]),
+        "the same page": indexed([good[0]] * 3),
+        "2^31 pages": indexed(good, 2**31),
+        "2^63 pages": indexed(good, 2**63),
+        "cut off": indexed(good)[:-9],
+        **{f"a place of {x}": indexed([good[0], (x, size, 1000), good[2]]) for x in (-(2**63), -1, 0, 5, LONG_MAX)},
+        **{f"a place {x} further": indexed([good[0], (4 + size + x, size, 1000), good[2]]) for x in (-1, 1, 20, 4000)},
+        **{f"a size of {x}": indexed([*good[:2], (good[2][0], x, 2000)]) for x in (-(2**31), -1, 0, 1, INT_MAX)},
+        **{
+            f"a row of {x}": indexed([good[0], (4 + size, size, x), good[2]])
+            for x in (-(2**63), -1, 0, 999, 1001, LONG_MAX)
+        },
+        **{f"a last row of {x}": indexed([*good[:2], (4 + 2 * size, size, x)]) for x in (1001, 2999, 3000, LONG_MAX)},
+    }.items():
+        bomb(f"index: {name}", parquet(b"".join(pages), 3000, index=index), ...)
+    for at in (-1, 0, 10**9, LONG_MAX):
+        lie = {4: I64(at), 5: 100, 3: {**meta_of(b"".join(pages)), 5: I64(3000)}, 2: I64(4)}
+        bomb(f"index: at {at}", parquet(b"".join(pages), 3000, group={1: [lie]}), ...)
+    lie = {4: I64(4), 5: INT_MAX, 3: {**meta_of(b"".join(pages)), 5: I64(3000)}, 2: I64(4)}
+    bomb("index: of 2^31 - 1 bytes", parquet(b"".join(pages), 3000, group={1: [lie]}), ...)
+    lists = v1(2000, levels(run(2000)) + levels(run(2000, 3)) + ints(*range(2000)))
+    wrong = indexed([(4, len(lists), 0), (4 + len(lists), len(lists), 2500)])
+    bomb("index: of lists, with a wrong row", parquet(lists * 2, 4000, a_list(), rows=4000, index=wrong), ...)
+
+
 def meta_of(pages):
     return {1: INT32, 2: [PLAIN], 3: [b"x"], 4: NONE, 5: I64(4), 6: I64(len(pages)), 7: I64(len(pages)), 9: I64(4)}
 
@@ -805,6 +850,7 @@ for make in (
     plain_values,
     deltas,
     offsets,
+    indices,
     page_headers,
     footers,
     compressed,
@@ -849,10 +895,29 @@ def by_pieces(file):
         decoded.read(group, n - min(n, 2))
 
 
+def by_leaps(file):
+    """Rows behind a leap that is worth a look into the offset index."""
+    for g, n in enumerate(file.row_group_rows):
+        if 1500 < n < 10_000:
+            group = file.open_row_group(g, [Field(name, null="empty") for name in file.schema])
+            group.skip(1500)
+            decoded.read(group, 7)
+            group.skip(n - 1507)
+
+
+def as_dictionaries(file):
+    fields = [Field(name, null="empty") for name in file.schema]
+    for column in file.read(fields, range(len(file.row_group_rows)), dictionary=True).values():
+        if len(column.codes) < 10_000:  # what so many stand for may be anything
+            column.decode()
+
+
 WAYS = {
     "whole": whole_groups,
     "without nulls": lambda file: whole_groups(file, null="empty"),
     "by pieces": by_pieces,
+    "by leaps": by_leaps,
+    "as dictionaries": as_dictionaries,
     "hashed": lambda file: whole_groups(file, null="empty", hash_to="int64"),
 }
 

@@ -57,8 +57,9 @@ def read(source: Bytes, kind: str, place: int) -> str:
                 file.read_row_group(g, fields)
             else:  # some rows read, some stepped over
                 group = file.open_row_group(g, fields)
-                for at in range(0, n, 8):
-                    group.skip(min(8, n - at)) if at % 3 == 0 else decoded.read(group, min(8, n - at))
+                step = 8 if n < 1000 else 1100  # a leap that is worth a look into the offset index
+                for at in range(0, n, step):
+                    group.skip(min(step, n - at)) if at % 3 == 0 else decoded.read(group, min(step, n - at))
     except errors.HbkitError as e:
         assert source.path in str(e), f"the error does not name the file: {e}"
         return type(e).__name__

@@ -14,6 +14,7 @@ import hbkit
 SCRIPT = pathlib.Path(__file__).with_name("bombs.py")
 BOMBS = runpy.run_path(str(SCRIPT))["BOMBS"]
 REFUSALS = {"Corrupt", "Unsupported", "BudgetExceeded"}
+SANITIZED = "HBKIT_SANITIZE" in os.environ  # then all takes longer, and more
 MEMORY = (256 + 64) << 20  # the largest page, and what decoding it takes
 
 
@@ -35,10 +36,10 @@ def test_bomb_is_refused_or_read_soon_and_small(told, name):
     rows = BOMBS[name][1]
     for said in told[name]:
         assert "alien" not in said, said
-        assert said["seconds"] < 1 and said["grown"] < MEMORY, said
+        assert SANITIZED or (said["seconds"] < 1 and said["grown"] < MEMORY), said
         refused = said.get("error")
         assert "error" not in said or "file bomb" in said["text"], said
-        if said["way"] == "hashed":
+        if said["way"] in ("hashed", "by leaps"):
             assert refused in {None, "SchemaMismatch"} | REFUSALS, said
         elif rows is None:
             assert refused in REFUSALS, said

@@ -223,6 +223,7 @@ def check_column(path: Any, name: str, rows: list[Any]) -> None:
     else:
         check(rows)
 
+    same(read_columns(path, [Field(name, null="empty")], dictionary=True)[name].decode(), empty)
     first = list(itertools.accumulate(file.row_group_rows, initial=0))
     some = list(range(len(file.row_group_rows)))[::-2]
     check([v for g in some for v in empty[first[g] : first[g + 1]]], some, null="empty")
