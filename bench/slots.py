@@ -28,16 +28,9 @@ CONTENDERS = ("through the dictionary", "value by value", "deduplicated")
 
 def coded(path: Path, group: int) -> tuple[Any, Any]:
     """Distinct keys of a row group in the order of its dictionary, and the code of each value: int64[d], uint32[n]."""
-    import numpy as np
-
-    from hbkit._ext.index import dedupe
     from hbkit.parquet import read_columns
 
-    try:
-        column = read_columns(path, ["l0"], [group], dictionary=True)["l0"]
-    except TypeError:  # a reader that gives no codes: the same arrays by another way
-        entries, codes, _ = dedupe(read_columns(path, ["l0"], [group])["l0"].values)
-        return entries, codes.astype(np.uint32)
+    column = read_columns(path, ["l0"], [group], dictionary=True)["l0"]
     return column.dictionary, column.codes.values
 
 
@@ -47,6 +40,7 @@ def passes(name: str, path: Path, n_keys: int) -> Callable[[], Iterator[Any]]:
 
     from hbkit._ext.index import Index, dedupe
     from hbkit.parquet import File
+    from hbkit.ragged import gather
 
     groups = [coded(path, g) for g in range(len(File(path).row_group_rows))]
     values = [entries[codes] for entries, codes in groups]
@@ -58,7 +52,7 @@ def passes(name: str, path: Path, n_keys: int) -> Callable[[], Iterator[Any]]:
 
     def by_dictionary() -> Iterator[Any]:
         for entries, codes in groups:
-            yield index.find(entries)[codes]
+            yield gather(index.find(entries), codes)
 
     def by_value() -> Iterator[Any]:
         return map(index.find, values)

@@ -20,7 +20,7 @@ from hbkit.errors import InvalidArgument
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Column", "Dictionary", "Ragged", "Sparse", "Strings", "concat", "n_rows", "slice_rows", "take"]
+__all__ = ["Column", "Dictionary", "Ragged", "Sparse", "Strings", "concat", "gather", "n_rows", "slice_rows", "take"]
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -411,9 +411,9 @@ class Dictionary(NamedTuple):
         """The column itself."""
         if isinstance(self.codes, Ragged):
             codes: Any = self.codes.values
-            values: Any = take(self.dictionary, codes.astype(np.int64))
+            values: Any = gather(self.dictionary, codes)
             return Ragged(values, self.codes.row_splits)
-        return take(self.dictionary, self.codes.astype(np.int64))
+        return gather(self.dictionary, self.codes)
 
 
 Column: TypeAlias = "npt.NDArray[Any] | Ragged | Strings"
@@ -467,7 +467,13 @@ def places(sizes: Sequence[int], rows: Int64s) -> Places:
 
 
 def gather(column: Column, rows: npt.NDArray[np.uint32]) -> Column:
-    """The rows of a column at these numbers, in memory that does not go through the caches: for many rows."""
+    """The rows of a column at these numbers, written around the caches: for many rows, or a Dictionary's codes.
+
+    Raises
+    ------
+    InvalidArgument
+        A number is not a row's.
+    """
     if not isinstance(column, np.ndarray) or column.ndim > 1 or column.itemsize not in (4, 8):
         return take(column, rows.astype(np.int64))
     out = _empty(len(rows), column.dtype)
