@@ -466,5 +466,11 @@ def test_file_of_another_writer_equals_pyarrow(path, writer, data, nesting, null
 @pytest.mark.slow
 def test_matrix_with_many_more_examples():
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    done = subprocess.run(run, env={**os.environ, "HBKIT_DEEP": os.environ.get("HBKIT_DEEP", "4")}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        run,
+        env={**os.environ, "HBKIT_DEEP": os.environ.get("HBKIT_DEEP", "4")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-8000:]
