@@ -89,7 +89,7 @@ class DeviceStore(TieredStore):
     """
 
     tier = "device"
-    row_nbytes = 25
+    row_nbytes = 17
 
     def __init__(
         self, layout: Layout, below: StoreSpec, cache_budget: int, device: Device, policy: Callable[[int], Policy]
@@ -113,7 +113,7 @@ class DeviceStore(TieredStore):
             for chunk in self._below.scan():
                 self._make_room(len(chunk.key))
                 rows = self._insert(chunk.key)
-                self._freq[rows], self._last_step[rows] = chunk.freq, chunk.last_step
+                self._metadata.put(rows, chunk.freq, chunk.last_step)
         except BaseException:
             self._below.close()
             raise
@@ -128,7 +128,7 @@ class DeviceStore(TieredStore):
         return rows
 
     def _metadata_changed(self, rows: Int64s) -> None:
-        self._stale[rows] = True
+        self._stale[rows[rows >= 0]] = True
 
     def _capacity(self, n_rows: int) -> int:
         return self._n_lines
@@ -149,7 +149,8 @@ class DeviceStore(TieredStore):
 
     def _write_home(self, rows: Int64s, keys: Int64s, lines: Float32s) -> None:
         dim = self.layout.dim
-        self._below.put(Chunk(keys, self._freq[rows], self._last_step[rows], lines[:, :dim], lines[:, dim:]))
+        freq, last_step = self._metadata.get(rows)
+        self._below.put(Chunk(keys, freq, last_step, lines[:, :dim], lines[:, dim:]))
         self._stale[rows] = False
 
     def _erase_home(self, rows: Int64s, keys: Int64s) -> None:

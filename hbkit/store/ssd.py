@@ -109,7 +109,7 @@ class SsdStore(TieredStore):
     """
 
     tier = "ssd"
-    row_nbytes = 32
+    row_nbytes = 24
 
     def __init__(
         self,
@@ -176,7 +176,8 @@ class SsdStore(TieredStore):
         rows = self._insert(key)
         if len(self._index) != n_rows:
             raise Corrupt("the index has a key twice", file=path, offset=0, remedy=_RESTORE)
-        self._freq[rows], self._last_step[rows], self._address[rows] = freq, last_step, address
+        self._metadata.put(rows, freq, last_step)
+        self._address[rows] = address
         self._segments.revive(address)
         self._use()
 
@@ -246,7 +247,7 @@ class SsdStore(TieredStore):
         self._segments.keep(segments)
         keys, rows = self._index.items()
         name = f"index-{self._n_commits:08d}.hbi"
-        columns = (self._freq[rows], self._last_step[rows], self._address[rows])
+        columns = (*self._metadata.get(rows), self._address[rows])
         checks = _write_index(self._directory / name, [keys, *columns])
         manifest = {
             "format": FORMAT,
