@@ -18,15 +18,12 @@ cdef enum:
 
 
 cdef inline int _cells(uint64_t key, int n_hashes, uint64_t per_shard, uint64_t *cells) noexcept nogil:
-    """Counters of a key, distinct; how many.
-
-    Two halves of one hash give all of them (Kirsch and Mitzenmacher, Less hashing, same performance, ESA 2006).
-    """
-    cdef uint64_t mixed = hb_mix64(key), h = hb_mix64(mixed + 0x9E3779B97F4A7C15u)
-    cdef uint64_t first = (mixed >> 54) * per_shard, cell
+    """Counters of a key, distinct; how many."""
+    cdef uint64_t mixed = hb_mix64(key), first = (mixed >> 54) * per_shard, cell
     cdef int k, j, n = 0
     for k in range(n_hashes):
-        cell = first + ((h & 0xFFFFFFFFu) + k * ((h >> 32) | 1)) % per_shard
+        # A hash each: combinations of two (Kirsch and Mitzenmacher, ESA 2006) collide too often in so small a shard.
+        cell = first + hb_mix64(mixed + (k + 1) * <uint64_t>0x9E3779B97F4A7C15u) % per_shard
         for j in range(n):
             if cells[j] == cell:  # counted twice, a key would pass for two
                 break

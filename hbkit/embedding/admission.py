@@ -180,7 +180,7 @@ class BloomAdmission:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if rate(middle) > self.false_positive_rate else (low, middle)
-        return max(high, k)  # a key has k counters
+        return max(high, 8 * k)  # with fewer, a key's own counters coincide, which the rate above leaves out
 
     def open(self) -> BloomFilter:
         """A filter of its own for one table."""
