@@ -301,7 +301,8 @@ def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
             yield chunk
             continue
         if held is not None:
-            chunk = Chunk._make(np.concatenate(two) for two in zip(held, chunk, strict=True))
+            both: list[Chunk] = [held, chunk]
+            chunk = Chunk._make(np.concatenate(columns) for columns in zip(*both, strict=True))
         cut = 0
         if bits and len(chunk.key):
             group = _ext.mixed(chunk.key) >> np.uint64(64 - bits)
