@@ -137,6 +137,12 @@ class Table:
             Layout(name, self.dim, self.optimizer.initial_state(self.dim), initialize, metadata)
         )
         self.step = self.store.latest_step()
+        if self.admission is not None and (kept := self.store.kept()):
+            try:
+                self.admission.load_state(kept)
+            except BaseException:
+                self.store.close()
+                raise
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
         """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits."""
@@ -247,8 +253,8 @@ class Table:
         return n
 
     def commit(self) -> str:
-        """Make all rows durable where the store can; its id."""
-        return self.store.commit()
+        """Make all rows, and the counts of admission, durable where the store can; its id."""
+        return self.store.commit(None if self.admission is None else self.admission.state())
 
     def close(self) -> None:
         """Let go of the store's memory, files and locks; what was not committed is lost. Idempotent."""

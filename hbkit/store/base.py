@@ -7,7 +7,7 @@ rows out, ``apply`` runs the optimizer in place, ``release`` lets go. Results ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -238,8 +238,12 @@ class Store(Protocol):
         """Insert or overwrite lines."""
         ...
 
-    def commit(self) -> str:
-        """Make everything up to now durable where the tier can; its id."""
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+        """Make everything up to now durable where the tier can, and beside it columns of int64 or uint16; its id."""
+        ...
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns that were kept by the commit that this store was opened from."""
         ...
 
     def latest_step(self) -> int:

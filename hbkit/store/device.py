@@ -7,11 +7,12 @@ is evicted or committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit.errors import BudgetExceeded
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, StoreSpec
@@ -156,7 +157,11 @@ class DeviceStore(TieredStore):
     def _erase_home(self, rows: Int64s, keys: Int64s) -> None:
         self._below.erase(keys)
 
-    def _commit_home(self) -> str:
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Store.kept`."""
+        return self._below.kept()
+
+    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
         keys, rows = self._index.items()
         stale = np.flatnonzero(self._stale[rows])
         for first in range(0, len(stale), self._scratch_lines):
@@ -164,7 +169,7 @@ class DeviceStore(TieredStore):
             lines = np.empty((len(some), self.layout.width), np.float32)
             self._gather(rows[some], keys[some], lines)
             self._write_home(rows[some], keys[some], lines)
-        return self._below.commit()
+        return self._below.commit(keep)
 
     def _home_stats(self) -> dict[str, Any]:
         return {"device": self._device.name, "below": self._below.stats()}

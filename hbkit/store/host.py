@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit._ext.batch import absent
 from hbkit._ext.index import Index
@@ -180,10 +181,14 @@ class HostStore:
             self._slabs.scatter(slots, lines)
             self._metadata.put(slots, freq, last_step)
 
-    def commit(self) -> str:
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Memory is as durable as this process: only a number is given out. Use `hbkit.snapshot` to keep the rows."""
         self._n_commits += 1
         return str(self._n_commits)
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """Nothing outlives this tier."""
+        return {}
 
     def latest_step(self) -> int:
         """Largest step that a row was stamped with, 0 for none."""

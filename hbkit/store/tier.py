@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -135,8 +135,12 @@ class TieredStore(ABC):
         """Forget the lines at home, where there are any."""
 
     @abstractmethod
-    def _commit_home(self) -> str:
-        """Make what is at home durable, with all metadata; the commit's id."""
+    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
+        """Make what is at home durable, with all metadata and `keep`; the commit's id."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Store.kept`."""
 
     @abstractmethod
     def _home_stats(self) -> dict[str, Any]:
@@ -444,8 +448,8 @@ class TieredStore(ABC):
                 near.scatter(slots[~away], lines[~away])
                 cache.dirty[slots[~away]] = True
 
-    def commit(self) -> str:
-        """Make everything up to now durable; its id.
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+        """Make everything up to now durable, and the columns of `keep` beside it; its id.
 
         Raises
         ------
@@ -463,7 +467,7 @@ class TieredStore(ABC):
                 ) from self._failed
             self._write_back(np.flatnonzero(self._use()[0].dirty))
             self._n_commits += 1
-            return self._commit_home()
+            return self._commit_home(keep or {})
 
     def latest_step(self) -> int:
         """Largest step that a row was stamped with, 0 for none."""
