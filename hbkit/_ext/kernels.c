@@ -42,7 +42,7 @@ INLINE void fetch(const void *p, int64_t nbytes, int write) {
 }
 
 /* How many rows ahead: sixteen, or what about 4 KiB hold. */
-INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 256 ? 16 : row_nbytes <= 1024 ? 6 : 2; }
+INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 128 ? 32 : row_nbytes <= 256 ? 16 : row_nbytes <= 1024 ? 8 : 2; }
 
 INLINE int64_t item_nbytes(const hb_slabs *s) { return s->dtype == HB_FLOAT32 ? 4 : 2; }
 
@@ -400,7 +400,7 @@ INLINE void adam(float *restrict row, float *restrict m, const float *restrict g
 }
 
 /* x^n by squaring: libm differs between machines, this does not. */
-INLINE double power(double x, int64_t n) {
+INLINE double power(double x, uint32_t n) {
     double out = 1;
     for (; n; n >>= 1, x *= x)
         if (n & 1) out *= x;
@@ -413,9 +413,10 @@ INLINE void row_step_adam(float *restrict row, float *restrict m, const float *r
                           const float *h) {
     float *t = m + 2 * dim, own[HB_OWN];
     if (t[0] < 16777216.0f) t[0] += 1.0f; /* corrected no more by then */
+    uint32_t n = t[0] >= 0.0f && t[0] < 16777216.0f ? (uint32_t)(int32_t)t[0] : 16777216;
     memcpy(own, h, sizeof own);
-    own[0] = (float)((double)h[0] / (1 - power(1 - (double)h[1], (int64_t)t[0])));
-    own[4] = (float)sqrt(1 - power(1 - (double)h[3], (int64_t)t[0]));
+    own[0] = (float)((double)h[0] / (1 - power(1 - (double)h[1], n)));
+    own[4] = (float)sqrt(1 - power(1 - (double)h[3], n));
     if (h[4] != 0.0f) own[5] = h[5] / own[4];
     adam(row, m, g, dim, own);
 }
@@ -488,15 +489,20 @@ INLINE void fetch_line(const hb_slabs *s, const hb_update *u, int64_t i, int64_t
     }
 }
 
-/* Whole float32 rows and nothing but their rule. */
+/* Whole float32 rows and nothing but their rule. Some gradients are summed, then as many rows stepped: how many terms a
+ * sum has is hard to foresee, and a branch gone wrong amid the steps would undo what the CPU does ahead of time. */
 INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim) {
-    int64_t d = ahead(dim * 4), state_nbytes = s->n_state * 4;
-    const float *h = u->parts[0].hyper;
-    float *to = u->scratch;
-    for (int64_t i = 0; i < u->g.n_segments; i++) {
-        fetch_line(s, u, i, d, dim * 4, state_nbytes);
-        if (u->slots[i] < 0) continue;
-        step(rule, hb_row(s, u->slots[i]), hb_state(s, u->slots[i]), gradient(&u->g, i, dim, to), dim, h);
+    int64_t d = ahead(dim * 4), state_nbytes = s->n_state * 4, n = u->g.n_segments;
+    const float *h = u->parts[0].hyper, *g[HB_TOGETHER];
+    float *sums = u->scratch;
+    for (int64_t first = 0; first < n; first += HB_TOGETHER) {
+        int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
+        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            fetch_line(s, u, first + k, d, dim * 4, state_nbytes);
+            if (slot >= 0) step(rule, hb_row(s, slot), hb_state(s, slot), g[k], dim, h);
+        }
     }
 }
 
@@ -579,36 +585,48 @@ static int64_t apply(const hb_slabs *s, const hb_update *u) {
 
 enum { BLOCKS = 64 }; /* of Philox at once */
 
-/* Philox4x32-10 of BLOCKS counters, each word of theirs in an array of its own; see hb_philox. */
-static void philox_blocks(uint32_t c[4][BLOCKS], uint64_t seed) {
-    for (int at = 0; at < BLOCKS; at += 16) {
+/* Products of the low halves of 64-bit lanes with m. */
+typedef uint64_t wide __attribute__((vector_size(LANES * 4), may_alias));
+#if defined(__AVX512F__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m)); }
+#elif defined(__AVX2__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m)); }
+#elif defined(__SSE2__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m)); }
+#else
+INLINE wide low_times(wide a, uint32_t m) { return (a & 0xFFFFFFFFu) * m; }
+#endif
+
+/* Philox4x32-10 of `n` counters, their words in the low halves of c[0..3]; see hb_philox. High halves are ignored, which
+ * saves putting halves back together after each product. */
+static void philox_blocks(uint64_t c[4][BLOCKS], int n, uint64_t seed) {
+    for (int at = 0; at < n; at += LANES / 2) {
         uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        wide c0 = *(wide *)&c[0][at], c1 = *(wide *)&c[1][at], c2 = *(wide *)&c[2][at], c3 = *(wide *)&c[3][at];
         for (int round = 0; round < 10; round++) {
-            for (int i = at; i < at + 16; i++) {
-                uint64_t p0 = (uint64_t)0xD2511F53u * c[0][i], p1 = (uint64_t)0xCD9E8D57u * c[2][i];
-                c[0][i] = (uint32_t)(p1 >> 32) ^ c[1][i] ^ k0;
-                c[2][i] = (uint32_t)(p0 >> 32) ^ c[3][i] ^ k1;
-                c[1][i] = (uint32_t)p1;
-                c[3][i] = (uint32_t)p0;
-            }
+            wide p0 = low_times(c0, 0xD2511F53u), p1 = low_times(c2, 0xCD9E8D57u);
+            c0 = (p1 >> 32) ^ c1 ^ (uint64_t)k0;
+            c2 = (p0 >> 32) ^ c3 ^ (uint64_t)k1;
+            c1 = p1, c3 = p0;
             k0 += 0x9E3779B9u;
             k1 += 0xBB67AE85u;
         }
+        *(wide *)&c[0][at] = c0, *(wide *)&c[1][at] = c1, *(wide *)&c[2][at] = c2, *(wide *)&c[3][at] = c3;
     }
 }
 
 /* 16 random bits a column of rows i.. of an update, 8 * blocks a row: of (seed, key, step, column). */
 static void noise_of(const hb_update *u, int64_t i, int64_t n_rows, int64_t blocks, uint16_t *out) {
-    uint32_t c[4][BLOCKS] = {{0}};
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
     int64_t n = n_rows * blocks;
     for (int64_t first = 0; first < n; first += 16) {
         int64_t some = n - first < 16 ? n - first : 16;
         for (int64_t b = 0; b < some; b++) {
             uint64_t key = (uint64_t)u->keys[i + (first + b) / blocks];
-            c[0][b] = (uint32_t)((first + b) % blocks), c[1][b] = u->step + 1; /* 0 is the initializers' */
-            c[2][b] = (uint32_t)key, c[3][b] = (uint32_t)(key >> 32);
+            c[0][b] = (uint64_t)((first + b) % blocks), c[1][b] = u->step + 1; /* 0 is the initializers' */
+            c[2][b] = key, c[3][b] = key >> 32;
         }
-        philox_blocks(c, u->seed);
+        philox_blocks(c, 16, u->seed);
         for (int64_t b = 0; b < some; b++)
             for (int w = 0; w < 4; w++) {
                 out[(first + b) * 8 + 2 * w] = (uint16_t)c[w][b];
@@ -634,7 +652,7 @@ INLINE float uniform_of(uint32_t word) { return (float)(int32_t)(word >> 9) * 0x
  * of a turn of the nearest quarter. */
 INLINE void normals_of(uint32_t radius, uint32_t angle, float *restrict a, float *restrict b) {
     float u = (float)(int32_t)(radius >> 1) * 0x1p-31f + 0x1p-32f; /* (0, 1], fine near 0 */
-    float log_u = portable_log(u), r = sqrtf(-2.0f * (log_u > 0.0f ? 0.0f : log_u));
+    float r = sqrtf(-2.0f * portable_log(u));
     uint32_t quarter = (angle + 0x20000000u) >> 30;
     float x = (float)(int32_t)(angle - (quarter << 30)) * 0x1p-29f, y = x * x; /* [-1, 1] eighths */
     float s = 3.08996675e-07f, c = 3.52979714e-06f;
@@ -659,8 +677,11 @@ INLINE float cut_normal_of(uint32_t word) {
 }
 
 /* Values of BLOCKS blocks, four each; a Box-Muller pair is columns 0 and 2, or 1 and 3. */
-INLINE void values_of(const hb_draw *d, uint32_t c[4][BLOCKS], float *restrict out) {
+INLINE void values_of(const hb_draw *d, uint64_t words[4][BLOCKS], float *restrict out) {
+    uint32_t c[4][BLOCKS];
     float v[4][BLOCKS], a = (float)d->a, b = (float)d->b, range = (float)(d->b - d->a);
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < BLOCKS; i++) c[k][i] = (uint32_t)words[k][i];
     if (d->kind == HB_NORMAL) {
         for (int k = 0; k < 2; k++)
             for (int i = 0; i < BLOCKS; i++) normals_of(c[k][i], c[k + 2][i], &v[k][i], &v[k + 2][i]);
@@ -679,7 +700,7 @@ INLINE void values_of(const hb_draw *d, uint32_t c[4][BLOCKS], float *restrict o
 }
 
 static int initialize(const hb_draw *d, const int64_t *keys, int64_t n, float *restrict out, int64_t stride) {
-    uint32_t c[4][BLOCKS] = {{0}};
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
     float v[4 * BLOCKS];
     int64_t per_row = (d->dim + 3) / 4, i = 0, j = 0; /* the next block's row and place in it */
     if (d->kind < HB_UNIFORM || d->kind > HB_CONSTANT) return -1;
@@ -692,11 +713,11 @@ static int initialize(const hb_draw *d, const int64_t *keys, int64_t n, float *r
         int64_t i0 = i, j0 = j;
         int some = 0;
         for (; some < BLOCKS && i < n; some++) {
-            c[0][some] = (uint32_t)j, c[1][some] = 0;
-            c[2][some] = (uint32_t)(uint64_t)keys[i], c[3][some] = (uint32_t)((uint64_t)keys[i] >> 32);
+            c[0][some] = (uint64_t)j, c[1][some] = 0;
+            c[2][some] = (uint64_t)keys[i], c[3][some] = (uint64_t)keys[i] >> 32;
             if (++j == per_row) j = 0, i++;
         }
-        philox_blocks(c, d->seed);
+        philox_blocks(c, BLOCKS, d->seed);
         values_of(d, c, v);
         for (int b = 0; b < some; b++) {
             float *to = out + i0 * stride + 4 * j0;

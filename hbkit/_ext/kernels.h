@@ -78,7 +78,8 @@ typedef struct {
     uint32_t step;
     void *scratch;          /* HB_SCRATCH(g.dim) bytes */
 } hb_update;
-#define HB_SCRATCH(dim) ((size_t)(dim) * 3 * sizeof(float) + ((size_t)(dim) + 256) * sizeof(uint16_t) + 192)
+enum { HB_TOGETHER = 32 }; /* gradients summed before as many rows are stepped */
+#define HB_SCRATCH(dim) ((size_t)(dim) * HB_TOGETHER * sizeof(float) + ((size_t)(dim) + 256) * sizeof(uint16_t) + 192)
 
 /* Rows of new lines: columns [column, column + dim) drawn by `kind` under `seed`. */
 typedef struct {

@@ -205,7 +205,7 @@ cdef class Gradients:
             _refuse(f"out has shape {to.shape[0], to.shape[1]}, not {self.shape}")
         if self.g.n_segments and self.g.dim:
             if self.g.order == NULL:
-                to[:, :] = self.owners[0]
+                np.copyto(out, self.owners[0])
                 return out
             with nogil:
                 fp = hb_fp_enter()

@@ -67,7 +67,7 @@ cdef class Slabs:
 
     cdef hb_slabs s
     cdef readonly int64_t width
-    cdef bint divided
+    cdef bint divided, apart
     cdef int64_t n_chunks
     cdef readonly str row_dtype
 
@@ -88,7 +88,8 @@ cdef class Slabs:
         state_nbytes = self.s.n_state * 4
         while (<int64_t>2 << self.s.shift) * (row_nbytes + state_nbytes) <= chunk_nbytes and self.s.shift < 30:
             self.s.shift += 1
-        if state_nbytes <= APART:
+        self.apart = state_nbytes <= APART
+        if self.apart:
             self.s.row_stride, self.s.state_stride = row_nbytes, state_nbytes
             self.s.state_at = row_nbytes << self.s.shift
         else:
@@ -104,7 +105,7 @@ cdef class Slabs:
     @property
     def line_nbytes(self):
         """Memory a line takes, in bytes: int."""
-        return self.s.row_stride + (self.s.state_stride if self.s.state_at > self.s.row_stride else 0)
+        return self.s.row_stride + (self.s.state_stride if self.apart else 0)
 
     @property
     def capacity(self):
