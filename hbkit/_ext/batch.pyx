@@ -1,7 +1,6 @@
 """Passes over a batch between its keys and its rows, that would each be several in NumPy."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 import numpy as np
 
@@ -37,30 +36,6 @@ def find_key(const int64_t[::1] keys, int64_t key):
                 found = i
                 break
     return found
-
-
-def expand(const float[:, ::1] rows, const int64_t[::1] inverse, float[:, ::1] out):
-    """``out[i] = rows[inverse[i]]``.
-
-    Parameters
-    ----------
-    rows : float32[u, dim]  IN
-    inverse : int64[n], in [0, u)  IN
-    out : float32[n, dim]  OUT
-    """
-    cdef int64_t i, n = inverse.shape[0], u = rows.shape[0], dim = rows.shape[1], bad = 0
-    if out.shape[0] != n or out.shape[1] != dim:
-        raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]}", remedy=f"give {n, dim}")
-    with nogil:
-        for i in range(n):
-            bad += inverse[i] < 0 or inverse[i] >= u
-    if bad:
-        raise InvalidArgument(f"{bad} positions are outside {u} rows", remedy="positions are 0..u-1")
-    if n == 0 or dim == 0:
-        return
-    with nogil:
-        for i in range(n):
-            memcpy(&out[i, 0], &rows[inverse[i], 0], dim * sizeof(float))
 
 
 def code_counts(const uint32_t[::1] codes, int64_t n_entries):

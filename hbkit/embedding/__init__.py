@@ -2,6 +2,7 @@
 
 from hbkit.embedding.admission import BloomAdmission, CountAdmission
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged
+from hbkit.embedding.columns import Column
 from hbkit.embedding.eviction import IdleSteps, L2Below, MaxRows
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW",
     "BloomAdmission",
     "Collection",
+    "Column",
     "Constant",
     "CountAdmission",
     "Ftrl",

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
-from hbkit._ext.batch import all_finite, expand
-from hbkit.embedding.table import Request, Table, empty, nonfinite_gradient
+from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.store.base import Float32s, Int64s
@@ -219,23 +218,23 @@ class Staged:
         inverse = self._requests[c.features[feature]].inverse[self._spans[feature]]
         dim = rows.shape[1]
         if i.splits is None:
-            out = empty(self.size, dim)
+            out = _ext.retained((self.size, dim))
             if len(rows):
-                expand(rows, inverse, out[: self.n_rows])
+                _ext.expand(rows, inverse, out[: self.n_rows])
             if i.weight is not None:
                 out[: self.n_rows] *= i.weight[:, None]
             out[self.n_rows :] = 0
             return out
         if c.pooling[feature] is None:
             at, length = _positions(i)
-            values = empty(self.size, length, dim)
+            values = _ext.retained((self.size, length, dim))
             values[:] = 0
             mask = np.zeros((self.size, length), np.bool_)
             picked = rows[inverse]
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
             mask.reshape(-1)[at] = True
             return SequenceOutput(values, mask)
-        out = empty(self.size, dim)
+        out = _ext.retained((self.size, dim))
         _ext.pool(rows, inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
         out[self.n_rows :] = 0
         return out
@@ -254,6 +253,7 @@ class Staged:
         Parameters
         ----------
         grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
+            Or, for a table of named columns, a mapping of their names to such arrays.
             A feature left out had no part in the loss.
 
         Raises
@@ -275,13 +275,18 @@ class Staged:
                 )
         step = c.step + 1
         parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        if len(c.tables) > 1:  # where one table would refuse, none may be updated
+            for f, (values, _, scale) in parts.items():
+                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
+                    raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
         for name, request in self._requests.items():
             features = [f for f, t in c.features.items() if t == name]
             used = [f for f in features if f in parts]
             if used:
+                checked = len(c.tables) > 1
                 # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
                 touched = request if used == features else self._request(c.tables[name], used)
-                touched.update(*_join([parts[f] for f in used]), step)
+                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
                 touched.close()
         self.close()
         self._state = "applied"
@@ -292,7 +297,7 @@ class Staged:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
-        g = np.asarray(grad)
+        g = c.tables[c.features[feature]].join(grad) if isinstance(grad, Mapping) else np.asarray(grad)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
         if sequence:
@@ -303,9 +308,6 @@ class Staged:
                 f"gradient of {g.dtype}{list(g.shape)}", feature=feature, remedy=f"give float32{list(shape)}"
             )
         g = np.ascontiguousarray(g, np.float32).reshape(-1, dim)
-        # Where one table would refuse, none may be updated; with a single table its own check comes in time.
-        if len(c.tables) > 1 and c.tables[c.features[feature]].nonfinite == "raise" and not all_finite(g):
-            raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
         if sequence:
             return g, at, i.weight
         if i.splits is None:

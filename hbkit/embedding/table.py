@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import batch as _ext
-from hbkit._ext.pool import Pool
-from hbkit._ext.segment import segment_sum
+from hbkit._ext.segment import Segments, expand, retained
 from hbkit.embedding.admission import Admission
+from hbkit.embedding.columns import Column, ColumnOptimizer, divide
 from hbkit.embedding.eviction import Eviction
 from hbkit.embedding.initializers import Initializer, Normal
 from hbkit.embedding.optimizers import Adagrad, Optimizer
@@ -26,14 +25,6 @@ from hbkit.store.keys import KEY_DTYPES, as_keys
 
 __all__ = ["Request", "Table"]
 
-# Rows live for one step: their memory is reused. Its alignment lets TensorFlow share it.
-_memory = Pool()
-
-
-def empty(*shape: int) -> Float32s:
-    """Uninitialised float32 of this shape, aligned to 64 bytes; the receiver's own."""
-    return np.frombuffer(_memory.take(4 * math.prod(shape)), np.float32).reshape(shape)
-
 
 class Table:
     """An embedding table without a vocabulary: any 64-bit key has a row as soon as it is trained on.
@@ -43,7 +34,7 @@ class Table:
     name : str
         Unique among the tables of a collection; also seeds the initial rows.
     dim : int
-        Floats of a row.
+        Floats of a row; may be left out where `columns` say it.
     dtype : "float32"
         Type of the rows.
     key_dtype : "int64", "uint64" or "int32"
@@ -73,6 +64,9 @@ class Table:
     metadata : bool
         Keep frequency and last step, 8 bytes a row (unsigned 32-bit each; larger numbers stay at 2**32 - 1), which
         `IdleSteps` and `MaxRows` need. Without them a snapshot shows frequency 0, and a delta holds all rows.
+    columns : mapping of name to Column, optional
+        Divides a row into named slices, in this order, each with its own initializer and optimizer: a DeepFM's linear
+        weight beside its embedding, say. `split` names the slices of what was looked up.
 
     Notes
     -----
@@ -86,7 +80,7 @@ class Table:
     def __init__(
         self,
         name: str,
-        dim: int,
+        dim: int | None = None,
         dtype: str = "float32",
         key_dtype: str = "int64",
         initializer: Initializer | None = None,
@@ -100,9 +94,19 @@ class Table:
         evict_every: int | None = None,
         on_evict: Callable[[Chunk], object] | None = None,
         metadata: bool = True,
+        columns: Mapping[str, Column] | None = None,
     ) -> None:
         if not name or "/" in name or name.startswith("."):
             raise InvalidArgument(f"table name {name!r}", remedy="give a name that can be a file name")
+        self.initializer = initializer or Normal()
+        self.optimizer: Optimizer | ColumnOptimizer = optimizer or Adagrad(lr=0.05)
+        self._columns: dict[str, slice] = {}
+        if columns is not None:
+            self._columns, self.initializer, self.optimizer = divide(columns, self.initializer, self.optimizer, name)
+            total = sum(c.dim for c in columns.values())
+            if dim not in (None, total):
+                raise InvalidArgument(f"dim={dim} and columns of {total}", table=name, remedy="leave dim out")
+            dim = total
         if not isinstance(dim, (int, np.integer)) or dim < 1:
             raise InvalidArgument(f"dim={dim!r}", table=name, remedy="give a dim of at least 1")
         if dtype != "float32":
@@ -123,15 +127,13 @@ class Table:
                     f"{rule} reads what metadata=False leaves out", table=name, remedy="keep the metadata"
                 )
         self.name, self.dim, self.dtype, self.key_dtype = name, int(dim), dtype, key_dtype
-        self.initializer = initializer or Normal()
-        self.optimizer = optimizer or Adagrad(lr=0.05)
         self.eviction = tuple(eviction)
         self.padding_key = padding_key
         self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
         self._default = _default(default, name, self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
-        self._n_skipped = self._n_evicted = 0
+        self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
         self.store = (store or host_memory()).open(
             Layout(name, self.dim, self.optimizer.initial_state(self.dim), initialize, metadata)
@@ -190,21 +192,48 @@ class Table:
         """
         request = self.request(keys)
         try:
-            out = empty(len(request.inverse), self.dim)
-            _ext.expand(request.rows(train, self.step + 1), request.inverse, out)
-            return out
+            rows: Float32s = expand(request.rows(train, self.step + 1), request.inverse)
+            return rows
         finally:
             request.close()
 
-    def update(self, keys: npt.ArrayLike | Dictionary, grads: npt.ArrayLike) -> None:
+    def split(self, rows: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """The named columns of rows[..., dim], as views."""
+        return {name: rows[..., place] for name, place in self._columns.items()}
+
+    def join(self, grads: Mapping[str, npt.ArrayLike]) -> Float32s:
+        """Gradients of all columns, each [..., column's dim], as those of whole rows: float32[..., dim]."""
+        if set(grads) != set(self._columns):
+            raise InvalidArgument(
+                f"gradients of {', '.join(grads) or 'no columns'}",
+                table=self.name,
+                remedy=f"give those of {', '.join(self._columns) or 'whole rows'}",
+            )
+        parts = [np.asarray(grads[name], np.float32) for name in self._columns]
+        shapes = [
+            (*part.shape[:-1], place.stop - place.start)
+            for part, place in zip(parts, self._columns.values(), strict=True)
+        ]
+        if [p.shape for p in parts] != shapes or len({s[:-1] for s in shapes}) != 1:
+            raise InvalidArgument(
+                f"gradients of shapes {[p.shape for p in parts]}", table=self.name, remedy=f"give {shapes}"
+            )
+        return np.concatenate(parts, axis=-1)
+
+    def update(self, keys: npt.ArrayLike | Dictionary, grads: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> None:
         """One optimizer step with ``grads[n, dim]``, one row a key; duplicates are summed, absent keys ignored.
+
+        Parameters
+        ----------
+        keys : as `lookup` takes them
+        grads : float32[n, dim], or a mapping of all columns' names to float32[n, column's dim]
 
         Raises
         ------
         InvalidArgument
             `grads` has another shape than [n, dim], or holds NaN or infinities and the table's policy is to raise.
         """
-        g = np.ascontiguousarray(grads, np.float32)
+        g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
         try:
             if g.shape != (len(request.inverse), self.dim):
@@ -272,7 +301,6 @@ class Table:
             "step": self.step,
             **self.store.stats(),
             "admission_nbytes": 0 if self.admission is None else self.admission.nbytes,
-            "skipped_updates": self._n_skipped,
             "evicted_rows": self._n_evicted,
         }
 
@@ -371,37 +399,36 @@ class Request:
         lease, table = self._use(), self.table
         if train:
             table.store.create(lease, step, table.admission)
-        out = empty(len(lease.keys), table.dim)
+        out: Float32s = retained((len(lease.keys), table.dim))
         table.store.gather(lease, out)
         if table._default is not None:
             absent = _ext.absent(lease.slots, lease.padding)
             out[absent] = table._default(lease.keys[absent])
         return out
 
-    def update(self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int) -> None:
+    def update(
+        self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False
+    ) -> None:
         """Sum gradients per key in batch order and run the optimizer.
 
         Position p of the batch contributes ``scale[p] * values[rows[p]]``; see `hbkit._ext.segment.segment_sum`.
+        `finite` says that all of them are known to be finite.
         """
         lease, table = self._use(), self.table
-        grads = segment_sum(values, self.inverse, len(lease.keys), rows, scale)
-        if lease.padding >= 0:
-            grads[lease.padding] = 0
-        if _ext.all_finite(grads):
-            table.store.apply(lease, grads, table.optimizer, table.optimizer.hyper(step), step)
-            return
-        finite = _ext.finite_rows(grads)
-        bad = len(finite) - int(np.count_nonzero(finite))
-        if table.nonfinite == "raise":
-            raise nonfinite_gradient(f"{bad} of {len(finite)} keys", table=table.name, key=lease.keys[~finite][0])
-        table._n_skipped += bad
-        if lease.padding >= 0:
-            finite[lease.padding] = False
-        some = table.store.reserve(lease.keys[finite], lease.counts[finite])
-        try:
-            table.store.apply(some, grads[finite], table.optimizer, table.optimizer.hyper(step), step)
-        finally:
-            table.store.release(some)
+        grads = Segments(self.inverse, len(lease.keys)).of(values, rows, scale)
+        if table.nonfinite == "raise" and not finite and not all_finite(values, scale):
+            self._refuse_nonfinite(grads.sum())
+        hyper = table.optimizer.hyper(step)
+        table.store.apply(lease, grads, table.optimizer, hyper, step, skip=table.nonfinite == "skip")
+
+    def _refuse_nonfinite(self, sums: Float32s) -> None:
+        bad = ~_ext.finite_rows(sums)
+        if self._lease.padding >= 0:
+            bad[self._lease.padding] = False
+        if bad.any():
+            raise nonfinite_gradient(
+                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=self._lease.keys[bad][0]
+            )
 
     def _use(self) -> Any:
         if not self._open:
@@ -413,6 +440,11 @@ class Request:
         if self._open:
             self._open = False
             self.table.store.release(self._lease)
+
+
+def all_finite(values: Float32s, scale: Float32s | None) -> bool:
+    """Whether neither gradients nor what scales them hold NaN or infinities."""
+    return bool(_ext.all_finite(values) and (scale is None or _ext.all_finite(scale.reshape(-1, 1))))
 
 
 def nonfinite_gradient(of: str, **place: object) -> InvalidArgument:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.batch import absent, mixed
 from hbkit._ext.index import Index
+from hbkit._ext.segment import Gradients
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Float32s: TypeAlias = npt.NDArray[np.float32]
@@ -25,7 +26,10 @@ Float32s: TypeAlias = npt.NDArray[np.float32]
 class Rule(Protocol):
     """An optimizer as a store sees it: which kernel, how much state a row needs, and how that state begins."""
 
-    code: ClassVar[int]
+    @property
+    def code(self) -> int | tuple[tuple[int, int, int, int], ...]:
+        """The kernel's number; or (number, column, n_columns, state) for each of several slices of a row."""
+        ...
 
     def n_state(self, dim: int) -> int:
         """Floats of state beside a row of `dim`."""
@@ -214,8 +218,14 @@ class Store(Protocol):
         """Copy the first columns of lines to ``out[u, w]``, w <= dim + n_state; zeros where a key is absent."""
         ...
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
-        """One optimizer step with the summed gradients ``grads[u, dim]``; absent keys are ignored and counted."""
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
+        """One optimizer step with gradients ``[u, dim]`` summed per key, or to be summed.
+
+        Absent keys are ignored and counted, which is returned; with `skip`, keys whose gradient is NaN or infinite keep
+        their rows and are counted as skipped.
+        """
         ...
 
     def release(self, lease: Lease) -> None:

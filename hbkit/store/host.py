@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hbkit._ext.batch import absent
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
+from hbkit._ext.segment import Gradients
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import SchemaMismatch
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
@@ -51,10 +52,10 @@ class HostStore:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._index = Index()
-        self._slabs = Slabs(layout.width)
+        self._slabs = Slabs(layout.width, dim=layout.dim)
         self._metadata = Metadata(layout.metadata)
         self._erasures = self._creations = 0
-        self._n_ignored = 0
+        self._n_ignored = self._n_skipped = 0
         self._n_commits = 0
         self._lock = SharedLock()  # exclusive: keys come or go
         self._updating = threading.Lock()  # one thread at a time writes rows and metadata in place
@@ -116,11 +117,13 @@ class HostStore:
             lease.refresh(self._index, self._version)
             self._slabs.gather(lease.slots, out)
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
-            self._slabs.apply(rule.code, lease.slots, grads, hyper)
+            self._n_skipped += self._slabs.apply(rule.code, lease.slots, grads, hyper, bad="skip" if skip else "apply")
             ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
@@ -204,6 +207,7 @@ class HostStore:
                 "lines_nbytes": self._slabs.nbytes,
                 "metadata_nbytes": self._metadata.nbytes,
                 "ignored_updates": self._n_ignored,
+                "skipped_updates": self._n_skipped,
             }
 
     def validate(self) -> None:

@@ -25,9 +25,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent
+from hbkit._ext.batch import absent, all_finite, finite_rows
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
+from hbkit._ext.segment import Gradients
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, HbkitError, SchemaMismatch, StorageError
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
@@ -51,7 +52,7 @@ class Lines(Protocol):
         """Write whole lines; slots are >= 0."""
         ...
 
-    def apply(self, rule: int, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
+    def apply(self, rule: Any, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
         """One optimizer step on distinct slots; -1 is skipped."""
         ...
 
@@ -109,7 +110,8 @@ class TieredStore(ABC):
         self._erasures = self._creations = 0
         self._failed: BaseException | None = None
         self._closed = False
-        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_ignored = self._n_commits = 0
+        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_commits = 0
+        self._n_ignored = self._n_skipped = 0
         self._lock = threading.RLock()
 
     # --- what a tier is ---------------------------------------------------------------------------------------
@@ -341,22 +343,29 @@ class TieredStore(ABC):
             self._refresh(lease)
             self._gather(lease.slots, lease.keys, out)
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
+        sums = grads.sum() if isinstance(grads, Gradients) else grads
         with self._whole():
             cache, near = self._use()
             self._refresh(lease)
-            slots = self._slots(lease.slots)
-            near.apply(rule.code, slots, grads, hyper)
+            rows = lease.slots
+            if skip and not all_finite(sums):
+                rows = np.where(finite_rows(sums), rows, -1)
+                self._n_skipped += int(np.count_nonzero(rows != lease.slots))
+            slots = self._slots(rows)
+            near.apply(rule.code, slots, sums, hyper)
             cache.dirty[slots[slots >= 0]] = True
-            for some in self._away(lease.slots, slots):
-                rows, keys, n = lease.slots[some], lease.keys[some], len(some)
-                lines = self._read_home(rows, keys)
+            for some in self._away(rows, slots):
+                held, keys, n = rows[some], lease.keys[some], len(some)
+                lines = self._read_home(held, keys)
                 self._scratch.reserve(n)
                 self._scratch.scatter(np.arange(n), lines)
-                self._scratch.apply(rule.code, np.arange(n), grads[some], hyper)
+                self._scratch.apply(rule.code, np.arange(n), sums[some], hyper)
                 self._scratch.gather(np.arange(n), lines)
-                self._write_home(rows, keys, lines)
+                self._write_home(held, keys, lines)
             ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
             self._metadata_changed(lease.slots)
             self._n_ignored += ignored
@@ -491,6 +500,7 @@ class TieredStore(ABC):
                 "evictions": self._n_evictions,
                 "streamed_rows": self._n_streamed,
                 "ignored_updates": self._n_ignored,
+                "skipped_updates": self._n_skipped,
                 **self._home_stats(),
             }
 

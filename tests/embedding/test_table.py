@@ -7,9 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbkit.embedding import SGD, Adagrad, CountAdmission, IdleSteps, L2Below, MaxRows, Normal, Table
+from hbkit import snapshot
+from hbkit.embedding import (
+    SGD,
+    Adagrad,
+    Collection,
+    Column,
+    Constant,
+    CountAdmission,
+    IdleSteps,
+    L2Below,
+    MaxRows,
+    Normal,
+    Table,
+)
 from hbkit.errors import InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary
+from hbkit.store import cached_ssd, host_memory
 
 KEY = st.one_of(st.integers(-4, 4), st.integers(-(2**63), 2**63 - 1))
 
@@ -281,3 +295,70 @@ def test_table_without_metadata_keeps_none_and_says_so():
     for rule in (IdleSteps(1), MaxRows(1)):
         with pytest.raises(InvalidArgument, match="metadata=False"):
             table(metadata=False, eviction=[rule])
+
+
+COLUMNS = {
+    "embedding": Column(3, optimizer=Adagrad(lr=0.5)),
+    "linear": Column(1, initializer=Constant(0.25), optimizer=SGD(lr=2.0, momentum=0.5)),
+    "rest": Column(2),
+}
+
+
+@pytest.mark.parametrize("place", ["host", "ssd"])
+def test_table_of_columns_equals_a_table_a_column(place, tmp_path):
+    def store(name):
+        return host_memory() if place == "host" else cached_ssd(tmp_path / name, "256KiB")
+
+    def one(column, name):
+        return Table(
+            name,
+            column.dim,
+            initializer=lambda table, keys, dim: (column.initializer or Normal(0, 1))(f"t/{name}", keys, dim),
+            optimizer=column.optimizer or SGD(lr=1.0),
+        )
+
+    t = Table(
+        "t", columns=COLUMNS, initializer=Normal(0, 1), optimizer=SGD(lr=1.0), store=store("whole"), padding_key=0
+    )
+    assert t.dim == 6 and t.optimizer.n_state(6) == 3 + 1
+    apart, rng = {name: one(c, name) for name, c in COLUMNS.items()}, np.random.default_rng(0)
+    for _ in range(5):
+        keys = rng.integers(1, 30, 20)
+        got = t.split(t.lookup(keys, train=True))
+        grads = {name: rng.normal(size=(20, c.dim)).astype(np.float32) for name, c in COLUMNS.items()}
+        for name, single in apart.items():
+            assert np.array_equal(got[name], single.lookup(keys, train=True))
+            single.update(keys, grads[name])
+        t.update(keys, grads)
+    snapshot.save(tmp_path / "model", [t], t.step)
+    again = Table("t", columns=COLUMNS, initializer=Normal(0, 1), optimizer=SGD(lr=1.0))
+    assert snapshot.load(tmp_path / "model", [again]).notes == []
+    for mine, theirs in zip(t.store.scan(), again.store.scan(), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    other = Table("t", columns={**COLUMNS, "linear": Column(1)}, optimizer=SGD(lr=1.0, momentum=0.5))
+    assert "state" in snapshot.load(tmp_path / "model", [other]).notes[0]
+    t.close()
+
+
+def test_collection_takes_gradients_of_columns():
+    t = Table("t", columns=COLUMNS, optimizer=SGD(lr=1.0))
+    c = Collection([t], pooling="sum")
+    staged = c.stage({"t": np.array([1, 2, 1])})
+    before = t.split(staged.outputs()["t"].copy())
+    staged.apply({"t": {name: np.ones((3, column.dim), np.float32) for name, column in COLUMNS.items()}})
+    after = t.split(t.lookup([1, 2, 1]))
+    assert np.allclose(after["rest"], before["rest"] - [[2], [1], [2]])
+    assert np.allclose(after["linear"], 0.25 - np.array([[4], [2], [4]]))
+
+
+def test_table_refuses_columns_that_do_not_fit():
+    for kw in ({"columns": {}}, {"columns": COLUMNS, "dim": 5}, {"dim": None}):
+        with pytest.raises(InvalidArgument, match="table t"):
+            Table("t", **kw)
+    with pytest.raises(InvalidArgument):
+        Column(0)
+    t = Table("t", columns=COLUMNS)
+    for grads in ({"embedding": np.ones((1, 3))}, {n: np.ones((1, 2)) for n in COLUMNS}):
+        with pytest.raises(InvalidArgument, match="table t"):
+            t.update([1], grads)
+    assert table().split(np.ones((2, 4))) == {}
