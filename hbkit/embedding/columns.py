@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbkit.embedding.initializers import Initializer
+from hbkit.embedding.initializers import Constant, Initializer, Normal, TruncatedNormal, Uniform, _stream
 from hbkit.embedding.optimizers import Optimizer
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Float32s, Int64s
@@ -108,3 +108,20 @@ def divide(
     named = tuple(f"{n}:{dim}:{type(rule).__name__}" for n, (dim, rule) in zip(columns, rules, strict=True))
     first = tuple((name, c.dim, c.initializer or initializer) for name, c in columns.items())
     return places, ColumnInitializer(first), ColumnOptimizer(named, rules)
+
+
+def draws(initializer: Initializer, table: str, dim: int) -> list[tuple[str, float, float, int, int, int]] | None:
+    """Rows as `hbkit._ext.slabs.Slabs.fill` draws them, None where the initializer is another's."""
+    if isinstance(initializer, ColumnInitializer):
+        out, at = [], 0
+        for name, width, part in initializer.columns:
+            some = draws(part, f"{table}/{name}", width)
+            if some is None:
+                return None
+            out += [(*draw[:4], draw[4] + at, draw[5]) for draw in some]
+            at += width
+        return out
+    if type(initializer) not in (Constant, Normal, TruncatedNormal, Uniform):
+        return None
+    kind, a, b, seed = initializer._parameters()
+    return [(kind, a, b, _stream(seed, table), 0, dim)]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hbkit._ext import batch as _ext
 from hbkit._ext.segment import Segments, expand, retained
 from hbkit.embedding.admission import Admission
-from hbkit.embedding.columns import Column, ColumnOptimizer, divide
+from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
 from hbkit.embedding.initializers import Initializer, Normal
 from hbkit.embedding.optimizers import Adagrad, Optimizer
@@ -135,9 +135,9 @@ class Table:
         self.admission = admission.open() if admission is not None else None
         self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
-        self.store = (store or host_memory()).open(
-            Layout(name, self.dim, self.optimizer.initial_state(self.dim), initialize, metadata)
-        )
+        state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
+        layout = Layout(name, self.dim, state, initialize, metadata, fill)
+        self.store = (store or host_memory()).open(layout)
         self.step = self.store.latest_step()
         if self.admission is not None and (kept := self.store.kept()):
             try:

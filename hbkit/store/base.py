@@ -7,7 +7,7 @@ rows out, ``apply`` runs the optimizer in place, ``release`` lets go. Results ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -54,6 +54,8 @@ class Layout:
         State of a new row.
     initialize : callable
         ``initialize(keys: int64[n]) -> float32[n, dim]``, a pure function of each key.
+    draws : sequence of tuples, optional
+        The same rows as `hbkit._ext.slabs.Slabs.fill` takes them, where it can draw them itself.
     metadata : bool
         Whether frequency and last step of each row are kept; else every row shows 0 and the table's latest step.
     """
@@ -63,6 +65,7 @@ class Layout:
     initial_state: Float32s
     initialize: Callable[[Int64s], Float32s]
     metadata: bool = True
+    draws: Sequence[tuple[str, float, float, int, int, int]] | None = None
 
     @property
     def width(self) -> int:

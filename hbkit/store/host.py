@@ -104,9 +104,13 @@ class HostStore:
         with admitted(admission, keys, lease.counts[missing]) as some:
             missing, keys = missing[some], keys[some]
             if len(keys):
-                lines = self.layout.new_lines(keys)
+                layout = self.layout
+                lines = layout.new_lines(keys) if layout.draws is None else None
                 slots = self._insert(keys)
-                self._slabs.scatter(slots, lines)
+                if lines is None:
+                    self._slabs.fill(slots, keys, layout.draws, layout.initial_state)
+                else:
+                    self._slabs.scatter(slots, lines)
                 self._metadata.clear(slots)
                 lease.slots[missing], lease.version = slots, self._version
         return len(keys)
