@@ -5,18 +5,33 @@ from hbkit.embedding.collection import Collection, SequenceOutput, Staged
 from hbkit.embedding.eviction import IdleSteps, L2Below
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
-from hbkit.embedding.optimizers import SGD, Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, RowWiseAdam
+from hbkit.embedding.optimizers import (
+    SGD,
+    Adagrad,
+    AdagradDecay,
+    Adam,
+    AdamW,
+    Cosine,
+    Exponential,
+    Ftrl,
+    RowWiseAdagrad,
+    RowWiseAdam,
+    Warmup,
+)
 from hbkit.embedding.table import Table
 
 __all__ = [
     "SGD",
     "Adagrad",
+    "AdagradDecay",
     "Adam",
     "AdamW",
     "BloomAdmission",
     "Collection",
     "Constant",
+    "Cosine",
     "CountAdmission",
+    "Exponential",
     "Ftrl",
     "IdleSteps",
     "L2Below",
@@ -30,5 +45,6 @@ __all__ = [
     "Table",
     "TruncatedNormal",
     "Uniform",
+    "Warmup",
     "lookahead",
 ]
