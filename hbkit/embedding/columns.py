@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbkit.embedding.initializers import Constant, Initializer, Normal, TruncatedNormal, Uniform, _stream
+from hbkit.embedding.initializers import Constant, Initializer, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.optimizers import Optimizer
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Float32s, Int64s
@@ -121,7 +121,4 @@ def draws(initializer: Initializer, table: str, dim: int) -> list[tuple[str, flo
             out += [(*draw[:4], draw[4] + at, draw[5]) for draw in some]
             at += width
         return out
-    if type(initializer) not in (Constant, Normal, TruncatedNormal, Uniform):
-        return None
-    kind, a, b, seed = initializer._parameters()
-    return [(kind, a, b, _stream(seed, table), 0, dim)]
+    return [initializer.draw(table, 0, dim)] if type(initializer) in (Constant, Normal, TruncatedNormal, Uniform) else None
