@@ -242,6 +242,8 @@ static int initialize(int kind, double a, double b, uint64_t seed, const int64_t
 
 extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA); /* decode.c */
 HB_SNAPPY_DECLARE(PASTE(hb_snappy_, HBKIT_ISA)); /* snappy_kernel.c */
+extern const hb_indexers PASTE(hb_indexers_, HBKIT_ISA); /* index_kernel.c */
 
 const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
-    TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize, &PASTE(hb_decoders_, HBKIT_ISA), PASTE(hb_snappy_, HBKIT_ISA)};
+    TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize, &PASTE(hb_decoders_, HBKIT_ISA), PASTE(hb_snappy_, HBKIT_ISA),
+    &PASTE(hb_indexers_, HBKIT_ISA)};
