@@ -121,4 +121,6 @@ def draws(initializer: Initializer, table: str, dim: int) -> list[tuple[str, flo
             out += [(*draw[:4], draw[4] + at, draw[5]) for draw in some]
             at += width
         return out
-    return [initializer.draw(table, 0, dim)] if type(initializer) in (Constant, Normal, TruncatedNormal, Uniform) else None
+    return (
+        [initializer.draw(table, 0, dim)] if type(initializer) in (Constant, Normal, TruncatedNormal, Uniform) else None
+    )

@@ -351,7 +351,8 @@ def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
 def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
     """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
     if not any(isinstance(part, Dictionary) for part in parts):
-        return dedupe(np.concatenate(parts) if len(parts) > 1 else parts[0])  # type: ignore[arg-type]
+        whole: Any = dedupe(np.concatenate(parts) if len(parts) > 1 else parts[0])  # type: ignore[arg-type]
+        return tuple(whole)
     keys, counts, used = [], [], []
     for part in parts:
         if isinstance(part, Dictionary):

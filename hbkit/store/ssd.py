@@ -37,7 +37,7 @@ from hbkit.store.base import Float32s, Int64s, Layout
 from hbkit.store.cache import LINE_NBYTES, WAYS, as_nbytes
 from hbkit.store.policy import Policy, make_policy
 from hbkit.store.segments import SEGMENT_NBYTES, Segments, storage_error, sync_directory, write_all
-from hbkit.store.tier import Lines, TieredStore, budget_exceeded, grown, index_entries
+from hbkit.store.tier import Lines, TieredStore, budget_exceeded, grown, index_nbytes, room_for
 
 FORMAT = "hbkit-ssd"
 VERSION = 1
@@ -209,8 +209,8 @@ class SsdStore(TieredStore):
         return rows
 
     def _capacity(self, n_rows: int) -> int:
-        entries = index_entries(n_rows)
-        fixed = 12 * entries + (4 + self.row_nbytes) * (entries * 3 // 4)  # 4: the index's list of free slots
+        room = room_for(n_rows)
+        fixed = index_nbytes(room) + self.row_nbytes * room
         n_lines = (self._budget - self._scratch_nbytes - fixed) // self._least_line
         if n_lines < 1:
             least = fixed + WAYS * self._least_line

@@ -65,12 +65,17 @@ class TierLease(Lease):
     __hash__ = object.__hash__
 
 
-def index_entries(n_rows: int) -> int:
-    """Entries of an `Index` that has room for `n_rows`."""
-    entries = 64
-    while entries * 3 // 4 < n_rows:
-        entries *= 2
-    return entries
+def room_for(n_rows: int) -> int:
+    """Rows to make room for where there are `n_rows`: the next of a doubling sequence."""
+    room = 48
+    while room < n_rows:
+        room *= 2
+    return room
+
+
+def index_nbytes(n_rows: int) -> int:
+    """Bytes that an `Index` of `n_rows` takes at the most."""
+    return 24 * n_rows + 8192
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:
@@ -188,7 +193,7 @@ class TieredStore(ABC):
             n_lines = self._capacity(n_rows)
             if n_lines < self._use()[0].n_lines:
                 self._resize(n_lines)
-            self._grow(index_entries(n_rows) * 3 // 4)
+            self._grow(room_for(n_rows))
 
     def _slots(self, rows: Int64s) -> Int64s:
         """Lines of rows, -1 where a row is absent (-1) or only at home."""

@@ -682,3 +682,14 @@ def test_ssd_keeps_the_counts_of_admission(tmp_path, rule):
     path.unlink()
     with pytest.raises(errors.Corrupt, match="missing"):
         table()
+
+
+@pytest.mark.parametrize("n", [40, 300, 5000, 90_000])
+def test_ssd_budget_has_room_for_the_index(tmp_path, n):
+    t = table_of(cached_ssd(tmp_path, host_budget=n * 100 + 300_000), dim=2)
+    for keys in np.array_split(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, n), 7):
+        t.lookup(keys, train=True)
+        t.store.validate()  # which holds all memory against the budget
+    t.store.erase(keys)
+    t.store.validate()
+    t.close()
