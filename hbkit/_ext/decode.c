@@ -383,11 +383,11 @@ static int64_t row_starts(const uint64_t *starts, const uint64_t *elements, int6
     return to;
 }
 
-#define EXPAND(type)                                                                             \
+#define EXPAND(type, stop)                                                                       \
     do {                                                                                         \
         const type *in = values;                                                                 \
         type *to_ = out, fill_ = (type)fill;                                                     \
-        for (; i < to; i++) {                                                                    \
+        for (; i < (stop); i++) {                                                                \
             if (slots && !(slots[i >> 6] >> (i & 63) & 1)) continue;                             \
             uint64_t bit = valid[i >> 6] >> (i & 63) & 1;                                        \
             to_[k++] = bit ? in[j] : fill_;                                                      \
@@ -395,34 +395,38 @@ static int64_t row_starts(const uint64_t *starts, const uint64_t *elements, int6
         }                                                                                        \
     } while (0)
 
+#if defined(__AVX512F__)
+/* A vector of entries at a time, from a line's beginning on if they go around the caches; type, its bits, entries. */
+#define EXPAND_VECTORS(type, width, n)                                                                           \
+    do {                                                                                                         \
+        __m512i filler = _mm512_set1_epi##width((type)fill);                                                     \
+        if (past_cache) EXPAND(type, min64(to, from + (int64_t)((-(uintptr_t)out & 63) / sizeof(type))));        \
+        for (; i + n <= to; i += n, k += n) {                                                                    \
+            uint64_t bits = valid[i >> 6] >> (i & 63);                                                           \
+            if ((i & 63) > 64 - n) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));                               \
+            __m512i x = _mm512_loadu_si512((const type *)values + j);                                            \
+            x = _mm512_mask_expand_epi##width(filler, (__mmask##n)bits, x);                                      \
+            if (past_cache) _mm512_stream_si512((void *)((type *)out + k), x);                                   \
+            else _mm512_storeu_si512((type *)out + k, x);                                                        \
+            j += __builtin_popcountll(bits & ((1 << n) - 1));                                                    \
+        }                                                                                                        \
+        if (past_cache) _mm_sfence();                                                                            \
+    } while (0)
+#endif
+
 static int64_t expand(const uint64_t *slots, const uint64_t *valid, int64_t from, int64_t to, const void *values,
-                      int64_t item, uint64_t fill, void *restrict out) {
+                      int64_t item, uint64_t fill, void *restrict out, int past_cache) {
     int64_t i = from, j = 0, k = 0;
 #if defined(__AVX512F__)
-    if (!slots && item == 8) {
-        __m512i filler = _mm512_set1_epi64((long long)fill);
-        for (; i + 8 <= to; i += 8, k += 8) {
-            uint64_t bits = valid[i >> 6] >> (i & 63);
-            if ((i & 63) > 56) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));
-            __m512i x = _mm512_loadu_si512((const uint64_t *)values + j);
-            _mm512_storeu_si512((uint64_t *)out + k, _mm512_mask_expand_epi64(filler, (__mmask8)bits, x));
-            j += __builtin_popcountll(bits & 255);
-        }
-    } else if (!slots && item == 4) {
-        __m512i filler = _mm512_set1_epi32((int)fill);
-        for (; i + 16 <= to; i += 16, k += 16) {
-            uint64_t bits = valid[i >> 6] >> (i & 63);
-            if ((i & 63) > 48) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));
-            __m512i x = _mm512_loadu_si512((const uint32_t *)values + j);
-            _mm512_storeu_si512((uint32_t *)out + k, _mm512_mask_expand_epi32(filler, (__mmask16)bits, x));
-            j += __builtin_popcountll(bits & 65535);
-        }
-    }
+    if (!slots && item == 8) EXPAND_VECTORS(uint64_t, 64, 8);
+    else if (!slots && item == 4) EXPAND_VECTORS(uint32_t, 32, 16);
+#else
+    (void)past_cache;
 #endif
-    if (item == 8) EXPAND(uint64_t);
-    else if (item == 4) EXPAND(uint32_t);
-    else if (item == 2) EXPAND(uint16_t);
-    else EXPAND(uint8_t);
+    if (item == 8) EXPAND(uint64_t, to);
+    else if (item == 4) EXPAND(uint32_t, to);
+    else if (item == 2) EXPAND(uint16_t, to);
+    else EXPAND(uint8_t, to);
     return k;
 }
 
