@@ -314,9 +314,7 @@ class Epoch:
         """Rows of a batch, or of a shuffle's window: what is to be one piece of memory."""
         return self.shuffle.buffer_rows if self.shuffle else self.batch_size
 
-    def _windows(
-        self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads
-    ) -> Generator[Piece, None, None]:
+    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads) -> Generator[Piece, None, None]:
         """The stream cut into windows and shuffled within each; windows without rows of this shard are left out."""
         size, parts, sizes, current = shuffle.buffer_rows, list[Columns](), list[int](), 0
 
