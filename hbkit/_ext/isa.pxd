@@ -55,22 +55,50 @@ cdef extern from "decode.h" nogil:
 
 cdef extern from "kernels.h" nogil:
     ctypedef struct hb_slabs:
-        float **chunks
-        int64_t width
-        int32_t shift
+        char **chunks
+        int64_t dim, n_state, row_stride, state_stride, state_at
+        int32_t shift, dtype
 
-    float *hb_line(const hb_slabs *, int64_t)
+    ctypedef struct hb_gradients:
+        const float *values
+        int64_t dim, n_segments
+        const int32_t *order
+        const int32_t *starts
+        const int64_t *rows
+        const float *scale
+
+    ctypedef struct hb_part:
+        int64_t rule, column, dim, state
+        const float *hyper
+
+    ctypedef struct hb_update:
+        const int64_t *slots
+        hb_gradients g
+        const hb_part *parts
+        int64_t n_parts
+        int32_t skip
+        const int64_t *keys
+        uint64_t seed
+        uint32_t step
+        void *scratch
+
+    ctypedef struct hb_draw:
+        int64_t kind, column, dim
+        double a, b
+        uint64_t seed
 
     ctypedef struct hb_kernels:
         const char *name
         void (*gather)(const hb_slabs *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
+        void (*scatter)(const hb_slabs *, const int64_t *, int64_t, int64_t, int64_t, const float *,
+                        int64_t) noexcept nogil
+        void (*expand)(const float *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
         void (*pool)(const float *, const int64_t *, const int64_t *, const float *, const float *, int64_t, int64_t,
                      float *) noexcept nogil
-        void (*segment_sum)(const float *, const int64_t *, const float *, const int64_t *, const int64_t *, int64_t,
-                            int64_t, float *) noexcept nogil
-        int (*apply)(int, const hb_slabs *, const int64_t *, int64_t, int64_t, const float *,
-                     const float *) noexcept nogil
-        int (*initialize)(int, double, double, uint64_t, const int64_t *, int64_t, int64_t, float *) noexcept nogil
+        void (*segment_sum)(const hb_gradients *, float *) noexcept nogil
+        int64_t (*apply)(const hb_slabs *, const hb_update *) noexcept nogil
+        int64_t (*count_bad)(const float *, int64_t, int64_t) noexcept nogil
+        int (*initialize)(const hb_draw *, const int64_t *, int64_t, float *, int64_t) noexcept nogil
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
 
@@ -80,6 +108,7 @@ cdef extern from "kernels.h" nogil:
     void hb_fp_leave(hb_fp_state)
     void hb_philox(const uint32_t *, const uint32_t *, uint32_t *)
     uint64_t hb_mix64(uint64_t)
-    int HB_HYPER
+    int HB_HYPER, HB_RULES
+    size_t HB_SCRATCH(int64_t)
 
 cdef const hb_kernels *kernels() noexcept nogil

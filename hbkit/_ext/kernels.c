@@ -9,21 +9,216 @@
 #define PASTE(a, b) PASTE2(a, b)
 #define TEXT2(a) #a
 #define TEXT(a) TEXT2(a)
+#define INLINE static inline __attribute__((always_inline))
 
-enum { AHEAD = 16 }; /* lines prefetched before use: hides one memory access behind sixteen */
+/* Registers as wide as the instruction set has them; element by element, so the width changes no bit. */
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-static void gather(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t dim, float *restrict out) {
-    for (int64_t i = 0; i < n; i++) {
-        if (i + AHEAD < n && slots[i + AHEAD] >= 0) __builtin_prefetch(hb_line(s, slots[i + AHEAD]));
-        if (slots[i] >= 0)
-            memcpy(out + i * dim, hb_line(s, slots[i]), (size_t)dim * sizeof(float));
+/* A body is compiled for the dims that are common, as constants, and for any other. */
+#define BY_DIM(dim, call) \
+    switch (dim) {        \
+    case 16: call(16);    \
+    case 32: call(32);    \
+    case 64: call(64);    \
+    case 128: call(128);  \
+    default: call(dim);   \
+    }
+
+/* ---- memory: slots are random, so every pass asks for its lines ahead of their use ---- */
+
+INLINE void fetch(const void *p, int64_t nbytes, int write) {
+    for (int64_t i = 0; i < nbytes; i += 64)
+        if (write)
+            __builtin_prefetch((const char *)p + i, 1);
         else
-            memset(out + i * dim, 0, (size_t)dim * sizeof(float));
+            __builtin_prefetch((const char *)p + i);
+}
+
+/* How many rows ahead: sixteen, or what about 4 KiB hold. */
+INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 128 ? 32 : row_nbytes <= 256 ? 16 : row_nbytes <= 1024 ? 8 : 2; }
+
+INLINE int64_t item_nbytes(const hb_slabs *s) { return s->dtype == HB_FLOAT32 ? 4 : 2; }
+
+INLINE float from_bits(uint32_t b) {
+    float x;
+    memcpy(&x, &b, 4);
+    return x;
+}
+
+INLINE uint32_t to_bits(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    return b;
+}
+
+/* ---- narrow rows ---- */
+
+INLINE float widen(int dtype, uint16_t h) {
+    if (dtype == HB_BFLOAT16) return from_bits((uint32_t)h << 16);
+    /* Times 2^112 moves the exponent to float32's range, denormals included; infinity and NaN need their own. */
+    float x = from_bits((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f;
+    uint32_t b = to_bits(x);
+    b = (h & 0x7C00) == 0x7C00 ? b | 0x7F800000u : b;
+    return from_bits(b | (uint32_t)(h & 0x8000) << 16);
+}
+
+/* Rounds x up or down by 16 random bits (stochastic), or to the nearest value, ties to even. What the narrow type can
+ * hold stays as it is, and what is finite stays finite. */
+INLINE uint16_t narrow(int dtype, float x, int stochastic, uint32_t random) {
+    uint32_t b = to_bits(x), sign = b >> 16 & 0x8000, out;
+    b &= 0x7FFFFFFF;
+    if (dtype == HB_BFLOAT16) {
+        uint32_t r = stochastic ? random & 0xFFFF : 0x7FFF + (b >> 16 & 1);
+        out = (b + r) >> 16;
+        out = out >= 0x7F80 ? 0x7F7F : out;
+        out = b > 0x7F800000u ? 0x7FC0 : b == 0x7F800000u ? 0x7F80 : out;
+    } else {
+        uint32_t r = stochastic ? random & 0x1FFF : 0xFFF + (b >> 13 & 1);
+        out = ((b + r) >> 13) - (112 << 10);
+        out = out >= 0x7C00 ? 0x7BFF : out;
+        /* Below 2^-14 the step is 2^-24: count steps instead. */
+        float steps = from_bits(b < 0x38800000u ? b : 0) * 0x1p24f;
+        uint32_t few = stochastic ? (uint32_t)(int32_t)(steps + (float)(int32_t)(random & 0x1FFF) * 0x1p-13f)
+                                  : to_bits(steps + 0x1p23f) & 0x7FFFFF;
+        out = b < 0x38800000u ? few : out;
+        out = b > 0x7F800000u ? 0x7E00 : b == 0x7F800000u ? 0x7C00 : out;
+    }
+    return (uint16_t)(out | sign);
+}
+
+INLINE void widen_as(int dtype, const uint16_t *restrict from, int64_t n, float *restrict to) {
+    for (int64_t j = 0; j < n; j++) to[j] = widen(dtype, from[j]);
+}
+
+static void widen_row(int dtype, const uint16_t *from, int64_t n, float *to) {
+    if (dtype == HB_BFLOAT16)
+        widen_as(HB_BFLOAT16, from, n, to);
+    else
+        widen_as(HB_FLOAT16, from, n, to);
+}
+
+INLINE void narrow_as(int dtype, const float *restrict from, const uint16_t *restrict noise, int64_t n,
+                      uint16_t *restrict to) {
+    if (noise)
+        for (int64_t j = 0; j < n; j++) to[j] = narrow(dtype, from[j], 1, noise[j]);
+    else
+        for (int64_t j = 0; j < n; j++) to[j] = narrow(dtype, from[j], 0, 0);
+}
+
+static void narrow_row(int dtype, const float *from, const uint16_t *noise, int64_t n, uint16_t *to) {
+    if (dtype == HB_BFLOAT16)
+        narrow_as(HB_BFLOAT16, from, noise, n, to);
+    else
+        narrow_as(HB_FLOAT16, from, noise, n, to);
+}
+
+/* ---- rows out and in ---- */
+
+INLINE void gather_as(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+    int64_t d = ahead(width * 4);
+    for (int64_t i = 0; i < n; i++) {
+        if (i + d < n && slots[i + d] >= 0) fetch(hb_row(s, slots[i + d]), width * 4, 0);
+        if (slots[i] >= 0)
+            memcpy(out + i * width, hb_row(s, slots[i]), (size_t)width * sizeof(float));
+        else
+            memset(out + i * width, 0, (size_t)width * sizeof(float));
+    }
+}
+
+static void gather(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+    if (s->dtype == HB_FLOAT32 && width <= s->dim) {
+#define GATHER(dim) gather_as(s, slots, n, dim, out); return
+        BY_DIM(width, GATHER)
+    }
+    int64_t columns = width < s->dim ? width : s->dim, d = ahead(width * 4);
+    for (int64_t i = 0; i < n; i++) {
+        float *to = out + i * width;
+        if (i + d < n && slots[i + d] >= 0) {
+            fetch(hb_row(s, slots[i + d]), columns * item_nbytes(s), 0);
+            if (width > columns) fetch(hb_state(s, slots[i + d]), (width - columns) * 4, 0);
+        }
+        if (slots[i] < 0) {
+            memset(to, 0, (size_t)width * sizeof(float));
+            continue;
+        }
+        if (s->dtype == HB_FLOAT32)
+            memcpy(to, hb_row(s, slots[i]), (size_t)columns * sizeof(float));
+        else
+            widen_row(s->dtype, hb_row(s, slots[i]), columns, to);
+        memcpy(to + columns, hb_state(s, slots[i]), (size_t)(width - columns) * sizeof(float));
+    }
+}
+
+static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
+                    const float *lines, int64_t stride) {
+    int64_t columns = column >= s->dim ? 0 : column + width < s->dim ? width : s->dim - column;
+    int64_t first = column > s->dim ? column - s->dim : 0; /* of the state */
+    for (int64_t i = 0; i < n; i++) {
+        const float *from = lines + i * stride;
+        if (i + 8 < n) {
+            fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s), 1);
+            fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4, 1);
+        }
+        if (s->dtype == HB_FLOAT32)
+            memcpy((float *)hb_row(s, slots[i]) + column, from, (size_t)columns * sizeof(float));
+        else
+            narrow_row(s->dtype, from, NULL, columns, (uint16_t *)hb_row(s, slots[i]) + column);
+        memcpy(hb_state(s, slots[i]) + first, from + columns, (size_t)(width - columns) * sizeof(float));
+    }
+}
+
+INLINE void expand_as(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {
+    int64_t d = ahead(dim * 4);
+    for (int64_t i = 0; i < n; i++) {
+        if (i + d < n) fetch(rows + index[i + d] * dim, dim * 4, 0);
+        memcpy(out + i * dim, rows + index[i] * dim, (size_t)dim * sizeof(float));
+    }
+}
+
+static void expand(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {
+#define EXPAND(dim) expand_as(rows, index, n, dim, out); break
+    BY_DIM(dim, EXPAND)
+}
+
+/* ---- sums ---- */
+
+INLINE void pool_wide(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
+                      const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
+    int64_t end = splits[n_out], d = ahead(dim * 4);
+    for (int64_t b = 0; b < n_out; b++) {
+        vec sum[128 / LANES];
+        for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
+        for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
+            if (p + d < end) fetch(rows + inverse[p + d] * dim, dim * 4, 0);
+            const vec *row = (const vec *)(rows + inverse[p] * dim);
+            if (weight)
+                for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
+            else
+                for (int64_t k = 0; k < dim / LANES; k++) sum[k] += row[k];
+        }
+        vec *to = (vec *)(out + b * dim);
+        for (int64_t k = 0; k < dim / LANES; k++) to[k] = sum[k];
+        if (row_scale)
+            for (int64_t k = 0; k < dim / LANES; k++) to[k] *= row_scale[b];
     }
 }
 
 static void pool(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
+#define POOL(dim) pool_wide(rows, inverse, splits, weight, row_scale, n_out, dim, out); return
+    switch (dim) {
+    case 16: POOL(16);
+    case 32: POOL(32);
+    case 64: POOL(64);
+    case 128: POOL(128);
+    }
     for (int64_t b = 0; b < n_out; b++) {
         float *restrict to = out + b * dim;
         memset(to, 0, (size_t)dim * sizeof(float));
@@ -39,39 +234,97 @@ static void pool(const float *rows, const int64_t *inverse, const int64_t *split
     }
 }
 
+INLINE const float *term(const hb_gradients *g, int64_t p, int64_t dim) {
+    return g->values + (g->rows ? g->rows[p] : p) * dim;
+}
+
+/* Asks for the gradient of the position that comes `d` later in the order, whatever its segment. */
+INLINE void fetch_term(const hb_gradients *g, int64_t i, int64_t d, int64_t end, int64_t dim) {
+    if (i + d < end) fetch(term(g, g->order[i + d], dim), dim * 4, 0);
+}
+
 enum { TILE = 256 }; /* columns of a block sum held on the stack */
 
-static void segment_sum(const float *values, const int64_t *rows, const float *scale, const int64_t *order,
-                        const int64_t *starts, int64_t n_segments, int64_t dim, float *restrict out) {
+INLINE void sum_any(const hb_gradients *g, int64_t begin, int64_t end, int64_t dim, float *restrict total) {
     float block[TILE];
-    for (int64_t s = 0; s < n_segments; s++) {
-        float *restrict total = out + s * dim;
-        int64_t begin = starts[s], end = starts[s + 1];
-        if (begin == end) memset(total, 0, (size_t)dim * sizeof(float));
-        for (int64_t first = begin; first < end; first += HB_SUM_BLOCK) {
-            int64_t last = first + HB_SUM_BLOCK < end ? first + HB_SUM_BLOCK : end;
-            for (int64_t t = 0; t < dim; t += TILE) {
-                int64_t w = dim - t < TILE ? dim - t : TILE;
-                for (int64_t i = first; i < last; i++) {
-                    int64_t p = order[i];
-                    const float *restrict v = values + (rows ? rows[p] : p) * dim + t;
-                    float k = scale ? scale[p] : 1.0f; /* times 1 is exact */
-                    if (i == first)
-                        for (int64_t j = 0; j < w; j++) block[j] = k * v[j];
-                    else
-                        for (int64_t j = 0; j < w; j++) block[j] += k * v[j];
-                }
-                if (first == begin)
-                    for (int64_t j = 0; j < w; j++) total[t + j] = block[j];
+    if (begin == end) memset(total, 0, (size_t)dim * sizeof(float));
+    for (int64_t first = begin; first < end; first += HB_SUM_BLOCK) {
+        int64_t last = first + HB_SUM_BLOCK < end ? first + HB_SUM_BLOCK : end;
+        for (int64_t t = 0; t < dim; t += TILE) {
+            int64_t w = dim - t < TILE ? dim - t : TILE;
+            for (int64_t i = first; i < last; i++) {
+                const float *restrict v = term(g, g->order[i], dim) + t;
+                float k = g->scale ? g->scale[g->order[i]] : 1.0f; /* times 1 is exact */
+                if (i == first)
+                    for (int64_t j = 0; j < w; j++) block[j] = k * v[j];
                 else
-                    for (int64_t j = 0; j < w; j++) total[t + j] += block[j];
+                    for (int64_t j = 0; j < w; j++) block[j] += k * v[j];
             }
+            if (first == begin)
+                for (int64_t j = 0; j < w; j++) total[t + j] = block[j];
+            else
+                for (int64_t j = 0; j < w; j++) total[t + j] += block[j];
         }
     }
 }
 
+INLINE void sum_wide(const hb_gradients *g, int64_t begin, int64_t end, int64_t n, int64_t dim, float *restrict out) {
+    vec *total = (vec *)out;
+    int64_t d = ahead(dim * 4);
+    if (begin == end)
+        for (int64_t k = 0; k < dim / LANES; k++) total[k] = (vec){0};
+    for (int64_t first = begin; first < end; first += HB_SUM_BLOCK) {
+        int64_t last = first + HB_SUM_BLOCK < end ? first + HB_SUM_BLOCK : end;
+        vec block[128 / LANES];
+        const vec *v = (const vec *)term(g, g->order[first], dim);
+        fetch_term(g, first, d, n, dim);
+        for (int64_t k = 0; k < dim / LANES; k++) block[k] = v[k];
+        if (g->scale)
+            for (int64_t k = 0; k < dim / LANES; k++) block[k] *= g->scale[g->order[first]];
+        for (int64_t i = first + 1; i < last; i++) {
+            v = (const vec *)term(g, g->order[i], dim);
+            fetch_term(g, i, d, n, dim);
+            if (g->scale)
+                for (int64_t k = 0; k < dim / LANES; k++) block[k] += g->scale[g->order[i]] * v[k];
+            else
+                for (int64_t k = 0; k < dim / LANES; k++) block[k] += v[k];
+        }
+        if (first == begin)
+            for (int64_t k = 0; k < dim / LANES; k++) total[k] = block[k];
+        else
+            for (int64_t k = 0; k < dim / LANES; k++) total[k] += block[k];
+    }
+}
+
+INLINE void sum(const hb_gradients *g, int64_t s, int64_t dim, float *restrict to) {
+    int64_t begin = g->starts[s], end = g->starts[s + 1];
+    if (dim == 16 || dim == 32 || dim == 64 || dim == 128)
+        sum_wide(g, begin, end, g->starts[g->n_segments], dim, to);
+    else
+        sum_any(g, begin, end, dim, to);
+}
+
+/* Segment s without a copy where it is one gradient as it stands, else summed into `to`. */
+INLINE const float *gradient(const hb_gradients *g, int64_t s, int64_t dim, float *to) {
+    if (!g->order) return g->values + s * dim;
+    int64_t begin = g->starts[s];
+    if (!g->scale && g->starts[s + 1] - begin == 1) {
+        fetch_term(g, begin, ahead(dim * 4), g->starts[g->n_segments], dim);
+        return term(g, g->order[begin], dim);
+    }
+    sum(g, s, dim, to);
+    return to;
+}
+
+static void segment_sum(const hb_gradients *g, float *restrict out) {
+#define SUM(dim)                                                               \
+    for (int64_t s = 0; s < g->n_segments; s++) sum(g, s, dim, out + s * dim); \
+    break
+    BY_DIM(g->dim, SUM)
+}
+
 /* Sum of squares by 16 partial sums added as a tree: the one order that every vector width can follow. */
-static inline float sum_squares(const float *x, int64_t n) {
+INLINE float sum_squares(const float *x, int64_t n) {
     float p[16] = {0};
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
@@ -82,40 +335,62 @@ static inline float sum_squares(const float *x, int64_t n) {
     return p[0];
 }
 
-/* Rules: row and state are updated in place by the gradient g summed per key. The order of operations is part of the
- * contract (other implementations must follow it). h: the hyper-parameters that optimizers.py packs. */
+INLINE int finite(const float *x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t b = to_bits(x[j]) & 0x7FFFFFFF;
+        most = b > most ? b : most;
+    }
+    return most < 0x7F800000u;
+}
 
-static inline void sgd(float *restrict row, float *restrict momentum, const float *restrict g, int64_t dim,
-                       const float *h) {
+static int64_t count_bad(const float *rows, int64_t n, int64_t dim) {
+    int64_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad += !finite(rows + i * dim, dim);
+    return bad;
+}
+
+/* ---- rules ----
+ * Row and state are updated in place by the gradient g summed per key. The order of operations is part of the contract
+ * (other implementations must follow it). h: the hyper-parameters that optimizers.py packs. */
+
+/* h: lr, momentum, 1 for Nesterov's */
+INLINE void sgd(float *restrict row, float *restrict momentum, const float *restrict g, int64_t dim, const float *h) {
     float lr = h[0], mu = h[1];
     if (mu == 0.0f) {
         for (int64_t j = 0; j < dim; j++) row[j] -= lr * g[j];
-        return;
-    }
-    for (int64_t j = 0; j < dim; j++) {
-        momentum[j] = mu * momentum[j] + g[j];
-        row[j] -= lr * momentum[j];
+    } else if (h[2] == 0.0f) {
+        for (int64_t j = 0; j < dim; j++) {
+            momentum[j] = mu * momentum[j] + g[j];
+            row[j] -= lr * momentum[j];
+        }
+    } else {
+        for (int64_t j = 0; j < dim; j++) {
+            momentum[j] = mu * momentum[j] + g[j];
+            row[j] -= lr * (g[j] + mu * momentum[j]);
+        }
     }
 }
 
-static inline void adagrad(float *restrict row, float *restrict sum, const float *restrict g, int64_t dim,
-                           const float *h) {
-    float lr = h[0], eps = h[1];
+/* h: lr, eps beside the root, eps under the root */
+INLINE void adagrad(float *restrict row, float *restrict sum, const float *restrict g, int64_t dim, const float *h) {
+    float lr = h[0], eps = h[1], under = h[2];
     for (int64_t j = 0; j < dim; j++) {
         sum[j] += g[j] * g[j];
-        row[j] -= lr * (g[j] / (sqrtf(sum[j]) + eps));
+        row[j] -= lr * (g[j] / (sqrtf(sum[j] + under) + eps));
     }
 }
 
-static inline void rowwise_adagrad(float *restrict row, float *restrict sum, const float *restrict g, int64_t dim,
-                                   const float *h) {
+/* h: lr, eps */
+INLINE void rowwise_adagrad(float *restrict row, float *restrict sum, const float *restrict g, int64_t dim,
+                            const float *h) {
     sum[0] += sum_squares(g, dim) / (float)dim;
     float step = h[0] / (sqrtf(sum[0]) + h[1]);
     for (int64_t j = 0; j < dim; j++) row[j] -= step * g[j];
 }
 
 /* h: lr / (1 - beta1^t), 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, 1 - lr * weight_decay */
-static inline void adam(float *restrict row, float *restrict m, const float *restrict g, int64_t dim, const float *h) {
+INLINE void adam(float *restrict row, float *restrict m, const float *restrict g, int64_t dim, const float *h) {
     float *restrict v = m + dim;
     for (int64_t j = 0; j < dim; j++) {
         m[j] += (g[j] - m[j]) * h[1];
@@ -124,8 +399,30 @@ static inline void adam(float *restrict row, float *restrict m, const float *res
     }
 }
 
-static inline void rowwise_adam(float *restrict row, float *restrict m, const float *restrict g, int64_t dim,
-                                const float *h) {
+/* x^n by squaring: libm differs between machines, this does not. */
+INLINE double power(double x, uint32_t n) {
+    double out = 1;
+    for (; n; n >>= 1, x *= x)
+        if (n & 1) out *= x;
+    return out;
+}
+
+/* adam, bias-corrected by the row's own count of updates, which follows its moments. h: lr, 1 - beta1, beta2,
+ * 1 - beta2, 1 where eps is added before the correction, eps, 1 - lr * weight_decay */
+INLINE void row_step_adam(float *restrict row, float *restrict m, const float *restrict g, int64_t dim,
+                          const float *h) {
+    float *t = m + 2 * dim, own[HB_OWN];
+    if (t[0] < 16777216.0f) t[0] += 1.0f; /* corrected no more by then */
+    uint32_t n = t[0] >= 0.0f && t[0] < 16777216.0f ? (uint32_t)(int32_t)t[0] : 16777216;
+    memcpy(own, h, sizeof own);
+    own[0] = (float)((double)h[0] / (1 - power(1 - (double)h[1], n)));
+    own[4] = (float)sqrt(1 - power(1 - (double)h[3], n));
+    if (h[4] != 0.0f) own[5] = h[5] / own[4];
+    adam(row, m, g, dim, own);
+}
+
+INLINE void rowwise_adam(float *restrict row, float *restrict m, const float *restrict g, int64_t dim,
+                         const float *h) {
     float *v = m + dim;
     v[0] = h[2] * v[0] + h[3] * (sum_squares(g, dim) / (float)dim);
     float denominator = sqrtf(v[0]) / h[4] + h[5];
@@ -136,7 +433,7 @@ static inline void rowwise_adam(float *restrict row, float *restrict m, const fl
 }
 
 /* h: lr, l1, 2 * l2 + beta / lr. McMahan et al., Ad click prediction (KDD 2013), with power -1/2. */
-static inline void ftrl(float *restrict row, float *restrict z, const float *restrict g, int64_t dim, const float *h) {
+INLINE void ftrl(float *restrict row, float *restrict z, const float *restrict g, int64_t dim, const float *h) {
     float *restrict n = z + dim;
     float lr = h[0], l1 = h[1], l2 = h[2];
     for (int64_t j = 0; j < dim; j++) {
@@ -148,93 +445,287 @@ static inline void ftrl(float *restrict row, float *restrict z, const float *res
     }
 }
 
-static int apply(int rule, const hb_slabs *s, const int64_t *slots, int64_t n, int64_t dim, const float *grads,
-                 const float *hyper) {
-    static void (*const rules[])(float *restrict, float *restrict, const float *restrict, int64_t, const float *) = {
-        [HB_SGD] = sgd,   [HB_ADAGRAD] = adagrad,           [HB_ROWWISE_ADAGRAD] = rowwise_adagrad,
-        [HB_ADAM] = adam, [HB_ROWWISE_ADAM] = rowwise_adam, [HB_FTRL] = ftrl};
-    if (rule < 0 || rule > HB_FTRL) return -1;
-    for (int64_t i = 0; i < n; i++) {
-        if (i + AHEAD < n && slots[i + AHEAD] >= 0) __builtin_prefetch(hb_line(s, slots[i + AHEAD]), 1);
-        if (slots[i] < 0) continue;
-        float *line = hb_line(s, slots[i]);
-        rules[rule](line, line + dim, grads + i * dim, dim, hyper);
+/* h: lr, decays due by now, rate, floor. The count of decays done follows the sums; one is made up for at a time. */
+INLINE void adagrad_decay(float *restrict row, float *restrict sum, const float *restrict g, int64_t dim,
+                          const float *h) {
+    float lr = h[0], rate = 1.0f, least = 0.0f;
+    if (h[1] > sum[dim]) {
+        rate = h[2], least = h[3];
+        sum[dim] += 1.0f;
     }
-    return 0;
+    for (int64_t j = 0; j < dim; j++) {
+        float kept = sum[j] * rate;
+        kept = kept < least ? least : kept;
+        sum[j] = kept + g[j] * g[j];
+        row[j] -= lr * (g[j] / sqrtf(sum[j]));
+    }
 }
 
-/* Natural logarithm of x > 0, normal, from +, *, / alone: libm differs between machines, this does not. */
-static double portable_log(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, 8);
-    int64_t e = (int64_t)(bits >> 52) - 1023;
-    bits = (bits & 0x000FFFFFFFFFFFFFull) | 0x3FF0000000000000ull;
-    double m;
-    memcpy(&m, &bits, 8); /* [1, 2) */
-    if (m > 1.4142135623730951) m *= 0.5, e++;
-    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
-    for (int k = 23; k >= 1; k -= 2) sum = sum * s2 + 1.0 / k; /* atanh series; |s| < 0.172, so the tail is < 1e-19 */
-    return (double)e * 0.6931471805599453 + 2 * s * sum;
+INLINE void step(int64_t rule, float *restrict row, float *restrict state, const float *restrict g, int64_t dim,
+                 const float *h) {
+    switch (rule) {
+    case HB_SGD: sgd(row, state, g, dim, h); break;
+    case HB_ADAGRAD: adagrad(row, state, g, dim, h); break;
+    case HB_ROWWISE_ADAGRAD: rowwise_adagrad(row, state, g, dim, h); break;
+    case HB_ADAM: adam(row, state, g, dim, h); break;
+    case HB_ROWWISE_ADAM: rowwise_adam(row, state, g, dim, h); break;
+    case HB_FTRL: ftrl(row, state, g, dim, h); break;
+    case HB_ADAGRAD_DECAY: adagrad_decay(row, state, g, dim, h); break;
+    case HB_ROW_STEP_ADAM: row_step_adam(row, state, g, dim, h); break;
+    }
 }
 
-#define POLY8(r, k0, k1, k2, k3, k4, k5, k6, k7) \
-    (((((((k7 * r + k6) * r + k5) * r + k4) * r + k3) * r + k2) * r + k1) * r + k0)
+static void step_any(int64_t rule, float *row, float *state, const float *g, int64_t dim, const float *h) {
+    step(rule, row, state, g, dim, h);
+}
 
-/* Quantile of the standard normal, 0 < p < 1: Wichura, algorithm AS 241 (PPND16), relative accuracy 1e-16. */
-static double normal_quantile(double p) {
-    double q = p - 0.5;
-    if (fabs(q) <= 0.425) {
-        double r = 0.180625 - q * q;
-        return q *
-               POLY8(r, 3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3,
-                     1.3731693765509461125e4, 4.5921953931549871457e4, 6.7265770927008700853e4,
-                     3.3430575583588128105e4, 2.5090809287301226727e3) /
-               POLY8(r, 1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
-                     2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4,
-                     5.2264952788528545610e3);
+/* ---- one update ---- */
+
+INLINE void fetch_line(const hb_slabs *s, const hb_update *u, int64_t i, int64_t d, int64_t row_nbytes,
+                       int64_t state_nbytes) {
+    if (i + d < u->g.n_segments && u->slots[i + d] >= 0) {
+        fetch(hb_row(s, u->slots[i + d]), row_nbytes, 1);
+        fetch(hb_state(s, u->slots[i + d]), state_nbytes, 1);
     }
-    double r = sqrt(-portable_log(q < 0 ? p : 1 - p)), x;
-    if (r <= 5) {
-        r -= 1.6;
-        x = POLY8(r, 1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0,
-                  3.64784832476320460504e0, 1.27045825245236838258e0, 2.41780725177450611770e-1,
-                  2.27238449892691845833e-2, 7.74545014278341407640e-4) /
-            POLY8(r, 1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
-                  1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4,
-                  1.05075007164441684324e-9);
+}
+
+/* Whole float32 rows and nothing but their rule. Some gradients are summed, then as many rows stepped: how many terms a
+ * sum has is hard to foresee, and a branch gone wrong amid the steps would undo what the CPU does ahead of time. */
+INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim) {
+    int64_t d = ahead(dim * 4), state_nbytes = s->n_state * 4, n = u->g.n_segments;
+    const float *h = u->parts[0].hyper, *g[HB_TOGETHER];
+    float *sums = u->scratch;
+    for (int64_t first = 0; first < n; first += HB_TOGETHER) {
+        int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
+        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            fetch_line(s, u, first + k, d, dim * 4, state_nbytes);
+            if (slot >= 0) step(rule, hb_row(s, slot), hb_state(s, slot), g[k], dim, h);
+        }
+    }
+}
+
+#define RUN(name, rule)                                         \
+    static void name(const hb_slabs *s, const hb_update *u) {   \
+        BY_DIM(u->g.dim, CALL_##rule)                           \
+    }
+#define CALL_HB_SGD(dim) run(s, u, HB_SGD, dim); break
+#define CALL_HB_ADAGRAD(dim) run(s, u, HB_ADAGRAD, dim); break
+#define CALL_HB_ROWWISE_ADAGRAD(dim) run(s, u, HB_ROWWISE_ADAGRAD, dim); break
+#define CALL_HB_ADAM(dim) run(s, u, HB_ADAM, dim); break
+RUN(run_sgd, HB_SGD)
+RUN(run_adagrad, HB_ADAGRAD)
+RUN(run_rowwise_adagrad, HB_ROWWISE_ADAGRAD)
+RUN(run_adam, HB_ADAM)
+
+static void noise_of(const hb_update *u, int64_t i, int64_t n_rows, int64_t blocks, uint16_t *out);
+
+/* Anything: narrow rows, parts, clipping, weight decay, gradients to be left out. */
+static int64_t run_any(const hb_slabs *s, const hb_update *u) {
+    int64_t dim = u->g.dim, d = ahead(dim * 4), skipped = 0;
+    int64_t blocks = (dim + 7) / 8, together = blocks <= 16 ? 16 / blocks : 1; /* rows whose noise is drawn at once */
+    float *sum_at = u->scratch, *changed = sum_at + dim, *wide = changed + dim;
+    uint16_t *noise = (uint16_t *)(wide + dim);
+    for (int64_t i = 0; i < u->g.n_segments; i++) {
+        if (s->dtype != HB_FLOAT32 && i % together == 0) {
+            int64_t left = u->g.n_segments - i;
+            noise_of(u, i, left < together ? left : together, blocks, noise);
+        }
+        fetch_line(s, u, i, d, dim * item_nbytes(s), s->n_state * 4);
+        if (u->slots[i] < 0) continue;
+        const float *g = gradient(&u->g, i, dim, sum_at);
+        if (u->skip && !finite(g, dim)) {
+            skipped++;
+            continue;
+        }
+        float *row = s->dtype == HB_FLOAT32 ? hb_row(s, u->slots[i]) : wide, *state = hb_state(s, u->slots[i]);
+        if (row == wide) widen_row(s->dtype, hb_row(s, u->slots[i]), dim, wide);
+        for (int64_t k = 0; k < u->n_parts; k++) {
+            const hb_part *part = &u->parts[k];
+            const float *h = part->hyper, *from = g + part->column;
+            float most = h[HB_CLIP_VALUE], norm = h[HB_CLIP_NORM], decay = h[HB_WEIGHT_DECAY], *w = row + part->column;
+            if (most > 0 || norm > 0 || decay != 0) {
+                for (int64_t j = 0; j < part->dim; j++) changed[j] = from[j];
+                if (most > 0)
+                    for (int64_t j = 0; j < part->dim; j++)
+                        changed[j] = changed[j] > most ? most : changed[j] < -most ? -most : changed[j];
+                float length = norm > 0 ? sqrtf(sum_squares(changed, part->dim)) : 0;
+                if (norm > 0 && length > norm)
+                    for (int64_t j = 0; j < part->dim; j++) changed[j] *= norm / length;
+                if (decay != 0)
+                    for (int64_t j = 0; j < part->dim; j++) changed[j] += decay * w[j];
+                from = changed;
+            }
+            step_any(part->rule, w, state + part->state, from, part->dim, h);
+        }
+        if (row == wide) narrow_row(s->dtype, wide, noise + i % together * blocks * 8, dim, hb_row(s, u->slots[i]));
+    }
+    return skipped;
+}
+
+static int64_t apply(const hb_slabs *s, const hb_update *u) {
+    int plain = u->n_parts == 1 && u->parts[0].dim == u->g.dim && u->parts[0].state == 0 && !u->skip &&
+                s->dtype == HB_FLOAT32;
+    for (int64_t k = 0; k < u->n_parts; k++) {
+        const float *h = u->parts[k].hyper;
+        if (u->parts[k].rule < 0 || u->parts[k].rule >= HB_RULES) return -1;
+        plain &= h[HB_CLIP_VALUE] == 0 && h[HB_CLIP_NORM] == 0 && h[HB_WEIGHT_DECAY] == 0;
+    }
+    switch (plain ? u->parts[0].rule : -1) {
+    case HB_SGD: run_sgd(s, u); return 0;
+    case HB_ADAGRAD: run_adagrad(s, u); return 0;
+    case HB_ROWWISE_ADAGRAD: run_rowwise_adagrad(s, u); return 0;
+    case HB_ADAM: run_adam(s, u); return 0;
+    default: return run_any(s, u);
+    }
+}
+
+/* ---- random numbers by counter ---- */
+
+enum { BLOCKS = 64 }; /* of Philox at once */
+
+/* Products of the low halves of 64-bit lanes with m. */
+typedef uint64_t wide __attribute__((vector_size(LANES * 4), may_alias));
+#if defined(__AVX512F__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m)); }
+#elif defined(__AVX2__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m)); }
+#elif defined(__SSE2__)
+INLINE wide low_times(wide a, uint32_t m) { return (wide)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m)); }
+#else
+INLINE wide low_times(wide a, uint32_t m) { return (a & 0xFFFFFFFFu) * m; }
+#endif
+
+/* Philox4x32-10 of `n` counters, their words in the low halves of c[0..3]; see hb_philox. High halves are ignored, which
+ * saves putting halves back together after each product. */
+static void philox_blocks(uint64_t c[4][BLOCKS], int n, uint64_t seed) {
+    for (int at = 0; at < n; at += LANES / 2) {
+        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        wide c0 = *(wide *)&c[0][at], c1 = *(wide *)&c[1][at], c2 = *(wide *)&c[2][at], c3 = *(wide *)&c[3][at];
+        for (int round = 0; round < 10; round++) {
+            wide p0 = low_times(c0, 0xD2511F53u), p1 = low_times(c2, 0xCD9E8D57u);
+            c0 = (p1 >> 32) ^ c1 ^ (uint64_t)k0;
+            c2 = (p0 >> 32) ^ c3 ^ (uint64_t)k1;
+            c1 = p1, c3 = p0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        *(wide *)&c[0][at] = c0, *(wide *)&c[1][at] = c1, *(wide *)&c[2][at] = c2, *(wide *)&c[3][at] = c3;
+    }
+}
+
+/* 16 random bits a column of rows i.. of an update, 8 * blocks a row: of (seed, key, step, column). */
+static void noise_of(const hb_update *u, int64_t i, int64_t n_rows, int64_t blocks, uint16_t *out) {
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
+    int64_t n = n_rows * blocks;
+    for (int64_t first = 0; first < n; first += 16) {
+        int64_t some = n - first < 16 ? n - first : 16;
+        for (int64_t b = 0; b < some; b++) {
+            uint64_t key = (uint64_t)u->keys[i + (first + b) / blocks];
+            c[0][b] = (uint64_t)((first + b) % blocks), c[1][b] = u->step + 1; /* 0 is the initializers' */
+            c[2][b] = key, c[3][b] = key >> 32;
+        }
+        philox_blocks(c, 16, u->seed);
+        for (int64_t b = 0; b < some; b++)
+            for (int w = 0; w < 4; w++) {
+                out[(first + b) * 8 + 2 * w] = (uint16_t)c[w][b];
+                out[(first + b) * 8 + 2 * w + 1] = (uint16_t)(c[w][b] >> 16);
+            }
+    }
+}
+
+/* Natural logarithm of x in (0, 2), normal, from + and * alone: libm differs between machines, this does not. */
+INLINE float portable_log(float x) {
+    int32_t b = (int32_t)to_bits(x) - 0x3F3504F3; /* sqrt(1/2): the exponent that leaves [sqrt(1/2), sqrt(2)) */
+    float e = (float)(b >> 23), f = from_bits((uint32_t)(b & 0x7FFFFF) + 0x3F3504F3u) - 1.0f;
+    float p = -0.0745119676f;
+    p = p * f + 0.128066286f, p = p * f + -0.132660359f, p = p * f + 0.141996473f, p = p * f + -0.166083679f;
+    p = p * f + 0.200009391f, p = p * f + -0.250015795f, p = p * f + 0.333333462f, p = p * f + -0.499999881f;
+    return e * 0.693147182f + (p * f + 1.0f) * f;
+}
+
+/* Of a word: the middle of one of 2^23 equal parts of (0, 1). */
+INLINE float uniform_of(uint32_t word) { return (float)(int32_t)(word >> 9) * 0x1p-23f + 0x1p-24f; }
+
+/* Box and Muller: the normal numbers r cos t and r sin t of two words. Sine and cosine by polynomials within an eighth
+ * of a turn of the nearest quarter. */
+INLINE void normals_of(uint32_t radius, uint32_t angle, float *restrict a, float *restrict b) {
+    float u = (float)(int32_t)(radius >> 1) * 0x1p-31f + 0x1p-32f; /* (0, 1], fine near 0 */
+    float r = sqrtf(-2.0f * portable_log(u));
+    uint32_t quarter = (angle + 0x20000000u) >> 30;
+    float x = (float)(int32_t)(angle - (quarter << 30)) * 0x1p-29f, y = x * x; /* [-1, 1] eighths */
+    float s = 3.08996675e-07f, c = 3.52979714e-06f;
+    s = s * y + -3.65723936e-05f, s = s * y + 0.00249039312f, s = s * y + -0.0807455108f, s = s * y + 0.785398185f;
+    c = c * y + -0.000325938599f, c = c * y + 0.0158543251f, c = c * y + -0.308425128f, c = c * y + 1.0f;
+    uint32_t sine = to_bits(s * x), cosine = to_bits(c), swap = 0u - (quarter & 1);
+    uint32_t first = (cosine & ~swap) | (sine & swap), second = (sine & ~swap) | (cosine & swap);
+    first ^= ((quarter + 1) & 2) << 30; /* cos is negative in quarters 1 and 2, sin in 2 and 3 */
+    second ^= (quarter & 2) << 30;
+    *a = r * from_bits(first), *b = r * from_bits(second);
+}
+
+/* Quantile of the normal cut at two standard deviations, fitted in -log(1 - s^2) after Giles (GPU Computing Gems,
+ * 2011), for s = erf(x / sqrt(2)). */
+INLINE float cut_normal_of(uint32_t word) {
+    float s = (uniform_of(word) * 2.0f - 1.0f) * 0.9544997f, w = 0.0f - portable_log((1.0f - s) * (1.0f + s));
+    float p = -4.99041448e-07f;
+    p = p * w + -2.26948578e-06f, p = p * w + 7.75767767e-05f, p = p * w + -0.000194927314f;
+    p = p * w + -0.00329360249f, p = p * w + 0.0163305625f, p = p * w + 0.328117192f, p = p * w + 1.25331414f;
+    float x = p * s;
+    return x > 2.0f ? 2.0f : x < -2.0f ? -2.0f : x;
+}
+
+/* Values of BLOCKS blocks, four each; a Box-Muller pair is columns 0 and 2, or 1 and 3. */
+INLINE void values_of(const hb_draw *d, uint64_t words[4][BLOCKS], float *restrict out) {
+    uint32_t c[4][BLOCKS];
+    float v[4][BLOCKS], a = (float)d->a, b = (float)d->b, range = (float)(d->b - d->a);
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < BLOCKS; i++) c[k][i] = (uint32_t)words[k][i];
+    if (d->kind == HB_NORMAL) {
+        for (int k = 0; k < 2; k++)
+            for (int i = 0; i < BLOCKS; i++) normals_of(c[k][i], c[k + 2][i], &v[k][i], &v[k + 2][i]);
+    } else if (d->kind == HB_TRUNCATED_NORMAL) {
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < BLOCKS; i++) v[k][i] = cut_normal_of(c[k][i]);
     } else {
-        r -= 5;
-        x = POLY8(r, 6.65790464350110377720e0, 5.46378491116411436990e0, 1.78482653991729133580e0,
-                  2.96560571828504891230e-1, 2.65321895265761230930e-2, 1.24266094738807843860e-3,
-                  2.71155556874348757815e-5, 2.01033439929228813265e-7) /
-            POLY8(r, 1.0, 5.99832206555887937690e-1, 1.36929880922735805310e-1, 1.48753612908506148525e-2,
-                  7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7,
-                  2.04426310338993978564e-15);
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < BLOCKS; i++) v[k][i] = uniform_of(c[k][i]);
+        b = range;
     }
-    return q < 0 ? -x : x;
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < BLOCKS; i++) v[k][i] = a + b * v[k][i];
+    for (int i = 0; i < BLOCKS; i++)
+        for (int k = 0; k < 4; k++) out[4 * i + k] = v[k][i];
 }
 
-static int initialize(int kind, double a, double b, uint64_t seed, const int64_t *keys, int64_t n, int64_t dim,
-                      float *restrict out) {
-    const double low = 0.022750131948179195, high = 0.9772498680518208; /* the normal CDF at -2 and 2 */
-    uint32_t philox_key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-    if (kind < HB_UNIFORM || kind > HB_CONSTANT) return -1;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t counter[4] = {0, 0, (uint32_t)(uint64_t)keys[i], (uint32_t)((uint64_t)keys[i] >> 32)}, draw[4];
-        for (int64_t j = 0; j < dim; j++) {
-            if (kind == HB_CONSTANT) {
-                out[i * dim + j] = (float)a;
-                continue;
-            }
-            if (j % 4 == 0) {
-                counter[0] = (uint32_t)(j / 4);
-                hb_philox(counter, philox_key, draw);
-            }
-            double u = ((double)draw[j % 4] + 0.5) * 0x1p-32; /* (0, 1), never an end */
-            double x = kind == HB_UNIFORM  ? a + (b - a) * u
-                       : kind == HB_NORMAL ? a + b * normal_quantile(u)
-                                           : a + b * normal_quantile(low + (high - low) * u);
-            out[i * dim + j] = (float)x;
+static int initialize(const hb_draw *d, const int64_t *keys, int64_t n, float *restrict out, int64_t stride) {
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
+    float v[4 * BLOCKS];
+    int64_t per_row = (d->dim + 3) / 4, i = 0, j = 0; /* the next block's row and place in it */
+    if (d->kind < HB_UNIFORM || d->kind > HB_CONSTANT) return -1;
+    if (d->kind == HB_CONSTANT) {
+        for (i = 0; i < n; i++)
+            for (j = 0; j < d->dim; j++) out[i * stride + j] = (float)d->a;
+        return 0;
+    }
+    while (i < n) {
+        int64_t i0 = i, j0 = j;
+        int some = 0;
+        for (; some < BLOCKS && i < n; some++) {
+            c[0][some] = (uint64_t)j, c[1][some] = 0;
+            c[2][some] = (uint64_t)keys[i], c[3][some] = (uint64_t)keys[i] >> 32;
+            if (++j == per_row) j = 0, i++;
+        }
+        philox_blocks(c, BLOCKS, d->seed);
+        values_of(d, c, v);
+        for (int b = 0; b < some; b++) {
+            float *to = out + i0 * stride + 4 * j0;
+            if (4 * j0 + 4 <= d->dim)
+                memcpy(to, v + 4 * b, 16);
+            else
+                memcpy(to, v + 4 * b, (size_t)(d->dim - 4 * j0) * sizeof(float));
+            if (++j0 == per_row) j0 = 0, i0++;
         }
     }
     return 0;
@@ -244,4 +735,15 @@ extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA); /* decode.c */
 HB_SNAPPY_DECLARE(PASTE(hb_snappy_, HBKIT_ISA)); /* snappy_kernel.c */
 
 const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
-    TEXT(HBKIT_ISA), gather, pool, segment_sum, apply, initialize, &PASTE(hb_decoders_, HBKIT_ISA), PASTE(hb_snappy_, HBKIT_ISA)};
+    .name = TEXT(HBKIT_ISA),
+    .gather = gather,
+    .scatter = scatter,
+    .expand = expand,
+    .pool = pool,
+    .segment_sum = segment_sum,
+    .apply = apply,
+    .count_bad = count_bad,
+    .initialize = initialize,
+    .decode = &PASTE(hb_decoders_, HBKIT_ISA),
+    .snappy = PASTE(hb_snappy_, HBKIT_ISA),
+};

@@ -14,40 +14,100 @@
 
 #include "decode.h"
 
-/* Lines [row | state] of `width` floats in chunks that never move: line s is chunks[s >> shift] + (s & mask) * width. */
+enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
+
+/* Lines [row | state] in chunks that never move. A row's `dim` columns have the type `dtype`, state is float32. Strides
+ * and places are in bytes: state lies beside its row, or all of a chunk's states behind its rows (see slabs.pyx). */
 typedef struct {
-    float **chunks;
-    int64_t width;
-    int32_t shift;
+    char **chunks;
+    int64_t dim, n_state;
+    int64_t row_stride, state_stride, state_at;
+    int32_t shift, dtype;
 } hb_slabs;
 
-static inline float *hb_line(const hb_slabs *s, int64_t slot) {
-    return s->chunks[slot >> s->shift] + (slot & (((int64_t)1 << s->shift) - 1)) * s->width;
+static inline int64_t hb_within(const hb_slabs *s, int64_t slot) { return slot & (((int64_t)1 << s->shift) - 1); }
+static inline void *hb_row(const hb_slabs *s, int64_t slot) {
+    return s->chunks[slot >> s->shift] + hb_within(s, slot) * s->row_stride;
+}
+static inline float *hb_state(const hb_slabs *s, int64_t slot) {
+    return (float *)(void *)(s->chunks[slot >> s->shift] + s->state_at + hb_within(s, slot) * s->state_stride);
 }
 
 enum { HB_UNIFORM = 0, HB_NORMAL = 1, HB_TRUNCATED_NORMAL = 2, HB_CONSTANT = 3 };
-enum { HB_SGD = 0, HB_ADAGRAD = 1, HB_ROWWISE_ADAGRAD = 2, HB_ADAM = 3, HB_ROWWISE_ADAM = 4, HB_FTRL = 5 };
-enum { HB_HYPER = 8 };        /* floats of hyper-parameters that a rule may take */
+enum {
+    HB_SGD = 0,
+    HB_ADAGRAD = 1,
+    HB_ROWWISE_ADAGRAD = 2,
+    HB_ADAM = 3,
+    HB_ROWWISE_ADAM = 4,
+    HB_FTRL = 5,
+    HB_ADAGRAD_DECAY = 6,
+    HB_ROW_STEP_ADAM = 7,
+    HB_RULES = 8
+};
+/* Hyper-parameters: HB_OWN of the rule itself, then what any rule may take (0: none). */
+enum { HB_OWN = 8, HB_WEIGHT_DECAY = 8, HB_CLIP_VALUE = 9, HB_CLIP_NORM = 10, HB_HYPER = 12 };
 enum { HB_SUM_BLOCK = 64 };   /* duplicate gradients are summed in blocks of this many, then the blocks in order */
+
+/* Gradients by segment: segment s is the sum over the positions p = order[starts[s]..starts[s + 1]), in blocks of
+ * HB_SUM_BLOCK, of scale[p] * values[rows[p]]. rows may be NULL (p itself), scale may be NULL (1); where order is NULL,
+ * segment s is values[s]. Empty segments are zero. */
+typedef struct {
+    const float *values;
+    int64_t dim, n_segments;
+    const int32_t *order, *starts;
+    const int64_t *rows;
+    const float *scale;
+} hb_gradients;
+
+/* Columns [column, column + dim) of a row, their rule, and where their state begins among the line's state. */
+typedef struct {
+    int64_t rule, column, dim, state;
+    const float *hyper; /* HB_HYPER */
+} hb_part;
+
+/* One optimizer step on the lines slots[i] (none where < 0) by segment i of the gradients. */
+typedef struct {
+    const int64_t *slots;
+    hb_gradients g;
+    const hb_part *parts;
+    int64_t n_parts;
+    int32_t skip;           /* leave a line whose gradient is not finite, and count it */
+    const int64_t *keys;    /* of the rounding of narrow rows, with seed and step */
+    uint64_t seed;
+    uint32_t step;
+    void *scratch;          /* HB_SCRATCH(g.dim) bytes */
+} hb_update;
+enum { HB_TOGETHER = 32 }; /* gradients summed before as many rows are stepped */
+#define HB_SCRATCH(dim) ((size_t)(dim) * HB_TOGETHER * sizeof(float) + ((size_t)(dim) + 256) * sizeof(uint16_t) + 192)
+
+/* Rows of new lines: columns [column, column + dim) drawn by `kind` under `seed`. */
+typedef struct {
+    int64_t kind, column, dim;
+    double a, b;
+    uint64_t seed;
+} hb_draw;
 
 typedef struct {
     const char *name;
-    /* out[i, :dim] = first dim floats of line slots[i]; zeros where slots[i] < 0. */
-    void (*gather)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t dim, float *out);
+    /* out[i, :width] = first columns of line slots[i], as float32; zeros where slots[i] < 0. */
+    void (*gather)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *out);
+    /* Line slots[i] from column `column` on = lines[i, :width]; narrow rows round to the nearest value. */
+    void (*scatter)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
+                    const float *lines, int64_t stride);
+    /* out[i] = rows[index[i]]. */
+    void (*expand)(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *out);
     /* out[b] = row_scale[b] * sum over p in [splits[b], splits[b+1]) of weight[p] * rows[inverse[p]]; weight and
      * row_scale may be NULL (1). */
     void (*pool)(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *out);
-    /* out[s] = sum over the positions p = order[starts[s]..starts[s+1]) of scale[p] * values[rows[p]], in blocks of
-     * HB_SUM_BLOCK; rows may be NULL (p itself), scale may be NULL (1). Zeros where a segment is empty. */
-    void (*segment_sum)(const float *values, const int64_t *rows, const float *scale, const int64_t *order,
-                        const int64_t *starts, int64_t n_segments, int64_t dim, float *out);
-    /* One optimizer step of rule on the lines slots[i] (skipped where < 0) with the summed gradients grads[i, :dim]. */
-    int (*apply)(int rule, const hb_slabs *s, const int64_t *slots, int64_t n, int64_t dim, const float *grads,
-                 const float *hyper);
-    /* out[i, j] = initial value of (seed, key i, column j); see random.pyx. */
-    int (*initialize)(int kind, double a, double b, uint64_t seed, const int64_t *keys, int64_t n, int64_t dim,
-                      float *out);
+    void (*segment_sum)(const hb_gradients *g, float *out);
+    /* Lines left out since their gradient was not finite, or -1 for a rule that does not exist. */
+    int64_t (*apply)(const hb_slabs *s, const hb_update *u);
+    /* How many of the rows [n, dim] have a value that is not finite. */
+    int64_t (*count_bad)(const float *rows, int64_t n, int64_t dim);
+    /* out[i * stride + j] = initial value of (seed, key i, column j); see random.pyx. */
+    int (*initialize)(const hb_draw *d, const int64_t *keys, int64_t n, float *out, int64_t stride);
     const hb_decoders *decode; /* of decode.c */
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);

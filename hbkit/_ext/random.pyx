@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 import numpy as np
 
-from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, hb_mix64, hb_philox, kernels
+from hbkit._ext.isa cimport hb_draw, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_mix64, hb_philox, kernels
 from hbkit.errors import InvalidArgument
 
 KINDS = {"uniform": 0, "normal": 1, "truncated_normal": 2, "constant": 3}
@@ -29,20 +29,22 @@ def philox(counter, key):
 def initialize(str kind, double a, double b, uint64_t seed, const int64_t[::1] keys, int64_t dim):
     """Initial rows of keys: float32[n, dim].
 
-    Row i, column j comes from word j % 4 of Philox4x32-10 with counter (j // 4, 0, key low, key high) under `seed`,
-    as u = (word + 1/2) / 2**32: uniform a + (b - a) u; normal a + b Q(u) with Q the normal quantile (Wichura's AS 241,
-    built from + - * / and sqrt); truncated_normal the same within two standard deviations; constant a.
+    Row i, columns 4k to 4k + 3 come from the words w of Philox4x32-10 with counter (k, 0, key low, key high) under
+    `seed`, in float32 by + - * and sqrt. With u = (w // 2**9 + 1/2) / 2**23: uniform a + (b - a) u; truncated_normal
+    a + b Q(u), Q the quantile of a normal cut at two standard deviations; constant a. normal: a + b times Box and
+    Muller's r cos t and r sin t in columns 4k and 4k + 2, r of w[0] and t of w[2]; columns 4k + 1 and 4k + 3 likewise
+    of w[1] and w[3].
     """
     if kind not in KINDS or dim < 0:
         raise InvalidArgument(f"no initializer {kind!r} of dim {dim}", remedy=f"use one of {', '.join(KINDS)}")
     out = np.empty((keys.shape[0], dim), np.float32)
     cdef float[:, ::1] to = out
-    cdef int code = KINDS[kind]
+    cdef hb_draw draw = hb_draw(KINDS[kind], 0, dim, a, b, seed)
     cdef hb_fp_state fp
     if out.size:
         with nogil:
             fp = hb_fp_enter()
-            kernels().initialize(code, a, b, seed, &keys[0], keys.shape[0], dim, &to[0, 0])
+            kernels().initialize(&draw, &keys[0], keys.shape[0], &to[0, 0], dim)
             hb_fp_leave(fp)
     return out
 

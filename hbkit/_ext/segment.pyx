@@ -1,19 +1,23 @@
 """Sums over segments: pooling of rows into features, and of duplicate gradients into one gradient per key."""
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, kernels
+from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, hb_gradients, kernels
+from hbkit._ext.pool import shared
 from hbkit.errors import InvalidArgument
+
+cdef int64_t MOST = 0x7FFFFFFF  # positions and segments: they are sorted as int32
 
 
 cdef int _in_range(const int64_t[::1] index, int64_t n) noexcept nogil:
     cdef int64_t i
+    cdef uint64_t most = 0  # no branch a value; what is below 0 is large
     for i in range(index.shape[0]):
-        if index[i] < 0 or index[i] >= n:
-            return 0
-    return 1
+        most = most if most > <uint64_t>index[i] else <uint64_t>index[i]
+    return index.shape[0] == 0 or most < <uint64_t>n
 
 
 cdef int _splits_fit(const int64_t[::1] splits, int64_t n) noexcept nogil:
@@ -78,9 +82,143 @@ def pool(const float[:, ::1] rows, const int64_t[::1] inverse, const int64_t[::1
         hb_fp_leave(fp)
 
 
+def retained(shape, dtype=np.float32):
+    """An array of undefined contents in memory that was touched before, where the pool has some; as `numpy.empty`."""
+    count = 1
+    for n in shape:
+        count *= n
+    dtype = np.dtype(dtype)
+    if count == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(shared.take(count * dtype.itemsize), dtype).reshape(shape)
+
+
+def expand(const float[:, ::1] rows, const int64_t[::1] index, out=None):
+    """``rows[index]``: float32[n, dim], in `out` if it is given."""
+    cdef int64_t n = index.shape[0], dim = rows.shape[1]
+    if out is None:
+        out = retained((n, dim))
+    cdef float[:, ::1] to = out
+    if to.shape[0] != n or to.shape[1] != dim or not _in_range(index, rows.shape[0]):
+        _refuse("index reaches outside the rows, or out has another shape than its rows")
+    if n and dim:
+        with nogil:
+            kernels().expand(&rows[0, 0], &index[0], n, dim, &to[0, 0])
+    return out
+
+
+cdef class Segments:
+    """The positions of each segment, in batch order: what sums over segments share.
+
+    Parameters
+    ----------
+    segment : int64[n], in [0, n_segments)
+        Segment of each position.
+    n_segments : int
+        Segments, of which some may be empty.
+
+    Notes
+    -----
+    A stable counting sort, O(n + n_segments), 4 bytes for each of both in retained memory. Where position p is segment
+    p, as in a batch without duplicates, nothing is sorted.
+    """
+
+    cdef readonly int64_t n, n_segments
+    cdef readonly bint same
+    cdef object order_, starts_
+
+    def __init__(self, const int64_t[::1] segment, int64_t n_segments):
+        cdef int64_t n = segment.shape[0], i, at
+        cdef int32_t sum = 0, bad = 0
+        if n_segments < 0 or n >= MOST or n_segments >= MOST:
+            _refuse(f"{n} positions in {n_segments} segments")
+        self.n, self.n_segments = n, n_segments
+        self.order_, self.starts_ = retained((n,), np.int32), retained((n_segments + 1,), np.int32)
+        cdef int32_t[::1] order = self.order_, starts = self.starts_
+        with nogil:
+            self.same = n == n_segments
+            for i in range(n):
+                if segment[i] != i:
+                    self.same = False
+                    break
+            if self.same:
+                for i in range(n):
+                    order[i] = <int32_t>i
+                    starts[i] = <int32_t>i
+                starts[n] = <int32_t>n
+            else:
+                memset(&starts[0], 0, (n_segments + 1) * sizeof(int32_t))
+                for i in range(n):
+                    if <uint64_t>segment[i] >= <uint64_t>n_segments:
+                        bad = 1
+                        break
+                    starts[segment[i] + 1] += 1
+                if not bad:
+                    # starts[s + 1] is where segment s goes on, and in the end where s + 1 starts.
+                    for i in range(n_segments):
+                        at = starts[i + 1]
+                        starts[i + 1] = sum
+                        sum += <int32_t>at
+                    for i in range(n):
+                        at = segment[i] + 1
+                        order[starts[at]] = <int32_t>i
+                        starts[at] += 1
+        if bad:
+            _refuse(f"segments reach outside [0, {n_segments})")
+
+    def of(self, const float[:, ::1] values, const int64_t[::1] rows=None, const float[::1] scale=None):
+        """`Gradients`: position p contributes ``scale[p] * values[rows[p]]``. Arguments as of `segment_sum`."""
+        cdef const int32_t[::1] order = self.order_, starts = self.starts_
+        if rows is None:
+            if values.shape[0] != self.n:
+                _refuse(f"{values.shape[0]} values for {self.n} positions")
+        elif rows.shape[0] != self.n or not _in_range(rows, values.shape[0]):
+            _refuse("rows reach outside values or do not match the positions")
+        if scale is not None and scale.shape[0] != self.n:
+            _refuse(f"{scale.shape[0]} scales for {self.n} positions")
+        cdef Gradients out = Gradients.__new__(Gradients)
+        out.g.values = &values[0, 0] if values.shape[0] and values.shape[1] else NULL
+        out.g.dim, out.g.n_segments = values.shape[1], self.n_segments
+        out.g.rows = &rows[0] if rows is not None and self.n else NULL
+        out.g.scale = &scale[0] if scale is not None and self.n else NULL
+        if rows is not None or scale is not None or not self.same:
+            out.g.order, out.g.starts = &order[0] if self.n else &starts[0], &starts[0]
+        out.owners = (values, rows, scale, self)
+        return out
+
+
+cdef class Gradients:
+    """Gradients by segment, not summed yet: made by `Segments.of`, for `Slabs.apply` or `sum`."""
+
+    @property
+    def shape(self):
+        """Of the sums: (n_segments, dim)."""
+        return self.g.n_segments, self.g.dim
+
+    def sum(self, out=None):
+        """The sums: float32[n_segments, dim], in `out` if it is given, in retained memory if not."""
+        cdef hb_fp_state fp
+        if out is None:
+            out = retained(self.shape)
+        cdef float[:, ::1] to = out
+        if (to.shape[0], to.shape[1]) != self.shape:
+            _refuse(f"out has shape {to.shape[0], to.shape[1]}, not {self.shape}")
+        if self.g.n_segments and self.g.dim:
+            if self.g.order == NULL:
+                np.copyto(out, self.owners[0])
+                return out
+            with nogil:
+                fp = hb_fp_enter()
+                kernels().segment_sum(&self.g, &to[0, 0])
+                hb_fp_leave(fp)
+        return out
+
+
 def segment_sum(const float[:, ::1] values, const int64_t[::1] segment, int64_t n_segments,
-                const int64_t[::1] rows=None, const float[::1] scale=None):
-    """Sum per segment, in the order of positions, in blocks of 64 whose sums are then added in order.
+                const int64_t[::1] rows=None, const float[::1] scale=None, out=None):
+    """Sum per segment: ``out[s] = sum(scale[p] * values[rows[p]] for p where segment[p] == s)``.
+
+    Positions of one segment are added in blocks of 64 in batch order, then the blocks in order.
 
     Parameters
     ----------
@@ -89,6 +227,7 @@ def segment_sum(const float[:, ::1] values, const int64_t[::1] segment, int64_t 
         Segment of each position.
     rows : int64[n], in [0, m), or None (position p takes values[p], and m == n)  IN
     scale : float32[n] or None (all 1)  IN
+    out : float32[n_segments, dim], optional  OUT
 
     Returns
     -------
@@ -98,37 +237,4 @@ def segment_sum(const float[:, ::1] values, const int64_t[::1] segment, int64_t 
     -----
     The order of additions is fixed, so the result is the same on every instruction set. O(n * dim + n_segments).
     """
-    cdef int64_t n = segment.shape[0], dim = values.shape[1], i
-    cdef hb_fp_state fp
-    if n_segments < 0 or not _in_range(segment, n_segments):
-        _refuse("segments reach outside [0, n_segments)")
-    if rows is None:
-        if values.shape[0] != n:
-            _refuse(f"{values.shape[0]} values for {n} positions")
-    elif rows.shape[0] != n or not _in_range(rows, values.shape[0]):
-        _refuse("rows reach outside values or do not match the positions")
-    if scale is not None and scale.shape[0] != n:
-        _refuse(f"{scale.shape[0]} scales for {n} positions")
-    out = np.empty((n_segments, dim), np.float32)
-    if n_segments == 0 or dim == 0:
-        return out
-    starts_, order_, cursor_ = np.zeros(n_segments + 1, np.int64), np.empty(n, np.int64), np.empty(n_segments, np.int64)
-    cdef int64_t[::1] starts = starts_, order = order_, cursor = cursor_
-    cdef float[:, ::1] to = out
-    with nogil:
-        # A stable counting sort: positions of one segment stay in batch order.
-        for i in range(n):
-            starts[segment[i] + 1] += 1
-        for i in range(n_segments):
-            cursor[i] = starts[i]
-            starts[i + 1] += starts[i]
-        for i in range(n):
-            order[cursor[segment[i]]] = i
-            cursor[segment[i]] += 1
-        fp = hb_fp_enter()
-        kernels().segment_sum(&values[0, 0] if values.shape[0] else NULL,
-                              &rows[0] if rows is not None and n else NULL,
-                              &scale[0] if scale is not None and n else NULL, &order[0] if n else NULL, &starts[0],
-                              n_segments, dim, &to[0, 0])
-        hb_fp_leave(fp)
-    return out
+    return Segments(segment, n_segments).of(values, rows, scale).sum(out)

@@ -1,43 +1,100 @@
-"""Slabs: fixed-width lines of float32 in chunks that never move, addressed by slot.
+"""Slabs: lines ``[row | optimizer state]`` in chunks that never move, addressed by slot.
 
-A line is ``[row | optimizer state]`` side by side, so that an update touches one place in memory. Growing adds a
-chunk; nothing is ever copied, and a pointer to a line stays good as long as the slabs live.
+Growing adds a chunk; nothing is ever copied, and a pointer to a line stays good as long as the slabs live. To callers a
+line is one array of floats. In memory rows may be narrower (float16, bfloat16), and state lies where it costs least:
+
+    one float of state a line           rows of a chunk | states of a chunk     a row of 16 floats is one cache line
+    more                                row state row state row state ...      an update touches one place
+
+Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the TLB costs as much as one of the cache.
 """
 
-from libc.stdint cimport int64_t
-from libc.stdlib cimport free, realloc
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
 
-from hbkit._ext.isa cimport HB_HYPER, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_line, hb_slabs, kernels
+import numpy as np
+
+from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_part,
+                             hb_slabs, hb_update, kernels)
+from hbkit._ext.random import KINDS
+from hbkit._ext.segment cimport Gradients
 from hbkit.errors import InvalidArgument
 
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **, size_t, size_t)
 
+cdef extern from "sys/mman.h" nogil:
+    int madvise(void *, size_t, int)
+
+cdef size_t HUGE = 2 << 20
+cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
+cdef int64_t TILE = 64       # lines that are drawn at once
+cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
+ROW_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+BAD = ("apply", "raise", "skip")
+
+
+def n_state(int rule, int64_t dim, bint momentum=False):
+    """Floats of state that a rule keeps for `dim` columns: int. `momentum`: whether SGD has some."""
+    if rule < 0 or rule >= HB_RULES:
+        raise InvalidArgument(f"unknown optimizer rule {rule}", remedy="use a rule of hbkit.embedding")
+    return (dim if momentum else 0, dim, 1, 2 * dim, dim + 1, 2 * dim, dim + 1, 2 * dim + 1)[rule]
+
 
 cdef class Slabs:
-    """Growable float32[n_lines, width].
+    """Growable lines of `width` floats each.
 
     Parameters
     ----------
     width : int
-        Floats a line.
+        Floats a line, as `gather` and `scatter` see it.
     chunk_nbytes : int
         About how many bytes a chunk takes; the lines of a chunk are a power of two.
+    dim : int, optional
+        Floats of the row, with which a line begins; the rest is state. When left out a line is not divided (``apply``
+        finds the state behind as many columns as the gradients have), which costs an update nothing but the better
+        places for its state.
+    row_dtype : "float32", "float16" or "bfloat16"
+        How rows are stored; state always is float32. Narrow rows need `dim`, and take 2 bytes a column, rounded up to
+        4 bytes a row. `scatter` and `fill` round to the nearest value, `apply` stochastically, by 16 bits of
+        Philox(seed, key, step, column); a finite value stays finite.
 
     Notes
     -----
-    Contents of new lines are undefined. The GIL is released inside; callers order writes themselves.
+    Contents of new lines are undefined. The GIL is released inside; callers order writes themselves. Two threads may
+    write lines of different slots at once.
     """
 
     cdef hb_slabs s
+    cdef readonly int64_t width
+    cdef bint divided, apart
     cdef int64_t n_chunks
+    cdef readonly str row_dtype
 
-    def __cinit__(self, int64_t width, int64_t chunk_nbytes=1 << 22):
+    def __cinit__(self, int64_t width, int64_t chunk_nbytes=1 << 22, dim=None, str row_dtype="float32"):
+        cdef int64_t row_nbytes, state_nbytes
         if width < 1:
             raise InvalidArgument(f"a line of {width} floats", remedy="give a width of at least 1")
-        self.s.width = width
-        while (<int64_t>2 << self.s.shift) * width * 4 <= chunk_nbytes and self.s.shift < 30:
+        if dim is not None and not 0 < dim <= width:
+            raise InvalidArgument(f"a row of {dim} floats in a line of {width}", remedy="give a dim within the line")
+        if row_dtype not in ROW_DTYPES or (dim is None and row_dtype != "float32"):
+            raise InvalidArgument(f"rows of dtype {row_dtype!r} in lines of dim {dim}",
+                                  remedy=f"use one of {', '.join(ROW_DTYPES)}, and name dim")
+        self.width, self.row_dtype, self.divided = width, row_dtype, dim is not None
+        self.s.dtype = ROW_DTYPES[row_dtype]
+        self.s.dim = width if dim is None else dim
+        self.s.n_state = width - self.s.dim
+        row_nbytes = self.s.dim * 4 if self.s.dtype == 0 else (self.s.dim * 2 + 3) // 4 * 4
+        state_nbytes = self.s.n_state * 4
+        while (<int64_t>2 << self.s.shift) * (row_nbytes + state_nbytes) <= chunk_nbytes and self.s.shift < 30:
             self.s.shift += 1
+        self.apart = state_nbytes <= APART
+        if self.apart:
+            self.s.row_stride, self.s.state_stride = row_nbytes, state_nbytes
+            self.s.state_at = row_nbytes << self.s.shift
+        else:
+            self.s.row_stride = self.s.state_stride = row_nbytes + state_nbytes
+            self.s.state_at = row_nbytes
 
     def __dealloc__(self):
         cdef int64_t i
@@ -46,9 +103,9 @@ cdef class Slabs:
         free(self.s.chunks)
 
     @property
-    def width(self):
-        """Floats a line: int."""
-        return self.s.width
+    def line_nbytes(self):
+        """Memory a line takes, in bytes: int."""
+        return self.s.row_stride + (self.s.state_stride if self.apart else 0)
 
     @property
     def capacity(self):
@@ -58,74 +115,214 @@ cdef class Slabs:
     @property
     def nbytes(self):
         """Memory held, in bytes: int."""
-        return self.capacity * self.s.width * sizeof(float) + self.n_chunks * sizeof(float *)
+        return self.capacity * self.line_nbytes + self.n_chunks * sizeof(char *)
 
     def reserve(self, int64_t n_lines):
         """Make room for slots 0..n_lines-1. MemoryError leaves the lines as they were."""
-        cdef float **grown
+        cdef char **grown
         cdef void *chunk
+        cdef size_t nbytes = self.line_nbytes << self.s.shift
         while self.capacity < n_lines:
-            grown = <float **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(float *))
+            grown = <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
             if grown == NULL:
                 raise MemoryError(f"no memory for {n_lines} lines")
             self.s.chunks = grown
-            if posix_memalign(&chunk, 64, (<size_t>1 << self.s.shift) * self.s.width * sizeof(float)) != 0:
-                raise MemoryError(f"no memory for {n_lines} lines of {self.s.width * 4} bytes")
-            self.s.chunks[self.n_chunks] = <float *>chunk
+            if posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
+                raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
+            if nbytes >= HUGE:
+                madvise(chunk, nbytes, MADV_HUGEPAGE)
+            self.s.chunks[self.n_chunks] = <char *>chunk
             self.n_chunks += 1
 
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1:
         cdef int64_t i, end = self.n_chunks << self.s.shift
-        for i in range(slots.shape[0]):
-            if slots[i] < least or slots[i] >= end:
-                raise InvalidArgument(f"slot {slots[i]} is outside the {end} lines", remedy="reserve lines first")
+        cdef uint64_t most = 0  # no branch a slot; what is below `least` is large
+        with nogil:
+            for i in range(slots.shape[0]):
+                most = most if most > <uint64_t>(slots[i] - least) else <uint64_t>(slots[i] - least)
+        if slots.shape[0] and most >= <uint64_t>(end - least):
+            raise InvalidArgument(f"slot {<int64_t>most + least} is outside the {end} lines",
+                                  remedy="reserve lines first")
         return 0
 
     def gather(self, const int64_t[::1] slots, float[:, ::1] out):
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1."""
-        if out.shape[0] != slots.shape[0] or out.shape[1] > self.s.width:
+        cdef hb_fp_state fp
+        if out.shape[0] != slots.shape[0] or out.shape[1] > self.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {slots.shape[0]} slots",
-                                  remedy=f"give one row a slot, at most {self.s.width} wide")
+                                  remedy=f"give one row a slot, at most {self.width} wide")
         self._check(slots, -1)
         if slots.shape[0] and out.shape[1]:
             with nogil:
+                fp = hb_fp_enter()
                 kernels().gather(&self.s, &slots[0], slots.shape[0], out.shape[1], &out[0, 0])
+                hb_fp_leave(fp)
 
     def scatter(self, const int64_t[::1] slots, const float[:, ::1] lines, int64_t column=0):
         """Write ``lines[i]`` into line ``slots[i]`` from float `column` on; slots must be >= 0."""
-        cdef int64_t i, j, w = lines.shape[1]
-        cdef float *to
-        if lines.shape[0] != slots.shape[0] or column < 0 or column + w > self.s.width:
-            raise InvalidArgument(f"lines of shape {lines.shape[0], w} do not fit {slots.shape[0]} slots at {column}",
-                                  remedy=f"a line has {self.s.width} floats")
-        self._check(slots, 0)
-        with nogil:
-            for i in range(slots.shape[0]):
-                to = hb_line(&self.s, slots[i]) + column
-                for j in range(w):
-                    to[j] = lines[i, j]
-
-    def apply(self, int rule, const int64_t[::1] slots, const float[:, ::1] grads, const float[::1] hyper):
-        """One optimizer step (a HB_ rule of kernels.h) on distinct slots; -1 is skipped. grads: float32[n, dim]."""
         cdef hb_fp_state fp
-        cdef int status = 0
-        cdef int64_t dim = grads.shape[1], need = dim
-        if rule in (1, 4):
-            need = 2 * dim if rule == 1 else 2 * dim + 1
-        elif rule == 2:
-            need = dim + 1
-        elif rule in (3, 5):
-            need = 3 * dim
-        elif rule == 0 and hyper.shape[0] > 1 and hyper[1] != 0:
-            need = 2 * dim
-        if grads.shape[0] != slots.shape[0] or hyper.shape[0] < HB_HYPER or need > self.s.width:
-            raise InvalidArgument(f"grads of shape {grads.shape[0], dim} do not fit {slots.shape[0]} slots or a line "
-                                  f"of {self.s.width}", remedy="the rule needs its state beside the row")
-        self._check(slots, -1)
-        if slots.shape[0] and dim:
+        cdef int64_t w = lines.shape[1]
+        if lines.shape[0] != slots.shape[0] or column < 0 or column + w > self.width:
+            raise InvalidArgument(f"lines of shape {lines.shape[0], w} do not fit {slots.shape[0]} slots at {column}",
+                                  remedy=f"a line has {self.width} floats")
+        self._check(slots, 0)
+        if slots.shape[0] and w:
             with nogil:
                 fp = hb_fp_enter()
-                status = kernels().apply(rule, &self.s, &slots[0], slots.shape[0], dim, &grads[0, 0], &hyper[0])
+                kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
                 hb_fp_leave(fp)
-        if status != 0:
-            raise InvalidArgument(f"unknown optimizer rule {rule}", remedy="use a rule of hbkit.embedding")
+
+    def fill(self, const int64_t[::1] slots, const int64_t[::1] keys, draws, const float[::1] state):
+        """Make new lines: rows drawn for their keys, and `state` beside each.
+
+        Parameters
+        ----------
+        slots : int64[n], >= 0
+        keys : int64[n]
+        draws : sequence of (kind, a, b, seed, column, n_columns)
+            What `hbkit._ext.random.initialize` takes, for the columns of the row from `column` on; what no draw names
+            is 0. A draw's own columns count from 0. `Initializer.draw` makes one.
+        state : float32[width - dim]
+        """
+        cdef int64_t n = slots.shape[0], i, k, some, w = self.s.dim, n_draws = len(draws)
+        cdef hb_fp_state fp
+        cdef hb_draw *d
+        cdef float *lines
+        if keys.shape[0] != n or not self.divided or state.shape[0] != self.width - w:
+            raise InvalidArgument(f"{keys.shape[0]} keys and a state of {state.shape[0]} for {n} slots",
+                                  remedy=f"the lines must have a dim; give {self.width - w} floats of state")
+        self._check(slots, 0)
+        columns = []
+        for kind, _, _, _, column, count in draws:
+            if kind not in KINDS or column < 0 or count < 0 or column + count > w:
+                raise InvalidArgument(f"{kind!r} in columns {column} to {column + count}",
+                                      remedy=f"a row has {w} columns; initializers are {', '.join(KINDS)}")
+            columns.append((KINDS[kind], column, count))
+        d = <hb_draw *>malloc((n_draws + 1) * sizeof(hb_draw))
+        lines = <float *>malloc(TILE * self.width * sizeof(float))
+        try:
+            if d == NULL or lines == NULL:
+                raise MemoryError("no memory for new lines")
+            for k, ((code, column, count), (_, a, b, seed, _, _)) in enumerate(zip(columns, draws)):
+                d[k] = hb_draw(code, column, count, a, b, seed)
+            with nogil:
+                fp = hb_fp_enter()
+                for i in range(TILE * self.width):
+                    lines[i] = 0
+                for i in range(TILE):
+                    for k in range(state.shape[0]):
+                        lines[i * self.width + w + k] = state[k]
+                i = 0
+                while i < n:
+                    some = TILE if n - i > TILE else n - i
+                    for k in range(n_draws):
+                        kernels().initialize(&d[k], &keys[i], some, lines + d[k].column, self.width)
+                    kernels().scatter(&self.s, &slots[i], some, 0, self.width, lines, self.width)
+                    i += some
+                hb_fp_leave(fp)
+        finally:
+            free(d)
+            free(lines)
+
+    def apply(self, rule, const int64_t[::1] slots, grads, hyper, const int64_t[::1] keys=None, uint64_t seed=0,
+              step=0, str bad="apply"):
+        """One optimizer step on distinct slots; -1 is skipped.
+
+        Parameters
+        ----------
+        rule : int, or sequence of (rule, column, n_columns, state)
+            A HB_ rule of kernels.h for the whole row. Or one for each of several slices of it: the row's columns from
+            `column` on, whose state begins `state` floats into the line's state.
+        slots : int64[n]
+        grads : float32[n, dim] or Gradients of n segments
+            `Gradients` are summed on the way, and never written out. dim is the row's.
+        hyper : float32[h], or one such row for each slice
+            As `Optimizer.hyper` makes them; what is left out is 0.
+        keys : int64[n]
+            Of the slots; with `seed` and `step` they decide how narrow rows round, and are needed for those alone.
+        bad : "apply", "raise" or "skip"
+            What happens to gradients that are not finite (as summed, before clipping): they are applied as they are;
+            nothing is changed and InvalidArgument says how many there are; their lines are left as they are.
+
+        Returns
+        -------
+        int
+            Lines that "skip" left out.
+        """
+        cdef hb_slabs s = self.s
+        cdef hb_update u
+        cdef hb_part *parts
+        cdef float *h
+        cdef float[:, ::1] wanted
+        cdef const float[:, ::1] whole
+        cdef const float[:, ::1] packed
+        cdef Gradients by_segment
+        cdef hb_fp_state fp
+        cdef int64_t dim = grads.shape[1], n = slots.shape[0], k, result = 0
+        if not self.divided:  # the state lies behind as many columns as there are
+            s.dim, s.n_state, s.state_at, s.state_stride = dim, self.width - dim, dim * 4, s.row_stride
+        slices = [(rule, 0, dim, 0)] if isinstance(rule, (int, np.integer)) else list(rule)
+        packed = np.atleast_2d(np.ascontiguousarray(hyper, np.float32))
+        if grads.shape[0] != n or dim != s.dim or s.n_state < 0 or packed.shape[0] != len(slices):
+            raise InvalidArgument(f"grads of shape {tuple(grads.shape)} and {packed.shape[0]} hyper-parameters do not "
+                                  f"fit {n} slots, rows of {s.dim} and {len(slices)} slices",
+                                  remedy="the rule needs its state beside the row")
+        if packed.shape[1] > HB_HYPER or bad not in BAD:
+            raise InvalidArgument(f"{packed.shape[1]} hyper-parameters and bad={bad!r}",
+                                  remedy=f"give at most {HB_HYPER}, and one of {', '.join(BAD)}")
+        for k, (code, column, count, state) in enumerate(slices):
+            momentum = packed.shape[1] > 1 and packed[k, 1] != 0
+            if (column < 0 or count < 1 or column + count > dim or state < 0 or
+                    state + n_state(code, count, momentum) > s.n_state):
+                raise InvalidArgument(f"columns {column} to {column + count} with state from {state} on do not fit a "
+                                      f"row of {dim} and a state of {s.n_state}",
+                                      remedy="the rule needs its state beside the row")
+        if s.dtype != 0 and (keys is None or keys.shape[0] != n):
+            raise InvalidArgument("rounding needs the keys of the slots", remedy="give keys, one for each slot")
+        self._check(slots, -1)
+        if n == 0 or dim == 0:
+            return 0
+        if bad == "raise":
+            if isinstance(grads, Gradients):
+                grads = grads.sum()
+            whole = grads
+            used = np.asarray(slots) >= 0
+            with nogil:
+                result = kernels().count_bad(&whole[0, 0], n, dim)
+            result = 0 if result == 0 else int(np.count_nonzero(used & ~np.isfinite(grads).all(axis=1)))
+            if result:
+                raise InvalidArgument(f"{result} of {n} gradients are not finite",
+                                      remedy="lower the learning rate or clip, or let such rows be skipped")
+        if isinstance(grads, Gradients):
+            by_segment = grads
+            u.g = by_segment.g
+        else:
+            whole = grads
+            u.g.values, u.g.dim, u.g.n_segments = &whole[0, 0], dim, n
+            u.g.order = u.g.starts = NULL
+            u.g.rows = NULL
+            u.g.scale = NULL
+        u.slots, u.n_parts, u.skip = &slots[0], len(slices), bad == "skip"
+        u.keys = &keys[0] if keys is not None and n else NULL
+        u.seed, u.step = seed, <uint32_t>(<uint64_t>step)
+        parts = <hb_part *>malloc((len(slices) + 1) * sizeof(hb_part))
+        h = <float *>malloc((len(slices) + 1) * HB_HYPER * sizeof(float))
+        u.scratch = malloc(HB_SCRATCH(dim))
+        try:
+            if parts == NULL or h == NULL or u.scratch == NULL:
+                raise MemoryError("no memory for an update")
+            wanted = <float[:len(slices) + 1, :HB_HYPER]>h
+            wanted[:, :] = 0
+            wanted[:len(slices), :packed.shape[1]] = packed
+            for k, (code, column, count, state) in enumerate(slices):
+                parts[k] = hb_part(code, column, count, state, h + k * HB_HYPER)
+            u.parts = parts
+            with nogil:
+                fp = hb_fp_enter()
+                result = kernels().apply(&s, &u)
+                hb_fp_leave(fp)
+        finally:
+            free(parts)
+            free(h)
+            free(u.scratch)
+        return result

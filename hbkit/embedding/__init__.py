@@ -2,7 +2,8 @@
 
 from hbkit.embedding.admission import BloomAdmission, CountAdmission
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged
-from hbkit.embedding.eviction import IdleSteps, L2Below
+from hbkit.embedding.columns import Column
+from hbkit.embedding.eviction import IdleSteps, L2Below, MaxRows
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
 from hbkit.embedding.optimizers import SGD, Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, RowWiseAdam
@@ -15,12 +16,14 @@ __all__ = [
     "AdamW",
     "BloomAdmission",
     "Collection",
+    "Column",
     "Constant",
     "CountAdmission",
     "Ftrl",
     "IdleSteps",
     "L2Below",
     "Lookahead",
+    "MaxRows",
     "Normal",
     "Pipeline",
     "RowWiseAdagrad",

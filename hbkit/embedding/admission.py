@@ -1,7 +1,8 @@
-"""Admission: which new keys earn a row. A key that is not admitted reads zeros and takes no row memory.
+"""Admission: which new keys earn a row. A key that is not admitted reads the table's default and takes no row memory.
 
 A filter counts the occurrences of keys that have no row yet; a key is admitted in the batch that brings it to the named
-count, and leaves the filter's memory then where that is exact.
+count, and leaves the filter's memory then where that is exact. Counting is part of the step, before rows are made, so
+it depends neither on the tier nor on how far ahead a batch was staged. Snapshots keep the counts.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.hash import hash_ints
+from hbkit._ext import bloom
 from hbkit._ext.index import Index
 from hbkit.errors import InvalidArgument, SchemaMismatch
+from hbkit.store import base
 from hbkit.store.base import Int64s
 
 __all__ = ["Admission", "BloomAdmission", "CountAdmission", "Filter"]
 
 
-class Filter(Protocol):
+class Filter(base.Filter, Protocol):
     """One table's admission at work."""
 
-    def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """Add `counts` to absent, distinct `keys`; which of them are admitted now: bool[n]."""
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
         ...
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -47,13 +50,23 @@ class Admission(Protocol):
 
 @dataclass(frozen=True)
 class CountAdmission:
-    """Admit a key at its `min_count`-th occurrence, counted exactly (about 32 bytes a waiting key)."""
+    """Admit a key at its `min_count`-th occurrence, counted exactly.
+
+    Parameters
+    ----------
+    min_count : int
+        1 to 2**32 - 1.
+
+    Notes
+    -----
+    A waiting key takes an index entry and 4 bytes. A key that was evicted or erased begins at 0 again.
+    """
 
     min_count: int
 
     def __post_init__(self) -> None:
-        if self.min_count < 1:
-            raise InvalidArgument(f"min_count={self.min_count}", remedy="give a count of at least 1")
+        if not 1 <= self.min_count < 2**32:
+            raise InvalidArgument(f"min_count={self.min_count}", remedy="give a count of at least 1, below 2**32")
 
     def open(self) -> CountFilter:
         """A filter of its own for one table."""
@@ -66,49 +79,76 @@ class CountFilter:
     def __init__(self, min_count: int) -> None:
         self._min_count = min_count
         self._index = Index()
-        self._counts = np.zeros(0, np.int64)
+        self._counts = np.zeros(0, np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return int(self._index.nbytes) + self._counts.nbytes
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """See `Filter.admit`."""
-        slots, is_new = self._index.find_or_insert(keys)
-        if self._index.n_slots > len(self._counts):
-            grown = np.zeros(2 * self._index.n_slots, np.int64)
+        """See `hbkit.store.base.Filter`."""
+        if (need := self._index.n_slots + len(keys)) > len(self._counts):  # before the index changes
+            grown = np.zeros(need + need // 2, np.uint32)
             grown[: len(self._counts)] = self._counts
             self._counts = grown
-        self._counts[slots[is_new]] = 0
-        self._counts[slots] += counts
-        admitted: npt.NDArray[np.bool_] = self._counts[slots] >= self._min_count
-        self._index.erase(keys[admitted])
+        slots, is_new = self._index.find_or_insert(keys)
+        totals = np.where(is_new, 0, self._counts[slots]) + counts
+        self._counts[slots] = np.minimum(totals, 2**32 - 1)
+        admitted: npt.NDArray[np.bool_] = totals >= self._min_count
         return admitted
 
+    def retract(self, keys: Int64s, counts: Int64s) -> None:
+        """See `hbkit.store.base.Filter`."""
+        slots = self._index.find(keys)
+        left = self._counts[slots] - counts
+        self._counts[slots] = left
+        self._index.erase(keys[left == 0])
+
+    def forget(self, keys: Int64s) -> None:
+        """See `hbkit.store.base.Filter`."""
+        self._index.erase(keys)
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Waiting keys and their counts."""
+        """Waiting keys, ascending, and their counts."""
         keys, slots = self._index.items()
         order = np.argsort(keys)
-        return {"key": keys[order], "count": self._counts[slots[order]]}
+        return {"key": keys[order], "count": self._counts[slots[order]].astype(np.int64)}
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """See `Filter.load_state`."""
         if set(state) != {"key", "count"}:
             raise SchemaMismatch(f"admission state {sorted(state)}", remedy="it was not saved by CountAdmission")
-        self._index = Index()
-        slots, _ = self._index.find_or_insert(np.ascontiguousarray(state["key"], np.int64))
-        self._counts = np.zeros(len(slots), np.int64)
-        self._counts[slots] = state["count"]
+        index = Index()
+        slots, _ = index.find_or_insert(np.ascontiguousarray(state["key"], np.int64))
+        counts = np.zeros(len(slots), np.uint32)
+        counts[slots] = np.clip(state["count"], 0, 2**32 - 1)
+        self._index, self._counts = index, counts
 
 
 @dataclass(frozen=True)
 class BloomAdmission:
     """Admit a key at about its `min_count`-th occurrence, counted in a counting Bloom filter of fixed size.
 
+    Never later than `CountAdmission`, and earlier for at most a share `false_positive_rate` of new keys.
+
     Parameters
     ----------
     min_count : int
-        At most 65,535.
+        1 to 65,535.
     expected_keys : int
-        Distinct keys that the filter is sized for.
+        Distinct keys that the filter is sized for. Beyond them, more keys are admitted early.
     false_positive_rate : float
-        Share of keys admitted too early once `expected_keys` distinct keys have been seen.
+        Chance that a key seen for the first time meets only counters that others of `expected_keys` have raised, as it
+        must to be admitted early.
+
+    Notes
+    -----
+    About 3 log2(1 / false_positive_rate) bytes for each of `expected_keys`, somewhat more for few keys, since each of
+    1,024 virtual shards has counters of its own. Counts never shrink: a key that was evicted is admitted again at once.
     """
 
     min_count: int
@@ -116,38 +156,69 @@ class BloomAdmission:
     false_positive_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (1 <= self.min_count <= 65_535 and self.expected_keys >= 1 and 0 < self.false_positive_rate < 1):
+        if not (1 <= self.min_count <= 65_535 and self.expected_keys >= 1 and 1e-12 < self.false_positive_rate < 1):
             raise InvalidArgument(
-                f"{self}", remedy="give 1 <= min_count <= 65535, expected_keys >= 1, 0 < false_positive_rate < 1"
+                f"{self}", remedy="give 1 <= min_count <= 65535, expected_keys >= 1, 1e-12 < false_positive_rate < 1"
             )
+
+    @property
+    def n_hashes(self) -> int:
+        """Counters of a key: where about half of all are raised, each is worth a factor of two."""
+        return max(1, round(-math.log2(self.false_positive_rate)))
+
+    def shard_counters(self) -> int:
+        """The least number of counters for one of 1,024 shards that keeps the rate."""
+        keys, chance = _shard_keys(self.expected_keys / 1024)
+        k, low, high = self.n_hashes, 0, 1
+
+        def rate(m: int) -> float:
+            raised = -np.expm1(k * keys * math.log1p(-1 / m)) if m > 1 else (keys > 0).astype(np.float64)
+            return float((chance * raised**k).sum())
+
+        while rate(high) > self.false_positive_rate:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if rate(middle) > self.false_positive_rate else (low, middle)
+        return max(high, 8 * k)  # with fewer, a key's own counters coincide, which the rate above leaves out
 
     def open(self) -> BloomFilter:
         """A filter of its own for one table."""
         return BloomFilter(self)
 
 
+def _shard_keys(mean: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """How many keys fall into a shard, and the chance of each number: a Poisson distribution, thinned where wide."""
+    spread = 10 * math.sqrt(mean) + 20
+    n = np.unique(np.linspace(max(0, mean - spread), mean + spread, 2000).round())
+    log = n * math.log(mean) - mean - np.array([math.lgamma(x + 1) for x in n])
+    chance = np.exp(log - log.max())
+    return n, chance / chance.sum()
+
+
 class BloomFilter:
-    """Counting Bloom filter (Fan et al., 2000) without conservative update: the order of keys does not matter."""
+    """Counters that keys share. A key's estimate is its least counter, so it is never too low."""
 
     def __init__(self, rule: BloomAdmission) -> None:
-        per_key = -math.log(rule.false_positive_rate) / math.log(2) ** 2
-        self._n_hashes = max(1, round(per_key * math.log(2)))
-        self._counters = np.zeros(max(64, math.ceil(per_key * rule.expected_keys)), np.uint16)
-        self._min_count = rule.min_count
+        self._min_count, self._n_hashes = rule.min_count, rule.n_hashes
+        self._counters = np.zeros(1024 * rule.shard_counters(), np.uint16)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self._counters.nbytes
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """See `Filter.admit`."""
-        size = np.uint64(len(self._counters))
-        estimate = np.full(len(keys), np.iinfo(np.int64).max)
-        cells = [(hash_ints(keys, k).view(np.uint64) % size).astype(np.int64) for k in range(self._n_hashes)]
-        for cell in cells:
-            touched, inverse = np.unique(cell, return_inverse=True)
-            sums = self._counters[touched].astype(np.int64)
-            np.add.at(sums, inverse, counts)
-            self._counters[touched] = np.minimum(sums, 65_535)
-        for cell in cells:
-            estimate = np.minimum(estimate, self._counters[cell])
-        return estimate >= self._min_count
+        """See `hbkit.store.base.Filter`."""
+        admitted: npt.NDArray[np.bool_] = bloom.add(self._counters, keys, counts, self._n_hashes) >= self._min_count
+        return admitted
+
+    def retract(self, keys: Int64s, counts: Int64s) -> None:
+        """See `hbkit.store.base.Filter`; counters that are full stay so."""
+        bloom.add(self._counters, keys, -counts, self._n_hashes)
+
+    def forget(self, keys: Int64s) -> None:
+        """Others share the counters: they stay."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The counters."""

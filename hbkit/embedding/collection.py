@@ -7,7 +7,6 @@ admits, creates, gathers and pools, then sums gradients per key and updates. The
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,22 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
-from hbkit._ext.pool import Pool
-from hbkit.embedding.table import Request, Table
+from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
-from hbkit.ragged import Ragged
+from hbkit.ragged import Dictionary, Ragged
 from hbkit.store.base import Float32s, Int64s
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]
-
-# Outputs live for one step: their memory is reused. Its alignment lets TensorFlow share it.
-_memory = Pool()
-
-
-def _output(*shape: int) -> Float32s:
-    """Uninitialised float32 of this shape, aligned to 64 bytes; the receiver's own."""
-    return np.frombuffer(_memory.take(4 * math.prod(shape)), np.float32).reshape(shape)
-
 
 POOLINGS = ("sum", "mean", "sqrtn", None)
 
@@ -52,7 +41,8 @@ class SequenceOutput(NamedTuple):
 class _Input(NamedTuple):
     """One feature of a batch: its keys, and how they fall into rows."""
 
-    keys: npt.NDArray[Any]
+    keys: npt.NDArray[Any]  # or the codes of a dictionary's entries
+    dictionary: Any  # None: keys are what they are
     splits: Int64s | None  # None: one key a row
     length: int | None  # lists of a dense array all have this length
     weight: Float32s | None  # one a key
@@ -117,9 +107,9 @@ class Collection:
 
         Parameters
         ----------
-        batch : mapping of column name to array[n], array[n, L], or Ragged of rank 1
-            Integer keys; columns that are no feature are left alone. ``batch.n_rows`` where present says how many of
-            the rows are real.
+        batch : mapping of column name to array[n], array[n, L], Ragged of rank 1, or a Dictionary with such codes
+            Integer keys; of a dictionary, each entry is hashed and looked up once, however many values it has. Columns
+            that are no feature are left alone. ``batch.n_rows`` where present says how many of the rows are real.
         train : bool
             Whether the step will count, admit, create and update.
         size : int, optional
@@ -189,15 +179,15 @@ class Staged:
                 self._requests[name] = self._request(table, features)
         self._state = "staged"
 
-    def _keys(self, table: Table, feature: str) -> Int64s:
+    def _keys(self, table: Table, feature: str) -> Any:
+        i = self._inputs[feature]
         try:
-            return table.keys(self._inputs[feature].keys)
+            return table.part(i.keys if i.dictionary is None else Dictionary(i.dictionary, i.keys))
         except InvalidArgument as e:
             raise InvalidArgument(e.problem, **e.place, feature=feature, remedy=e.remedy) from None
 
     def _request(self, table: Table, features: Sequence[str]) -> Request:
-        parts = [self._keys(table, f) for f in features]
-        return table.request(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        return Request(table, [self._keys(table, f) for f in features])
 
     def wait(self) -> None:
         """Return once every row of the batch is resident in the nearest tier."""
@@ -228,23 +218,23 @@ class Staged:
         inverse = self._requests[c.features[feature]].inverse[self._spans[feature]]
         dim = rows.shape[1]
         if i.splits is None:
-            out = _output(self.size, dim)
+            out = _ext.retained((self.size, dim))
             if len(rows):
-                np.take(rows, inverse, axis=0, out=out[: self.n_rows], mode="clip")
+                _ext.expand(rows, inverse, out[: self.n_rows])
             if i.weight is not None:
                 out[: self.n_rows] *= i.weight[:, None]
             out[self.n_rows :] = 0
             return out
         if c.pooling[feature] is None:
             at, length = _positions(i)
-            values = _output(self.size, length, dim)
+            values = _ext.retained((self.size, length, dim))
             values[:] = 0
             mask = np.zeros((self.size, length), np.bool_)
             picked = rows[inverse]
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
             mask.reshape(-1)[at] = True
             return SequenceOutput(values, mask)
-        out = _output(self.size, dim)
+        out = _ext.retained((self.size, dim))
         _ext.pool(rows, inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
         out[self.n_rows :] = 0
         return out
@@ -263,6 +253,7 @@ class Staged:
         Parameters
         ----------
         grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
+            Or, for a table of named columns, a mapping of their names to such arrays.
             A feature left out had no part in the loss.
 
         Raises
@@ -270,7 +261,8 @@ class Staged:
         Closed
             ``outputs`` was not called, or the batch is closed, or was staged with ``train=False``.
         InvalidArgument
-            A gradient has another shape than its output.
+            A gradient has another shape than its output; or holds NaN or infinities and its table's policy is to raise:
+            then no table was updated.
         """
         c = self._collection
         if self._state != "read" or not self._train:
@@ -283,24 +275,29 @@ class Staged:
                 )
         step = c.step + 1
         parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        if len(c.tables) > 1:  # where one table would refuse, none may be updated
+            for f, (values, _, scale) in parts.items():
+                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
+                    raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
         for name, request in self._requests.items():
             features = [f for f, t in c.features.items() if t == name]
             used = [f for f in features if f in parts]
             if used:
+                checked = len(c.tables) > 1
                 # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
                 touched = request if used == features else self._request(c.tables[name], used)
-                touched.update(*_join([parts[f] for f in used]), step)
+                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
                 touched.close()
-        for table in c.tables.values():
-            table.step = step
         self.close()
         self._state = "applied"
+        for table in c.tables.values():
+            table.advance(step)
 
     def _gradient(self, feature: str, grad: Any) -> tuple[Float32s, Int64s | None, Float32s | None]:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
-        g = np.asarray(grad)
+        g = c.tables[c.features[feature]].join(grad) if isinstance(grad, Mapping) else np.asarray(grad)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
         if sequence:
@@ -339,6 +336,9 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
         raise UnknownColumn(
             "a feature is not in the batch", feature=feature, remedy=f"the batch has {', '.join(batch) or 'nothing'}"
         ) from None
+    dictionary = None
+    if isinstance(column, Dictionary):
+        dictionary, column = column
     if isinstance(column, Ragged) and column.ragged_rank == 1 and isinstance(column.values, np.ndarray):
         keys, splits, length = column.values, column.row_splits[0], None
     elif isinstance(column, np.ndarray) and column.ndim == 1:
@@ -352,9 +352,10 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
             feature=feature,
             remedy="give integers as array[n], array[n, L] or Ragged of rank 1; hash strings: Field(hash_to='int64')",
         )
-    if keys.dtype.kind not in "iu" and keys.size:
+    kind = keys.dtype if dictionary is None else getattr(dictionary, "dtype", type(dictionary).__name__)
+    if keys.size and (keys.dtype.kind not in "iu" or getattr(kind, "kind", "") not in "iu"):
         raise InvalidArgument(
-            f"keys of type {keys.dtype}",
+            f"keys of type {kind}",
             feature=feature,
             remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
         )
@@ -362,16 +363,16 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
         weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)
         if len(weight) != len(keys):
             raise InvalidArgument(f"{len(weight)} weights for {len(keys)} keys", feature=feature, remedy="align them")
-    return _Input(keys, splits, length, weight)
+    return _Input(keys, dictionary, splits, length, weight)
 
 
 def _first_rows(i: _Input, n: int) -> _Input:
     """The first n rows of a feature: padding rows hold no keys."""
     if i.splits is None:
-        return _Input(i.keys[:n], None, None, None if i.weight is None else i.weight[:n])
+        return _Input(i.keys[:n], i.dictionary, None, None, None if i.weight is None else i.weight[:n])
     splits = i.splits[: n + 1]
     end = int(splits[-1])
-    return _Input(i.keys[:end], splits, i.length, None if i.weight is None else i.weight[:end])
+    return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
 
 
 def _positions(i: _Input) -> tuple[Int64s, int]:

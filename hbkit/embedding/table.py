@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.segment import segment_sum
+from hbkit._ext import batch as _ext
+from hbkit._ext.segment import Segments, expand, retained
 from hbkit.embedding.admission import Admission
+from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
 from hbkit.embedding.initializers import Initializer, Normal
 from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
+from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
-from hbkit.store.base import Float32s, Int64s, Layout, StoreSpec
+from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Part, StoreSpec
 from hbkit.store.host import host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
@@ -31,7 +34,7 @@ class Table:
     name : str
         Unique among the tables of a collection; also seeds the initial rows.
     dim : int
-        Floats of a row.
+        Floats of a row; may be left out where `columns` say it.
     dtype : "float32"
         Type of the rows.
     key_dtype : "int64", "uint64" or "int32"
@@ -45,20 +48,39 @@ class Table:
     admission : Admission, optional
         Which new keys earn a row; all when left out.
     eviction : sequence of Eviction
-        Rules that `evict` applies.
+        Rules that `evict` applies, one after the other: each sees the rows that those before it left.
     padding_key : int, optional
         A key that reads zeros, takes no gradient and is never stored.
+    default : float, float32[dim] or Initializer
+        What a key without a row reads: one that is absent, or not yet admitted. It takes no memory and no gradient.
+    nonfinite : "raise" or "skip"
+        What an update does where the gradient of a key is NaN or infinite: raise and change nothing, or leave that
+        key's row as it is and count it in ``stats()["skipped_updates"]``.
+    evict_every : int, optional
+        Look at every row once in so many steps, an equal part of them after each; only on demand when left out.
+    on_evict : callable, optional
+        ``on_evict(chunk: hbkit.store.base.Chunk)`` gets the rows that are about to go, with state, frequency and last
+        step. What it raises leaves them in the table.
+    metadata : bool
+        Keep frequency and last step, 8 bytes a row (unsigned 32-bit each; larger numbers stay at 2**32 - 1), which
+        `IdleSteps` and `MaxRows` need. Without them a snapshot shows frequency 0, and a delta holds all rows.
+    columns : mapping of name to Column, optional
+        Divides a row into named slices, in this order, each with its own initializer and optimizer: a DeepFM's linear
+        weight beside its embedding, say. `split` names the slices of what was looked up.
 
     Notes
     -----
-    Safe to use from several threads in the sense that nothing is corrupted: reads and updates of a batch are ordered
-    one after the other by the store.
+    Any number of threads may look up while one updates, on every tier. A lookup sees each row as it was before or after
+    an update that runs meanwhile; over host memory, where lookups do not wait for updates of existing rows, it may see
+    one in between: some floats old, some new, none torn. Which of several updating threads comes first is not defined.
+    A batch of keys is admitted and created as a whole. `evict` may erase what another thread trains on: the key begins
+    anew.
     """
 
     def __init__(
         self,
         name: str,
-        dim: int,
+        dim: int | None = None,
         dtype: str = "float32",
         key_dtype: str = "int64",
         initializer: Initializer | None = None,
@@ -67,56 +89,151 @@ class Table:
         admission: Admission | None = None,
         eviction: Sequence[Eviction] = (),
         padding_key: int | None = None,
+        default: float | npt.ArrayLike | Initializer = 0.0,
+        nonfinite: str = "raise",
+        evict_every: int | None = None,
+        on_evict: Callable[[Chunk], object] | None = None,
+        metadata: bool = True,
+        columns: Mapping[str, Column] | None = None,
     ) -> None:
         if not name or "/" in name or name.startswith("."):
             raise InvalidArgument(f"table name {name!r}", remedy="give a name that can be a file name")
+        self.initializer = initializer or Normal()
+        self.optimizer: Optimizer | ColumnOptimizer = optimizer or Adagrad(lr=0.05)
+        self._columns: dict[str, slice] = {}
+        if columns is not None:
+            self._columns, self.initializer, self.optimizer = divide(columns, self.initializer, self.optimizer, name)
+            total = sum(c.dim for c in columns.values())
+            if dim not in (None, total):
+                raise InvalidArgument(f"dim={dim} and columns of {total}", table=name, remedy="leave dim out")
+            dim = total
         if not isinstance(dim, (int, np.integer)) or dim < 1:
             raise InvalidArgument(f"dim={dim!r}", table=name, remedy="give a dim of at least 1")
         if dtype != "float32":
             raise Unsupported(f"rows of dtype {dtype!r}", table=name, remedy="use dtype='float32'")
         if key_dtype not in KEY_DTYPES:
             raise InvalidArgument(f"key_dtype {key_dtype!r}", table=name, remedy=f"use one of {', '.join(KEY_DTYPES)}")
+        if nonfinite not in ("raise", "skip"):
+            raise InvalidArgument(f"nonfinite={nonfinite!r}", table=name, remedy="use 'raise' or 'skip'")
+        if evict_every is not None and (evict_every < 1 or not eviction):
+            raise InvalidArgument(
+                f"evict_every={evict_every} with {len(eviction)} rules",
+                table=name,
+                remedy="give at least 1 step, and eviction=[...]",
+            )
+        for rule in eviction:
+            if rule.reads_metadata and not metadata:
+                raise InvalidArgument(
+                    f"{rule} reads what metadata=False leaves out", table=name, remedy="keep the metadata"
+                )
         self.name, self.dim, self.dtype, self.key_dtype = name, int(dim), dtype, key_dtype
-        self.initializer = initializer or Normal()
-        self.optimizer = optimizer or Adagrad(lr=0.05)
         self.eviction = tuple(eviction)
         self.padding_key = padding_key
+        self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
+        self._default = _default(default, name, self.dim)
+        self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
+        self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
-        self.store = (store or host_memory()).open(
-            Layout(name, self.dim, self.optimizer.initial_state(self.dim), initialize)
-        )
+        state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
+        layout = Layout(name, self.dim, state, initialize, metadata, fill)
+        self.store = (store or host_memory()).open(layout)
         self.step = self.store.latest_step()
+        if self.admission is not None and (kept := self.store.kept()):
+            try:
+                self.admission.load_state(kept)
+            except BaseException:
+                self.store.close()
+                raise
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
         """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits."""
         return as_keys(keys, self.key_dtype, self.name)
 
-    def request(self, keys: npt.ArrayLike) -> Request:
-        """Begin a batch: dedupe its keys and reserve their rows. Creates nothing; may run ahead of the step."""
-        return Request(self, self.keys(keys))
+    def request(self, *parts: npt.ArrayLike | Dictionary) -> Request:
+        """Begin a batch: dedupe its keys and reserve their rows. Creates nothing; may run ahead of the step.
 
-    def lookup(self, keys: npt.ArrayLike, train: bool = False) -> Float32s:
+        Parameters
+        ----------
+        *parts : integers [n], or Dictionary of integers with codes uint32[n]
+            Parts of the batch, in this order. Of a dictionary, only the entries are looked at that the codes use.
+        """
+        return Request(self, [self.part(part) for part in parts])
+
+    def part(self, keys: npt.ArrayLike | Dictionary) -> Int64s | Dictionary:
+        """Part of a batch as `Request` takes it: `keys`, also of a dictionary that is no longer than its codes."""
+        if not isinstance(keys, Dictionary):
+            return self.keys(keys)
+        if isinstance(keys.codes, Ragged) or isinstance(keys.dictionary, Ragged):
+            raise InvalidArgument("keys are lists", table=self.name, remedy="give them to a Collection")
+        codes = np.ascontiguousarray(keys.codes, np.uint32)
+        if len(keys.dictionary) > len(codes):  # a large dictionary of which a small batch uses little
+            keys = Dictionary(keys.dictionary, codes).decode()  # type: ignore[assignment]
+            return self.keys(keys)  # type: ignore[arg-type]
+        return Dictionary(self.keys(keys.dictionary), codes)  # type: ignore[arg-type]
+
+    def lookup(self, keys: npt.ArrayLike | Dictionary, train: bool = False) -> Float32s:
         """Rows of keys: float32[n, dim], the caller's own.
 
-        With ``train=True`` absent keys are counted and (once admitted) created; else they read zeros and nothing
+        With ``train=True`` absent keys are counted and (once admitted) created; else they read the default and nothing
         changes.
-        """
-        request = self.request(keys)
-        try:
-            return np.take(request.rows(train, self.step + 1), request.inverse, axis=0)
-        finally:
-            request.close()
 
-    def update(self, keys: npt.ArrayLike, grads: npt.ArrayLike) -> None:
-        """One optimizer step with ``grads[n, dim]``, one row a key; duplicates are summed, absent keys ignored.
+        Parameters
+        ----------
+        keys : integers [n], or Dictionary of integers with codes uint32[n]
+            Any of them may repeat; not contiguous ones are copied.
 
         Raises
         ------
         InvalidArgument
-            `grads` has another shape than [n, dim].
+            The keys are no vector of integers, do not fit `key_dtype`, or a code is outside its dictionary.
+        MemoryError
+            A new row does not fit; then nothing was counted or made.
         """
-        g = np.ascontiguousarray(grads, np.float32)
+        request = self.request(keys)
+        try:
+            rows: Float32s = expand(request.rows(train, self.step + 1), request.inverse)
+            return rows
+        finally:
+            request.close()
+
+    def split(self, rows: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """The named columns of rows[..., dim], as views."""
+        return {name: rows[..., place] for name, place in self._columns.items()}
+
+    def join(self, grads: Mapping[str, npt.ArrayLike]) -> Float32s:
+        """Gradients of all columns, each [..., column's dim], as those of whole rows: float32[..., dim]."""
+        if set(grads) != set(self._columns):
+            raise InvalidArgument(
+                f"gradients of {', '.join(grads) or 'no columns'}",
+                table=self.name,
+                remedy=f"give those of {', '.join(self._columns) or 'whole rows'}",
+            )
+        parts = [np.asarray(grads[name], np.float32) for name in self._columns]
+        shapes = [
+            (*part.shape[:-1], place.stop - place.start)
+            for part, place in zip(parts, self._columns.values(), strict=True)
+        ]
+        if [p.shape for p in parts] != shapes or len({s[:-1] for s in shapes}) != 1:
+            raise InvalidArgument(
+                f"gradients of shapes {[p.shape for p in parts]}", table=self.name, remedy=f"give {shapes}"
+            )
+        return np.concatenate(parts, axis=-1)
+
+    def update(self, keys: npt.ArrayLike | Dictionary, grads: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> None:
+        """One optimizer step with ``grads[n, dim]``, one row a key; duplicates are summed, absent keys ignored.
+
+        Parameters
+        ----------
+        keys : as `lookup` takes them
+        grads : float32[n, dim], or a mapping of all columns' names to float32[n, column's dim]
+
+        Raises
+        ------
+        InvalidArgument
+            `grads` has another shape than [n, dim], or holds NaN or infinities and the table's policy is to raise.
+        """
+        g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
         try:
             if g.shape != (len(request.inverse), self.dim):
@@ -126,36 +243,139 @@ class Table:
                     remedy=f"give [{len(request.inverse)}, {self.dim}]",
                 )
             request.update(g, None, None, self.step + 1)
-            self.step += 1
+            self.advance(self.step + 1)
         finally:
             request.close()
 
-    def evict(self, step: int | None = None) -> int:
-        """Apply the eviction rules as of `step` (the table's own when left out); how many rows went."""
+    def advance(self, step: int) -> None:
+        """Update number `step` is done: evict the part of the rows that is due then."""
+        self.step = step
+        if self.evict_every is not None:
+            self.evict(step, (step % self.evict_every, self.evict_every))
+
+    def evict(self, step: int | None = None, part: tuple[int, int] = (0, 1)) -> int:
+        """Apply the eviction rules; how many rows went.
+
+        Parameters
+        ----------
+        step : int, optional
+            As of which step; the table's own when left out.
+        part : (i, n)
+            Look only at the i-th of n equal parts of all keys, 0 <= i < n.
+        """
         at, n = self.step if step is None else step, 0
+        if not 0 <= part[0] < part[1]:
+            raise InvalidArgument(f"part {part}", table=self.name, remedy="give (i, n) with 0 <= i < n")
         if self.eviction:
-            for chunk in self.store.scan():
-                victims = np.logical_or.reduce([rule.victims(chunk, at) for rule in self.eviction])
-                n += self.store.erase(chunk.key[victims])
+            bits = min(rule.group_bits for rule in self.eviction)
+            rows = self.on_evict is not None or any(rule.reads_rows for rule in self.eviction)
+            for chunk in _whole_groups(self.store.part(Part.share(*part, bits), rows), bits):
+                gone = np.zeros(len(chunk.key), np.bool_)
+                for rule in self.eviction:
+                    left = np.flatnonzero(~gone)
+                    gone[left] = rule.victims(Chunk._make(column[left] for column in chunk), at)
+                if gone.any():
+                    if self.on_evict is not None:
+                        self.on_evict(Chunk._make(column[gone] for column in chunk))
+                    n += self.store.erase(chunk.key[gone])
+        self._n_evicted += n
         return n
 
     def commit(self) -> str:
-        """Make all rows durable where the store can; its id."""
-        return self.store.commit()
+        """Make all rows, and the counts of admission, durable where the store can; its id."""
+        return self.store.commit(None if self.admission is None else self.admission.state())
 
     def close(self) -> None:
         """Let go of the store's memory, files and locks; what was not committed is lost. Idempotent."""
         self.store.close()
 
     def stats(self) -> dict[str, Any]:
-        """What the store counts, with the table's name, dim and step."""
-        return {"name": self.name, "dim": self.dim, "step": self.step, **self.store.stats()}
+        """What the store counts, with the table's name, dim and step.
+
+        Memory is counted to the byte: ``index_nbytes``, ``lines_nbytes`` (rows with optimizer state),
+        ``metadata_nbytes`` (frequency and last step, 0 with ``metadata=False``) and ``admission_nbytes``.
+        """
+        return {
+            "name": self.name,
+            "dim": self.dim,
+            "step": self.step,
+            **self.store.stats(),
+            "admission_nbytes": 0 if self.admission is None else self.admission.nbytes,
+            "evicted_rows": self._n_evicted,
+        }
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __repr__(self) -> str:
         return f"Table({self.name!r}, dim={self.dim}, rows={len(self)})"
+
+
+Default: TypeAlias = Callable[[Int64s], Float32s]
+
+
+def _default(default: float | npt.ArrayLike | Initializer, table: str, dim: int) -> Default | None:
+    """What keys without a row read, None for zeros."""
+    if isinstance(default, Initializer):
+        return partial(default, table, dim=dim)
+    row = np.asarray(default)
+    if row.dtype.kind not in "iuf" or row.shape not in ((), (dim,)) or not np.isfinite(row).all():
+        raise InvalidArgument(
+            f"default {default!r:.80}", table=table, remedy=f"give a finite number, {dim} of them, or an Initializer"
+        )
+    row = np.broadcast_to(row.astype(np.float32), dim)
+    return None if not row.any() else lambda keys: np.broadcast_to(row, (len(keys), dim))
+
+
+def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
+    """The same rows, no two chunks sharing keys whose mixes agree in their leading `bits`."""
+    held: Chunk | None = None
+    for chunk in chunks:
+        if bits == 64:
+            yield chunk
+            continue
+        if held is not None:
+            both: list[Chunk] = [held, chunk]
+            chunk = Chunk._make(np.concatenate(columns) for columns in zip(*both, strict=True))
+        cut = 0
+        if bits and len(chunk.key):
+            group = _ext.mixed(chunk.key) >> np.uint64(64 - bits)
+            cut = int(np.searchsorted(group, group[-1]))
+        if cut:
+            yield Chunk._make(column[:cut] for column in chunk)
+        held = Chunk._make(column[cut:] for column in chunk)
+    if held is not None:
+        yield held
+
+
+def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
+    """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
+    if not any(isinstance(part, Dictionary) for part in parts):
+        return dedupe(np.concatenate(parts) if len(parts) > 1 else parts[0])  # type: ignore[arg-type]
+    keys, counts, used = [], [], []
+    for part in parts:
+        if isinstance(part, Dictionary):
+            n = _ext.code_counts(part.codes, len(part.dictionary))
+            some = np.flatnonzero(n)
+            keys.append(np.asarray(part.dictionary)[some])
+            counts.append(n[some])
+            used.append(some)
+        else:
+            keys.append(part)
+            counts.append(np.ones(len(part), np.int64))
+            used.append(_NONE)
+    unique, entry, _ = dedupe(np.concatenate(keys))
+    inverse, end = [], 0
+    for part, some, held in zip(parts, used, keys, strict=True):
+        start, end = end, end + len(held)
+        if isinstance(part, Dictionary):
+            of_code = np.empty(len(part.dictionary), np.int64)
+            of_code[some] = entry[start:end]
+            inverse.append(_ext.decode(part.codes, of_code))
+        else:
+            inverse.append(entry[start:end])
+    total = _ext.sum_counts(entry, np.concatenate(counts), len(unique))
+    return unique, inverse[0] if len(inverse) == 1 else np.concatenate(inverse), total
 
 
 class Request:
@@ -167,41 +387,48 @@ class Request:
         Row of `rows()` that each key reads.
     """
 
-    def __init__(self, table: Table, keys: Int64s) -> None:
+    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary]) -> None:
         self.table = table
-        unique, self.inverse, counts = dedupe(keys)
-        # The padding key keeps its place among the distinct keys, so that `inverse` needs no second numbering.
-        self._padding = np.flatnonzero(unique == table.padding_key) if table.padding_key is not None else _NONE
-        stored = np.delete(unique, self._padding) if len(self._padding) else unique
-        self._n_unique = len(unique)
-        self._lease = table.store.reserve(stored, np.delete(counts, self._padding) if len(self._padding) else counts)
+        unique, self.inverse, counts = _distinct(parts or [_NONE])
+        padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
+        self._lease = table.store.reserve(unique, counts, padding)
         self._open = True
 
     def rows(self, train: bool, step: int) -> Float32s:
         """Rows of the distinct keys: float32[u, dim]; in training, counts, admits and creates first."""
         lease, table = self._use(), self.table
         if train:
-            if table.admission is not None:
-                now = table.store.reserve(lease.keys, lease.counts)  # earlier steps may have created some since
-                missing = now.slots < 0
-                table.store.release(now)
-                lease.admitted = np.zeros(len(missing), np.bool_)
-                lease.admitted[missing] = table.admission.admit(lease.keys[missing], lease.counts[missing])
-            table.store.create(lease, step)
-        out = np.empty((len(lease.keys), table.dim), np.float32)
+            table.store.create(lease, step, table.admission)
+        out: Float32s = retained((len(lease.keys), table.dim))
         table.store.gather(lease, out)
-        return np.insert(out, self._padding, 0, axis=0) if len(self._padding) else out
+        if table._default is not None:
+            absent = _ext.absent(lease.slots, lease.padding)
+            out[absent] = table._default(lease.keys[absent])
+        return out
 
-    def update(self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int) -> None:
+    def update(
+        self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False
+    ) -> None:
         """Sum gradients per key in batch order and run the optimizer.
 
         Position p of the batch contributes ``scale[p] * values[rows[p]]``; see `hbkit._ext.segment.segment_sum`.
+        `finite` says that all of them are known to be finite.
         """
         lease, table = self._use(), self.table
-        grads = segment_sum(values, self.inverse, self._n_unique, rows, scale)
-        if len(self._padding):
-            grads = np.delete(grads, self._padding, axis=0)
-        table.store.apply(lease, grads, table.optimizer, table.optimizer.hyper(step), step)
+        grads = Segments(self.inverse, len(lease.keys)).of(values, rows, scale)
+        if table.nonfinite == "raise" and not finite and not all_finite(values, scale):
+            self._refuse_nonfinite(grads.sum())
+        hyper = table.optimizer.hyper(step)
+        table.store.apply(lease, grads, table.optimizer, hyper, step, skip=table.nonfinite == "skip")
+
+    def _refuse_nonfinite(self, sums: Float32s) -> None:
+        bad = ~_ext.finite_rows(sums)
+        if self._lease.padding >= 0:
+            bad[self._lease.padding] = False
+        if bad.any():
+            raise nonfinite_gradient(
+                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=self._lease.keys[bad][0]
+            )
 
     def _use(self) -> Any:
         if not self._open:
@@ -213,6 +440,20 @@ class Request:
         if self._open:
             self._open = False
             self.table.store.release(self._lease)
+
+
+def all_finite(values: Float32s, scale: Float32s | None) -> bool:
+    """Whether neither gradients nor what scales them hold NaN or infinities."""
+    return bool(_ext.all_finite(values) and (scale is None or _ext.all_finite(scale.reshape(-1, 1))))
+
+
+def nonfinite_gradient(of: str, **place: object) -> InvalidArgument:
+    """The error for a gradient that is not finite."""
+    return InvalidArgument(
+        f"training diverged: NaN or infinity in the gradient of {of}",
+        **place,
+        remedy="nothing was updated; lower the learning rates, look for extreme inputs, or give nonfinite='skip'",
+    )
 
 
 _NONE = np.zeros(0, np.int64)

@@ -14,7 +14,7 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import FileEntry, local, storage_errors
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
-from hbkit.snapshot.table import TableLike, descend, forget
+from hbkit.snapshot.table import TableLike, config, descend, forget
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ def _compare(table: TableLike, manifest: Manifest, path: str) -> list[str]:
 
 def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
     same = type(table.optimizer).__name__ == entry.optimizer["name"]
+    # Of named columns, the state belongs to the optimizer of each.
+    same = same and config(table.optimizer).get("columns") == entry.optimizer.get("columns")
     return same and table.optimizer.n_state(table.dim) == entry.n_state
 
 

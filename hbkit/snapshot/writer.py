@@ -212,7 +212,8 @@ def _write_table(draft: Path, commit: str, table: TableLike, history: History, p
 
 def _is_delta(table: TableLike, base: TableEntry, digest: str) -> bool:
     """Whether the rows stamped after `base` are all that changed since."""
-    same_rule = type(table.optimizer).__name__ == base.optimizer["name"]
+    mine = config(table.optimizer)
+    same_rule = all(mine.get(k) == base.optimizer.get(k) for k in ("name", "columns"))
     return descends(table, digest) and table.step >= base.step and same_rule
 
 

@@ -7,12 +7,17 @@ rows out, ``apply`` runs the optimizer in place, ``release`` lets go. Results ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from hbkit._ext.batch import absent, mixed
+from hbkit._ext.index import Index
+from hbkit._ext.segment import Gradients
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Float32s: TypeAlias = npt.NDArray[np.float32]
@@ -21,7 +26,10 @@ Float32s: TypeAlias = npt.NDArray[np.float32]
 class Rule(Protocol):
     """An optimizer as a store sees it: which kernel, how much state a row needs, and how that state begins."""
 
-    code: ClassVar[int]
+    @property
+    def code(self) -> int | tuple[tuple[int, int, int, int], ...]:
+        """The kernel's number; or (number, column, n_columns, state) for each of several slices of a row."""
+        ...
 
     def n_state(self, dim: int) -> int:
         """Floats of state beside a row of `dim`."""
@@ -46,12 +54,18 @@ class Layout:
         State of a new row.
     initialize : callable
         ``initialize(keys: int64[n]) -> float32[n, dim]``, a pure function of each key.
+    draws : sequence of tuples, optional
+        The same rows as `hbkit._ext.slabs.Slabs.fill` takes them, where it can draw them itself.
+    metadata : bool
+        Whether frequency and last step of each row are kept; else every row shows 0 and the table's latest step.
     """
 
     table: str
     dim: int
     initial_state: Float32s
     initialize: Callable[[Int64s], Float32s]
+    metadata: bool = True
+    draws: Sequence[tuple[str, float, float, int, int, int]] | None = None
 
     @property
     def width(self) -> int:
@@ -66,6 +80,37 @@ class Layout:
         return lines
 
 
+class Filter(Protocol):
+    """Admission as a store sees it: counts of keys that have no row. See `hbkit.embedding.admission`."""
+
+    def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
+        """Add `counts` to absent, distinct `keys`; which of them have come to the named count: bool[n]."""
+        ...
+
+    def retract(self, keys: Int64s, counts: Int64s) -> None:
+        """Take back what `admit` has just added, since the rows could not be made."""
+        ...
+
+    def forget(self, keys: Int64s) -> None:
+        """The keys have rows now: let go of their counts, where that is possible."""
+        ...
+
+
+@contextmanager
+def admitted(admission: Filter | None, keys: Int64s, counts: Int64s) -> Iterator[npt.NDArray[np.bool_] | slice]:
+    """Which of absent keys are to have rows; within, the caller makes them. If that fails, nothing was counted."""
+    if admission is None:
+        yield slice(None)
+        return
+    some = admission.admit(keys, counts)
+    try:
+        yield some
+    except BaseException:
+        admission.retract(keys, counts)
+        raise
+    admission.forget(keys[some])
+
+
 @dataclass
 class Lease:
     """A batch's distinct keys on their way through a store.
@@ -74,20 +119,33 @@ class Lease:
     ----------
     keys : int64[u], distinct
     slots : int64[u]
-        Below 0 exactly where a key is absent; else where the row is, for the store that made the lease to know.
+        Below 0 exactly where a key is absent or `padding`; else where the row is, for the store that made the lease to
+        know.
     counts : int64[u]
         Occurrences in the batch, added to the rows' frequencies by ``create``.
-    admitted : bool[u] or None
-        Which absent keys ``create`` may make; None: all.
-    version : int
-        The store's version at which `slots` were right.
+    padding : int
+        Position of the key that has no row and never gets one, -1 where there is none.
+    version : (int, int)
+        Erasures and creations that the store had seen when `slots` were right.
     """
 
     keys: Int64s
     slots: Int64s
     counts: Int64s
-    admitted: npt.NDArray[np.bool_] | None = None
-    version: int = -1
+    padding: int = -1
+    version: tuple[int, int] = (-1, -1)
+
+    def refresh(self, index: Index, version: tuple[int, int]) -> None:
+        """Bring `slots` up to date. What was found stays where it is until some key is erased."""
+        if self.version[0] != version[0]:
+            self.slots = index.find(self.keys)
+            if self.padding >= 0:
+                self.slots[self.padding] = -1
+        elif self.version != version:
+            missing = absent(self.slots, self.padding)
+            if len(missing):
+                self.slots[missing] = index.find(self.keys[missing])
+        self.version = version
 
 
 class Chunk(NamedTuple):
@@ -110,25 +168,67 @@ class Chunk(NamedTuple):
 CHUNK_ROWS = 65_536
 
 
+class Part(NamedTuple):
+    """A part of all keys: those whose mix (`hbkit._ext.batch.mixed`) lies in ``[first, last)``, within [0, 2**64).
+
+    Which keys those are depends on nothing but the keys, so neither on order of arrival, tier nor rank.
+    """
+
+    first: int = 0
+    last: int = 2**64
+
+    @staticmethod
+    def share(i: int, n: int, bits: int = 64) -> Part:
+        """Share number i of n equal ones, 0 <= i < n; its ends are where the leading `bits` of the mix change."""
+        shift = 64 - bits
+        first, last = (-(-(x << 64) // n >> shift) << shift for x in (i, i + 1))
+        return Part(first, last)
+
+    def of(self, index: Index) -> Int64s:
+        """Keys of an index that belong to it, in the order of their mix: int64[m]. Passes over all keys."""
+        if self.first >= self.last:
+            return np.zeros(0, np.int64)
+        keys, _ = index.items()
+        mix = mixed(keys)
+        if self.first > 0 or self.last < 2**64:
+            width = np.uint64(self.last - self.first)
+            within = mix - np.uint64(self.first) < width  # wraps below `first`
+            keys, mix = keys[within], mix[within]
+        in_order: Int64s = keys[np.argsort(mix)]
+        return in_order
+
+
 class Store(Protocol):
     """Lines of one table by key, in one or several tiers. Methods may be called from several threads."""
 
     layout: Layout
 
-    def reserve(self, keys: Int64s, counts: Int64s) -> Lease:
-        """Find the rows of distinct keys, bring them near and pin them. Never creates; rows may move until then."""
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
+        """Find the rows of distinct keys, bring them near and pin them. Never creates; rows may move until then.
+
+        ``keys[padding]`` is left out of everything: it reads zeros, and is neither created, counted nor updated.
+        """
         ...
 
-    def create(self, lease: Lease, step: int) -> int:
-        """Make the lease's absent, admitted rows, count its keys, stamp them with `step`; rows made."""
+    def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
+        """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made.
+
+        Where it raises MemoryError, no row was made and nothing was counted.
+        """
         ...
 
     def gather(self, lease: Lease, out: Float32s) -> None:
         """Copy the first columns of lines to ``out[u, w]``, w <= dim + n_state; zeros where a key is absent."""
         ...
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
-        """One optimizer step with the summed gradients ``grads[u, dim]``; absent keys are ignored and counted."""
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
+        """One optimizer step with gradients ``[u, dim]`` summed per key, or to be summed.
+
+        Absent keys are ignored and counted, which is returned; with `skip`, keys whose gradient is NaN or infinite keep
+        their rows and are counted as skipped.
+        """
         ...
 
     def release(self, lease: Lease) -> None:
@@ -143,12 +243,20 @@ class Store(Protocol):
         """All lines, or those stamped after step `since`, in key order, in chunks of at most `CHUNK_ROWS`."""
         ...
 
+    def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
+        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
+        ...
+
     def put(self, chunk: Chunk) -> None:
         """Insert or overwrite lines."""
         ...
 
-    def commit(self) -> str:
-        """Make everything up to now durable where the tier can; its id."""
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+        """Make everything up to now durable where the tier can, and beside it columns of int64 or uint16; its id."""
+        ...
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns that were kept by the commit that this store was opened from."""
         ...
 
     def latest_step(self) -> int:

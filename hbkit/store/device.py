@@ -7,11 +7,12 @@ is evicted or committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit.errors import BudgetExceeded
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, StoreSpec
@@ -89,7 +90,7 @@ class DeviceStore(TieredStore):
     """
 
     tier = "device"
-    row_nbytes = 25
+    row_nbytes = 17
 
     def __init__(
         self, layout: Layout, below: StoreSpec, cache_budget: int, device: Device, policy: Callable[[int], Policy]
@@ -113,7 +114,7 @@ class DeviceStore(TieredStore):
             for chunk in self._below.scan():
                 self._make_room(len(chunk.key))
                 rows = self._insert(chunk.key)
-                self._freq[rows], self._last_step[rows] = chunk.freq, chunk.last_step
+                self._metadata.put(rows, chunk.freq, chunk.last_step)
         except BaseException:
             self._below.close()
             raise
@@ -128,7 +129,7 @@ class DeviceStore(TieredStore):
         return rows
 
     def _metadata_changed(self, rows: Int64s) -> None:
-        self._stale[rows] = True
+        self._stale[rows[rows >= 0]] = True
 
     def _capacity(self, n_rows: int) -> int:
         return self._n_lines
@@ -149,13 +150,18 @@ class DeviceStore(TieredStore):
 
     def _write_home(self, rows: Int64s, keys: Int64s, lines: Float32s) -> None:
         dim = self.layout.dim
-        self._below.put(Chunk(keys, self._freq[rows], self._last_step[rows], lines[:, :dim], lines[:, dim:]))
+        freq, last_step = self._metadata.get(rows)
+        self._below.put(Chunk(keys, freq, last_step, lines[:, :dim], lines[:, dim:]))
         self._stale[rows] = False
 
     def _erase_home(self, rows: Int64s, keys: Int64s) -> None:
         self._below.erase(keys)
 
-    def _commit_home(self) -> str:
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Store.kept`."""
+        return self._below.kept()
+
+    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
         keys, rows = self._index.items()
         stale = np.flatnonzero(self._stale[rows])
         for first in range(0, len(stale), self._scratch_lines):
@@ -163,7 +169,7 @@ class DeviceStore(TieredStore):
             lines = np.empty((len(some), self.layout.width), np.float32)
             self._gather(rows[some], keys[some], lines)
             self._write_home(rows[some], keys[some], lines)
-        return self._below.commit()
+        return self._below.commit(keep)
 
     def _home_stats(self) -> dict[str, Any]:
         return {"device": self._device.name, "below": self._below.stats()}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from hbkit._ext.batch import absent
 from hbkit._ext.index import Index
+from hbkit._ext.metadata import Metadata
+from hbkit._ext.segment import Gradients
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import SchemaMismatch
-from hbkit.store.base import CHUNK_ROWS, Chunk, Float32s, Int64s, Layout, Lease, Rule
+from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
+from hbkit.store.locks import SharedLock
 
 
 @dataclass(frozen=True)
@@ -39,80 +44,91 @@ class HostStore:
 
     Notes
     -----
-    One lock orders all operations: look-ahead may reserve while a step runs. Kernels release the GIL.
+    Lookups (`reserve`, `gather`) run beside each other and beside one update: rows never move, so what a lookup reads
+    of a row that is being updated is, float by float, the old or the new one. What makes, erases or overwrites rows
+    waits for those under way and lets no other begin. Kernels release the GIL.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._index = Index()
-        self._slabs = Slabs(layout.width)
-        self._freq = np.zeros(0, np.int64)
-        self._last_step = np.zeros(0, np.int64)
-        self._version = 0  # changes whenever a key comes or goes: leases made before must look again
-        self._n_ignored = 0
+        self._slabs = Slabs(layout.width, dim=layout.dim)
+        self._metadata = Metadata(layout.metadata)
+        self._erasures = self._creations = 0
+        self._n_ignored = self._n_skipped = 0
         self._n_commits = 0
-        self._lock = threading.RLock()
+        self._lock = SharedLock()  # exclusive: keys come or go
+        self._updating = threading.Lock()  # one thread at a time writes rows and metadata in place
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def reserve(self, keys: Int64s, counts: Int64s) -> Lease:
-        """Find the rows of distinct keys; nothing moves in this tier."""
-        with self._lock:
-            return Lease(keys, self._index.find(keys), counts, version=self._version)
+    @property
+    def _version(self) -> tuple[int, int]:
+        return self._erasures, self._creations
 
-    def _refresh(self, lease: Lease) -> None:
-        if lease.version != self._version:
-            lease.slots, lease.version = self._index.find(lease.keys), self._version
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
+        """Find the rows of distinct keys; nothing moves in this tier."""
+        lease = Lease(keys, _NONE, counts, padding)
+        with self._lock.shared:
+            lease.refresh(self._index, self._version)
+        return lease
 
     def _insert(self, keys: Int64s) -> Int64s:
         """Slots of keys, with room for lines and metadata made before the index changes."""
         need = self._index.n_slots + len(keys)
         self._slabs.reserve(need)
-        if need > len(self._freq):
-            room = max(need, 2 * len(self._freq), 1024)
-            freq, last_step = np.zeros(room, np.int64), np.zeros(room, np.int64)
-            freq[: len(self._freq)], last_step[: len(self._last_step)] = self._freq, self._last_step
-            self._freq, self._last_step = freq, last_step
+        if need > self._metadata.room:
+            self._metadata.reserve(need + need // 8 + 512)
         slots, _ = self._index.find_or_insert(keys)
-        self._version += 1
+        self._creations += 1
         return slots
 
-    def create(self, lease: Lease, step: int) -> int:
-        """Make the lease's absent, admitted rows, count its keys, stamp them with `step`; rows made."""
-        with self._lock:
-            self._refresh(lease)
-            missing = lease.slots < 0
-            if lease.admitted is not None:
-                missing &= lease.admitted
-            n_new = int(np.count_nonzero(missing))
-            if n_new:
-                keys = lease.keys[missing]
-                lines = self.layout.new_lines(keys)
+    def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
+        """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
+        with self._lock.shared:
+            lease.refresh(self._index, self._version)
+            n_new = len(absent(lease.slots, lease.padding))
+        if n_new:
+            with self._lock.exclusive:
+                lease.refresh(self._index, self._version)
+                n_new = self._make(lease, absent(lease.slots, lease.padding), admission)
+        with self._lock.shared, self._updating:
+            lease.refresh(self._index, self._version)
+            self._metadata.count(lease.slots, lease.counts, step)
+        return n_new
+
+    def _make(self, lease: Lease, missing: Int64s, admission: Filter | None) -> int:
+        """Rows for the lease's keys at positions `missing`, as far as they are admitted."""
+        keys = lease.keys[missing]
+        with admitted(admission, keys, lease.counts[missing]) as some:
+            missing, keys = missing[some], keys[some]
+            if len(keys):
+                layout = self.layout
+                lines = layout.new_lines(keys) if layout.draws is None else None
                 slots = self._insert(keys)
-                self._slabs.scatter(slots, lines)
-                self._freq[slots] = 0
+                if lines is None:
+                    self._slabs.fill(slots, keys, layout.draws, layout.initial_state)
+                else:
+                    self._slabs.scatter(slots, lines)
+                self._metadata.clear(slots)
                 lease.slots[missing], lease.version = slots, self._version
-            held = lease.slots >= 0
-            slots = lease.slots[held]
-            self._freq[slots] += lease.counts[held]
-            self._last_step[slots] = step
-            return n_new
+        return len(keys)
 
     def gather(self, lease: Lease, out: Float32s) -> None:
         """Copy rows to ``out[u, dim]``; zeros where a key is absent."""
-        with self._lock:
-            self._refresh(lease)
+        with self._lock.shared:
+            lease.refresh(self._index, self._version)
             self._slabs.gather(lease.slots, out)
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
-        with self._lock:
-            self._refresh(lease)
-            self._slabs.apply(rule.code, lease.slots, grads, hyper)
-            held = lease.slots >= 0
-            self._last_step[lease.slots[held]] = step
-            ignored = len(held) - int(np.count_nonzero(held))
+        with self._lock.shared, self._updating:
+            lease.refresh(self._index, self._version)
+            self._n_skipped += self._slabs.apply(rule.code, lease.slots, grads, hyper, bad="skip" if skip else "apply")
+            ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
 
@@ -121,31 +137,39 @@ class HostStore:
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
-        with self._lock:
-            self._version += 1
-            return int(np.count_nonzero(self._index.erase(keys) >= 0))
+        with self._lock.exclusive:
+            n = int(np.count_nonzero(self._index.erase(keys) >= 0))
+            self._erasures += n > 0
+            return n
 
     def scan(self, since: int | None = None) -> Iterator[Chunk]:
         """All lines, or those stamped after step `since`, in key order.
 
         The keys are those of the moment the scan begins; a row changed or erased meanwhile is read as it is then.
         """
-        with self._lock:
+        with self._lock.shared:
             keys, slots = self._index.items()
             if since is not None:
-                changed = self._last_step[slots] > since
-                keys = keys[changed]
-            keys = np.sort(keys)
+                keys = keys[self._metadata.get(slots)[1] > since]
+        return self._chunks(np.sort(keys), rows=True)
+
+    def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
+        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
+        with self._lock.shared:
+            keys = part.of(self._index)
+        return self._chunks(keys, rows)
+
+    def _chunks(self, keys: Int64s, rows: bool) -> Iterator[Chunk]:
         dim = self.layout.dim
         for first in range(0, len(keys), CHUNK_ROWS):
             part = keys[first : first + CHUNK_ROWS]
-            with self._lock:
+            with self._lock.shared:
                 slots = self._index.find(part)
                 held = slots >= 0
                 part, slots = part[held], slots[held]
-                lines = np.empty((len(part), self.layout.width), np.float32)
+                lines = np.empty((len(part), self.layout.width if rows else 0), np.float32)
                 self._slabs.gather(slots, lines)
-                freq, last_step = self._freq[slots], self._last_step[slots]
+                freq, last_step = self._metadata.get(slots)
             yield Chunk(part, freq, last_step, lines[:, :dim], lines[:, dim:])
 
     def put(self, chunk: Chunk) -> None:
@@ -157,39 +181,48 @@ class HostStore:
                 table=self.layout.table,
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
-        with self._lock:
-            slots = self._insert(np.ascontiguousarray(chunk.key, np.int64))
-            self._slabs.scatter(slots, np.concatenate([chunk.row, chunk.state], axis=1, dtype=np.float32))
-            self._freq[slots], self._last_step[slots] = chunk.freq, chunk.last_step
+        lines = np.concatenate([chunk.row, chunk.state], axis=1, dtype=np.float32)
+        keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
+        with self._lock.exclusive:
+            slots = self._insert(keys)
+            self._slabs.scatter(slots, lines)
+            self._metadata.put(slots, freq, last_step)
 
-    def commit(self) -> str:
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Memory is as durable as this process: only a number is given out. Use `hbkit.snapshot` to keep the rows."""
         self._n_commits += 1
         return str(self._n_commits)
 
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """Nothing outlives this tier."""
+        return {}
+
     def latest_step(self) -> int:
         """Largest step that a row was stamped with, 0 for none."""
-        with self._lock:
-            return int(self._last_step.max(initial=0))
+        return self._metadata.latest
 
     def stats(self) -> dict[str, Any]:
         """Rows and bytes held, keys ignored by updates."""
-        with self._lock:
+        with self._lock.shared:
             return {
                 "tier": "host",
                 "rows": len(self._index),
                 "index_nbytes": self._index.nbytes,
                 "lines_nbytes": self._slabs.nbytes,
-                "metadata_nbytes": self._freq.nbytes + self._last_step.nbytes,
+                "metadata_nbytes": self._metadata.nbytes,
                 "ignored_updates": self._n_ignored,
+                "skipped_updates": self._n_skipped,
             }
 
     def validate(self) -> None:
         """Recount everything; AssertionError where the store contradicts itself. For tests."""
-        with self._lock:
+        with self._lock.exclusive:
             self._index.validate()
             assert self._index.n_slots <= self._slabs.capacity, "a slot has no line"
-            assert self._index.n_slots <= len(self._freq) == len(self._last_step), "a slot has no metadata"
+            assert self._index.n_slots <= self._metadata.room, "a slot has no metadata"
 
     def close(self) -> None:
         """Nothing but memory is held: it goes with the object."""
+
+
+_NONE = np.zeros(0, np.int64)

@@ -5,7 +5,8 @@ the commit. A commit
 
 1. writes all dirty lines home, and rewrites the live rows of segments that are less than half alive;
 2. syncs the segments;
-3. writes the index (key, frequency, last step, address of each row) to a new file and syncs it;
+3. writes the index (key, frequency, last step, address of each row) to a new file and syncs it, and to another what
+   the table wants kept beside its rows (the counts of its admission);
 4. writes the manifest, which lists segments and index with lengths and checksums, under another name, syncs it, and
    renames it into place: at that instant the commit exists;
 5. deletes what the commit no longer needs.
@@ -21,12 +22,13 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.slabs import Slabs
@@ -41,8 +43,8 @@ FORMAT = "hbkit-ssd"
 VERSION = 1
 BLOCK_NBYTES = 2**20  # of the index that share a checksum
 MANIFEST = "manifest.json"
-_INDEX = re.compile(r"index-\d+\.hbi|manifest\.json\.new")
-_COLUMNS = 4
+_INDEX = re.compile(r"(index|kept)-\d+\.hbi|manifest\.json\.new")
+_KEPT_DTYPES = ("<i8", "<u2")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class SsdStore(TieredStore):
     """
 
     tier = "ssd"
-    row_nbytes = 32
+    row_nbytes = 24
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class SsdStore(TieredStore):
         # On their way, lines exist up to four times: in the cache's order, as records, in a read's run, in scratch.
         self._scratch_nbytes = min(2**23, host_budget // 8)
         super().__init__(layout, policy, max(1, self._scratch_nbytes // (4 * (line_nbytes + 16))))
+        self._kept: dict[str, npt.NDArray[Any]] = {}
         self._address = np.zeros(0, np.int64)  # of each row's record, -1 where it has none
         self._least_line = line_nbytes + LINE_NBYTES
         try:
@@ -148,7 +151,7 @@ class SsdStore(TieredStore):
 
     def _open(self, segment_nbytes: int) -> None:
         manifest = _read_manifest(self._directory / MANIFEST)
-        self._clean({manifest["index"]["file"]} if manifest else set())
+        self._clean({manifest["index"]["file"], manifest["kept"]["file"]} if manifest else set())
         if manifest is None:
             per_segment = max(1, segment_nbytes // (4 * self.layout.width + 16))
             self._segments = Segments(self._directory, self.layout.width, per_segment, {})
@@ -168,7 +171,8 @@ class SsdStore(TieredStore):
         n_rows = manifest["n_rows"]
         self._make_room(n_rows)
         path = self._directory / manifest["index"]["file"]
-        key, freq, last_step, address = _read_index(path, n_rows, manifest["index"]["checks"])
+        shapes = [("<i8", n_rows)] * 4
+        key, freq, last_step, address = _read_columns(path, shapes, manifest["index"]["checks"], "the index")
         segment, i = np.divmod(address, self._segments.per_segment)
         lengths = np.array([committed.get(int(s), 0) for s in np.unique(segment)], np.int64)
         if (i >= lengths[np.unique(segment, return_inverse=True)[1]]).any():
@@ -176,8 +180,14 @@ class SsdStore(TieredStore):
         rows = self._insert(key)
         if len(self._index) != n_rows:
             raise Corrupt("the index has a key twice", file=path, offset=0, remedy=_RESTORE)
-        self._freq[rows], self._last_step[rows], self._address[rows] = freq, last_step, address
+        self._metadata.put(rows, freq, last_step)
+        self._address[rows] = address
         self._segments.revive(address)
+        kept = manifest["kept"]
+        if kept["columns"]:
+            shapes = [(dtype, n) for dtype, n in kept["columns"].values()]
+            columns = _read_columns(self._directory / kept["file"], shapes, kept["checks"], "what was kept")
+            self._kept = dict(zip(kept["columns"], columns, strict=True))
         self._use()
 
     def _clean(self, keep: set[str]) -> None:
@@ -240,14 +250,21 @@ class SsdStore(TieredStore):
             some = moving[first : first + self._scratch_lines]
             self._write_home(rows[some], keys[some], self._read_home(rows[some], keys[some]))
 
-    def _commit_home(self) -> str:
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """What the last commit that was opened was given to keep."""
+        return self._kept
+
+    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
         self._compact()
         segments = self._segments.sync()
         self._segments.keep(segments)
         keys, rows = self._index.items()
         name = f"index-{self._n_commits:08d}.hbi"
-        columns = (self._freq[rows], self._last_step[rows], self._address[rows])
-        checks = _write_index(self._directory / name, [keys, *columns])
+        columns = (*self._metadata.get(rows), self._address[rows])
+        checks = _write_columns(self._directory / name, [keys, *columns])
+        kept = f"kept-{self._n_commits:08d}.hbi"
+        arrays = {k: np.ascontiguousarray(c, c.dtype.newbyteorder("<")) for k, c in keep.items()}
+        kept_checks = _write_columns(self._directory / kept, list(arrays.values())) if arrays else []
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -259,10 +276,15 @@ class SsdStore(TieredStore):
             "per_segment": self._segments.per_segment,
             "segments": {str(s): n for s, n in sorted(segments.items())},
             "index": {"file": name, "checks": checks},
+            "kept": {
+                "file": kept,
+                "columns": {k: [c.dtype.str, len(c)] for k, c in arrays.items()},
+                "checks": kept_checks,
+            },
         }
         _write_manifest(self._directory, manifest)
         self._segments.committed(segments)
-        self._clean({name})
+        self._clean({name, kept})
         return str(self._n_commits)
 
     def _home_stats(self) -> dict[str, Any]:
@@ -374,27 +396,30 @@ def _read_file(path: Path, most: int) -> bytes:
         raise storage_error(e, "read", path) from e
 
 
-def _write_index(path: Path, columns: list[Int64s]) -> list[str]:
+def _write_columns(path: Path, columns: Sequence[npt.NDArray[Any]]) -> list[str]:
     """Write columns one after the other; the checksums of their blocks."""
-    step = BLOCK_NBYTES // 8
-    blocks = [np.ascontiguousarray(c[i : i + step], "<i8") for c in columns for i in range(0, len(c), step)]
+    flat = [np.ascontiguousarray(c).view(np.uint8) for c in columns]
+    blocks = [c[i : i + BLOCK_NBYTES] for c in flat for i in range(0, len(c), BLOCK_NBYTES)]
     _write_file(path, blocks)
     return [_check(block) for block in blocks]
 
 
-def _read_index(path: Path, n_rows: int, checks: list[str]) -> list[Int64s]:
-    """Columns of an index checkpoint, verified."""
-    data = _read_file(path, _COLUMNS * 8 * n_rows)
-    if len(data) != _COLUMNS * 8 * n_rows:
-        raise Corrupt("the index has another length than its manifest says", file=path, offset=0, remedy=_RESTORE)
-    n_blocks = -(-8 * n_rows // BLOCK_NBYTES)
-    for i in range(_COLUMNS * n_blocks):
-        column, block = divmod(i, n_blocks)
-        first = column * 8 * n_rows + block * BLOCK_NBYTES
-        last = min(first + BLOCK_NBYTES, (column + 1) * 8 * n_rows)
-        if i >= len(checks) or _check(memoryview(data)[first:last]) != checks[i]:
-            raise Corrupt("the index does not match its checksum", file=path, offset=first, remedy=_RESTORE)
-    return list(np.frombuffer(data, "<i8").astype(np.int64).reshape(_COLUMNS, n_rows))
+def _read_columns(
+    path: Path, shapes: Sequence[tuple[str, int]], checks: list[str], what: str
+) -> list[npt.NDArray[Any]]:
+    """Columns of these dtypes and lengths, verified."""
+    sizes = [np.dtype(dtype).itemsize * n for dtype, n in shapes]
+    data = _read_file(path, sum(sizes))
+    if len(data) != sum(sizes):
+        raise Corrupt(f"{what} has another length than its manifest says", file=path, offset=0, remedy=_RESTORE)
+    out, end, unchecked = [], 0, iter(checks)
+    for (dtype, _), size in zip(shapes, sizes, strict=True):
+        start, end = end, end + size
+        for first in range(start, end, BLOCK_NBYTES):
+            if _check(memoryview(data)[first : min(first + BLOCK_NBYTES, end)]) != next(unchecked, None):
+                raise Corrupt(f"{what} does not match its checksum", file=path, offset=first, remedy=_RESTORE)
+        out.append(np.frombuffer(data[start:end], dtype))
+    return out
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -430,6 +455,10 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         good = all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) and _INDEX.fullmatch(name) is not None
         good = good and 0 < manifest["per_segment"] < 2**32 and max(map(int, manifest["segments"]), default=0) < 2**30
         good = good and all(isinstance(c, str) for c in manifest["index"]["checks"])
+        kept = manifest["kept"]
+        good = good and _INDEX.fullmatch(kept["file"]) is not None and all(isinstance(c, str) for c in kept["checks"])
+        for dtype, n in kept["columns"].values():
+            good = good and dtype in _KEPT_DTYPES and isinstance(n, int) and 0 <= n < 2**40
     except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     if not good:

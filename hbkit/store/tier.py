@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -25,10 +25,13 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hbkit._ext.batch import absent, all_finite, finite_rows
 from hbkit._ext.index import Index
+from hbkit._ext.metadata import Metadata
+from hbkit._ext.segment import Gradients
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, HbkitError, SchemaMismatch, StorageError
-from hbkit.store.base import CHUNK_ROWS, Chunk, Float32s, Int64s, Layout, Lease, Rule
+from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
 from hbkit.store.cache import Cache
 from hbkit.store.policy import Metas, Policy
 
@@ -49,7 +52,7 @@ class Lines(Protocol):
         """Write whole lines; slots are >= 0."""
         ...
 
-    def apply(self, rule: int, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
+    def apply(self, rule: Any, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
         """One optimizer step on distinct slots; -1 is skipped."""
         ...
 
@@ -91,24 +94,24 @@ class TieredStore(ABC):
     """
 
     tier: ClassVar[str]
-    row_nbytes: ClassVar[int] = 24  # of metadata
+    row_nbytes: ClassVar[int] = 16  # of metadata: frequency and last step, the line in the cache
 
     def __init__(self, layout: Layout, policy: Callable[[int], Policy], scratch_lines: int) -> None:
         self.layout = layout
         self._policy, self._scratch_lines = policy, scratch_lines
         self._index = Index()
         self._room = 0  # rows that the metadata has room for
-        self._freq = np.zeros(0, np.int64)
-        self._last_step = np.zeros(0, np.int64)
+        self._metadata = Metadata(layout.metadata)
         self._slot = np.zeros(0, np.int64)  # line in the cache, -1 where it is only at home
         self._cache: Cache | None = None
         self._near: Lines | None = None
         self._scratch = Slabs(layout.width, 4 * layout.width)
         self._leases: weakref.WeakSet[TierLease] = weakref.WeakSet()
-        self._version = 0  # changes whenever a key comes or goes: leases made before must look again
+        self._erasures = self._creations = 0
         self._failed: BaseException | None = None
         self._closed = False
-        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_ignored = self._n_commits = 0
+        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_commits = 0
+        self._n_ignored = self._n_skipped = 0
         self._lock = threading.RLock()
 
     # --- what a tier is ---------------------------------------------------------------------------------------
@@ -134,8 +137,12 @@ class TieredStore(ABC):
         """Forget the lines at home, where there are any."""
 
     @abstractmethod
-    def _commit_home(self) -> str:
-        """Make what is at home durable, with all metadata; the commit's id."""
+    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
+        """Make what is at home durable, with all metadata and `keep`; the commit's id."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Store.kept`."""
 
     @abstractmethod
     def _home_stats(self) -> dict[str, Any]:
@@ -143,12 +150,11 @@ class TieredStore(ABC):
 
     @abstractmethod
     def _metadata_changed(self, rows: Int64s) -> None:
-        """Frequency or last step of rows changed."""
+        """Frequency or last step of rows changed; -1 is none."""
 
     def _grow(self, room: int) -> None:
         """Make room for metadata of `room` rows."""
-        self._freq = grown(self._freq, room)
-        self._last_step = grown(self._last_step, room)
+        self._metadata.reserve(room)
         self._slot = grown(self._slot, room)
         self._room = room
 
@@ -260,58 +266,63 @@ class TieredStore(ABC):
     def __len__(self) -> int:
         return len(self._index)
 
-    def reserve(self, keys: Int64s, counts: Int64s) -> Lease:
+    @property
+    def _version(self) -> tuple[int, int]:
+        return self._erasures, self._creations
+
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
         """Find the rows of distinct keys, bring them near and pin them, as far as there is room. Creates nothing."""
         with self._lock:
             self._use()
-            lease = TierLease(keys, self._index.find(keys), counts, version=self._version)
+            lease = TierLease(keys, np.zeros(0, np.int64), counts, padding)
+            self._refresh(lease)
             self._leases.add(lease)
             held = lease.slots >= 0
             self._bring(lease.slots[held], keys[held])
             return lease
 
     def _refresh(self, lease: Lease) -> None:
-        if lease.version != self._version:
-            lease.slots, lease.version = self._index.find(lease.keys), self._version
+        lease.refresh(self._index, self._version)
 
     def _insert(self, keys: Int64s) -> Int64s:
         """Rows of new keys, for which there is room."""
         rows, _ = self._index.find_or_insert(keys)
-        self._version += 1
-        self._freq[rows] = 0
-        self._last_step[rows] = 0
+        self._creations += 1
+        self._metadata.clear(rows)
         self._slot[rows] = -1
         return rows
 
-    def create(self, lease: Lease, step: int) -> int:
-        """Make the lease's absent, admitted rows, count its keys, stamp them with `step`; rows made."""
+    def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
+        """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
         with self._whole():
             self._refresh(lease)
-            missing = lease.slots < 0
-            if lease.admitted is not None:
-                missing &= lease.admitted
-            new = np.flatnonzero(missing)
-            self._make_room(len(new))
-            for part in _parts(len(new), self._scratch_lines):
-                some = new[part]
-                keys = lease.keys[some]
-                lines = self.layout.new_lines(keys)
-                newcomers, slots = self._plan(keys)
-                rows = self._insert(keys)
-                found = slots >= 0
-                try:
-                    self._write_home(rows[~found], keys[~found], lines[~found])
-                except HbkitError:
-                    self._index.erase(keys)
-                    raise
-                self._take(slots[found], newcomers[found], rows[found], lines[found], dirty=True)
-                lease.slots[some], lease.version = rows, self._version
-            held = lease.slots >= 0
-            rows = lease.slots[held]
-            self._freq[rows] += lease.counts[held]
-            self._last_step[rows] = step
-            self._metadata_changed(rows)
+            new = absent(lease.slots, lease.padding)
+            if len(new):
+                with admitted(admission, lease.keys[new], lease.counts[new]) as some:
+                    new = new[some]
+                    self._make(lease, new)
+            self._metadata.count(lease.slots, lease.counts, step)
+            self._metadata_changed(lease.slots)
             return len(new)
+
+    def _make(self, lease: Lease, new: Int64s) -> None:
+        """Rows for the lease's keys at positions `new`; they go home at once where the cache has no line for them."""
+        self._make_room(len(new))
+        for part in _parts(len(new), self._scratch_lines):
+            some = new[part]
+            keys = lease.keys[some]
+            lines = self.layout.new_lines(keys)
+            newcomers, slots = self._plan(keys)
+            rows = self._insert(keys)
+            found = slots >= 0
+            try:
+                self._write_home(rows[~found], keys[~found], lines[~found])
+            except HbkitError:
+                self._index.erase(keys)
+                self._erasures += 1
+                raise
+            self._take(slots[found], newcomers[found], rows[found], lines[found], dirty=True)
+            lease.slots[some], lease.version = rows, self._version
 
     def _away(self, rows: Int64s, slots: Int64s) -> Iterator[Int64s]:
         """Positions of rows that are only at home, in parts that fit the scratch."""
@@ -332,27 +343,33 @@ class TieredStore(ABC):
             self._refresh(lease)
             self._gather(lease.slots, lease.keys, out)
 
-    def apply(self, lease: Lease, grads: Float32s, rule: Rule, hyper: Float32s, step: int) -> int:
+    def apply(
+        self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
+    ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
+        sums = grads.sum() if isinstance(grads, Gradients) else grads
         with self._whole():
             cache, near = self._use()
             self._refresh(lease)
-            slots = self._slots(lease.slots)
-            near.apply(rule.code, slots, grads, hyper)
+            rows = lease.slots
+            if skip and not all_finite(sums):
+                rows = np.where(finite_rows(sums), rows, -1)
+                self._n_skipped += int(np.count_nonzero(rows != lease.slots))
+            slots = self._slots(rows)
+            near.apply(rule.code, slots, sums, hyper)
             cache.dirty[slots[slots >= 0]] = True
-            for some in self._away(lease.slots, slots):
-                rows, keys, n = lease.slots[some], lease.keys[some], len(some)
-                lines = self._read_home(rows, keys)
+            for some in self._away(rows, slots):
+                held, keys, n = rows[some], lease.keys[some], len(some)
+                lines = self._read_home(held, keys)
                 self._scratch.reserve(n)
                 self._scratch.scatter(np.arange(n), lines)
-                self._scratch.apply(rule.code, np.arange(n), grads[some], hyper)
+                self._scratch.apply(rule.code, np.arange(n), sums[some], hyper)
                 self._scratch.gather(np.arange(n), lines)
-                self._write_home(rows, keys, lines)
-            held = lease.slots[lease.slots >= 0]
-            self._last_step[held] = step
-            self._metadata_changed(held)
-            self._n_ignored += len(lease.slots) - len(held)
-            return len(lease.slots) - len(held)
+                self._write_home(held, keys, lines)
+            ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
+            self._metadata_changed(lease.slots)
+            self._n_ignored += ignored
+            return ignored
 
     def release(self, lease: Lease) -> None:
         """Unpin the lease's rows. Idempotent."""
@@ -370,7 +387,7 @@ class TieredStore(ABC):
             slots = self._slot[rows]
             cache.drop(slots[slots >= 0])
             self._slot[rows] = -1
-            self._version += 1
+            self._erasures += len(rows) > 0
             self._erase_home(rows, np.ascontiguousarray(keys)[gone])
             return len(rows)
 
@@ -383,8 +400,17 @@ class TieredStore(ABC):
             self._use()
             keys, rows = self._index.items()
             if since is not None:
-                keys = keys[self._last_step[rows] > since]
-            keys = np.sort(keys)
+                keys = keys[self._metadata.get(rows)[1] > since]
+        return self._chunks(np.sort(keys), lines=True)
+
+    def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
+        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
+        with self._lock:
+            self._use()
+            keys = part.of(self._index)
+        return self._chunks(keys, lines=rows)
+
+    def _chunks(self, keys: Int64s, lines: bool) -> Iterator[Chunk]:
         dim = self.layout.dim
         for part in _parts(len(keys), CHUNK_ROWS):
             some = keys[part]
@@ -392,10 +418,11 @@ class TieredStore(ABC):
                 rows = self._index.find(some)
                 held = rows >= 0
                 some, rows = some[held], rows[held]
-                lines = np.empty((len(some), self.layout.width), np.float32)
-                self._gather(rows, some, lines)
-                freq, last_step = self._freq[rows], self._last_step[rows]
-            yield Chunk(some, freq, last_step, lines[:, :dim], lines[:, dim:])
+                out = np.empty((len(some), self.layout.width if lines else 0), np.float32)
+                if lines:
+                    self._gather(rows, some, out)
+                freq, last_step = self._metadata.get(rows)
+            yield Chunk(some, freq, last_step, out[:, :dim], out[:, dim:])
 
     def put(self, chunk: Chunk) -> None:
         """Insert or overwrite lines; those that are not resident go straight home."""
@@ -407,30 +434,31 @@ class TieredStore(ABC):
                 table=self.layout.table,
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
-        all_keys = np.ascontiguousarray(chunk.key, np.int64)
+        all_keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._whole():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]
                 lines = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
-                absent = self._index.find(keys) < 0
-                self._make_room(int(np.count_nonzero(absent)))
+                new = self._index.find(keys) < 0
+                self._make_room(int(np.count_nonzero(new)))
                 cache, near = self._use()
-                self._insert(keys[absent])
+                self._insert(keys[new])
                 rows = self._index.find(keys)
                 slots = self._slot[rows]
                 away = slots < 0
-                self._freq[rows], self._last_step[rows] = chunk.freq[part], chunk.last_step[part]
+                self._metadata.put(rows, freq[part], last_step[part])
                 self._metadata_changed(rows)
                 try:
                     self._write_home(rows[away], keys[away], lines[away])
                 except HbkitError:
-                    self._index.erase(keys[absent])
+                    self._index.erase(keys[new])
+                    self._erasures += 1
                     raise
                 near.scatter(slots[~away], lines[~away])
                 cache.dirty[slots[~away]] = True
 
-    def commit(self) -> str:
-        """Make everything up to now durable; its id.
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+        """Make everything up to now durable, and the columns of `keep` beside it; its id.
 
         Raises
         ------
@@ -448,12 +476,11 @@ class TieredStore(ABC):
                 ) from self._failed
             self._write_back(np.flatnonzero(self._use()[0].dirty))
             self._n_commits += 1
-            return self._commit_home()
+            return self._commit_home(keep or {})
 
     def latest_step(self) -> int:
         """Largest step that a row was stamped with, 0 for none."""
-        with self._lock:
-            return int(self._last_step.max(initial=0))
+        return self._metadata.latest
 
     def stats(self) -> dict[str, Any]:
         """Rows, bytes held, hits and misses of `reserve`, rows that streamed past the cache, keys ignored."""
@@ -473,6 +500,7 @@ class TieredStore(ABC):
                 "evictions": self._n_evictions,
                 "streamed_rows": self._n_streamed,
                 "ignored_updates": self._n_ignored,
+                "skipped_updates": self._n_skipped,
                 **self._home_stats(),
             }
 
@@ -483,7 +511,7 @@ class TieredStore(ABC):
             self._index.validate()
             cache.validate()
             keys, rows = self._index.items()
-            assert self._index.n_slots <= self._room == len(self._freq) == len(self._last_step) == len(self._slot)
+            assert self._index.n_slots <= self._room == self._metadata.room == len(self._slot)
             slots = self._slot[rows]
             near = slots >= 0
             assert np.count_nonzero(near) == np.count_nonzero(cache.owner >= 0), "a line's owner is gone"

@@ -103,7 +103,7 @@ def test_train_refuses_bad_input_in_one_line(clicks, tmp_path):
 def test_train_that_diverges_fails(clicks):
     pytest.importorskip("torch")
     line = hbkit("train", "--data", clicks / "test", "--label", "label", "--dense-lr", 1e30, "--epochs", 3, status=2)
-    assert "training diverged" in line and "lower --lr" in line
+    assert "training diverged" in line and "lower" in line
 
 
 def test_train_without_its_framework_names_the_extra(clicks):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbkit import Ragged
-from hbkit.embedding import SGD, Adagrad, Adam, Collection, SequenceOutput, Table, lookahead
+from hbkit import Ragged, Strings
+from hbkit.embedding import SGD, Adagrad, Adam, Collection, CountAdmission, SequenceOutput, Table, lookahead
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
+from hbkit.ragged import Dictionary
 
 LISTS = st.lists(st.lists(st.integers(-3, 9), max_size=5), min_size=1, max_size=8)
 
@@ -230,3 +231,65 @@ def test_collection_goes_on_at_the_step_of_its_tables():
     staged.apply({"a": np.ones((16, 4), np.float32)})
     assert c.step == tables[0].step == tables[1].step == 8
     assert {s for chunk in tables[0].store.scan() for s in chunk.last_step.tolist()} == {8}
+
+
+@settings(max_examples=40)
+@given(LISTS, st.sampled_from(["sum", "mean", None]), st.integers(1, 12), st.integers(0, 2**32))
+def test_collection_by_dictionary_equals_by_value(lists, how, n_entries, seed):
+    rng = np.random.default_rng(seed)
+    codes = ragged([[abs(x) % n_entries for x in row] for row in lists])
+    column = Dictionary(rng.integers(0, 6, n_entries), Ragged(codes.values.astype(np.uint32), codes.row_splits))
+    one = Dictionary(rng.integers(0, 6, 3), rng.integers(0, 3, len(lists)).astype(np.uint32))
+    plain = rng.integers(0, 6, len(lists))
+    found = []
+    for decode in (False, True):
+        table = Table("t", 3, optimizer=Adagrad(), admission=CountAdmission(2), default=0.5, padding_key=1)
+        c = Collection([table], {"list": "t", "one": "t", "plain": "t"}, {"list": how})
+        for _ in range(2):
+            staged = c.stage(
+                {
+                    "list": column.decode() if decode else column,
+                    "one": one.decode() if decode else one,
+                    "plain": plain,
+                },
+                size=len(lists) + 1,
+            )
+            out = {f: o.values if isinstance(o, SequenceOutput) else o for f, o in staged.outputs().items()}
+            staged.apply({f: np.cos(o) for f, o in out.items()})
+        found.append(
+            [[a.tobytes() for a in out.values()], [[x.tobytes() for x in chunk] for chunk in table.store.scan()]]
+        )
+    assert found[0] == found[1]
+
+
+def test_collection_names_the_feature_of_a_dictionary_that_is_none():
+    c = Collection([Table("a", 4)], {"x": "a"})
+    for dictionary, codes in [
+        (np.array([1.0, 2.0]), np.zeros(3, np.uint32)),
+        (Strings(np.zeros(0, np.uint8), np.zeros(2, np.int64)), np.zeros(3, np.uint32)),
+        (np.arange(2), np.zeros(3)),
+    ]:
+        with pytest.raises(InvalidArgument, match="feature x"):
+            c.stage({"x": Dictionary(dictionary, codes)})
+    with pytest.raises(InvalidArgument, match="codes are outside"):
+        c.stage({"x": Dictionary(np.arange(2), np.array([0, 2, 1], np.uint32))})
+
+
+def test_collection_updates_no_table_where_one_gradient_is_not_finite():
+    tables = [Table("a", 4), Table("b", 4), Table("c", 4, nonfinite="skip")]
+    c = Collection(tables)
+    batch = {f: np.arange(3) for f in "abc"}
+    staged = c.stage(batch)
+    before = {f: v.copy() for f, v in staged.outputs().items()}
+    grads = {f: np.ones((3, 4), np.float32) for f in "abc"}
+    grads["b"][1, 2] = np.nan
+    with pytest.raises(InvalidArgument, match="feature b"):
+        staged.apply(grads)
+    after = c.lookup(batch)
+    assert all(np.array_equal(before[f], after[f]) for f in "abc") and c.step == 0
+    grads["b"][1, 2] = 1
+    grads["c"][1] = np.inf
+    staged.apply(grads)  # the batch is still open
+    after = c.lookup(batch)
+    assert (after["a"] != before["a"]).all() and np.array_equal(after["c"][1], before["c"][1])
+    assert tables[2].stats()["skipped_updates"] == 1 and c.step == 1

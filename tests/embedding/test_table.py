@@ -7,14 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbkit.embedding import SGD, BloomAdmission, CountAdmission, IdleSteps, L2Below, Normal, Table
-from hbkit.errors import InvalidArgument, SchemaMismatch, Unsupported
+from hbkit import snapshot
+from hbkit.embedding import (
+    SGD,
+    Adagrad,
+    Collection,
+    Column,
+    Constant,
+    CountAdmission,
+    IdleSteps,
+    L2Below,
+    MaxRows,
+    Normal,
+    Table,
+)
+from hbkit.errors import InvalidArgument, Unsupported
+from hbkit.ragged import Dictionary
+from hbkit.store import cached_ssd, host_memory
 
 KEY = st.one_of(st.integers(-4, 4), st.integers(-(2**63), 2**63 - 1))
 
 
 def table(**kw):
-    return Table("t", 4, optimizer=SGD(lr=1.0), **kw)
+    return Table("t", 4, **{"optimizer": SGD(lr=1.0), **kw})
 
 
 @given(st.lists(KEY, max_size=60))
@@ -111,6 +126,13 @@ def test_table_update_refuses_grads_of_another_shape(shape):
         ({"dim": 2.5}, InvalidArgument),
         ({"dtype": "float16"}, Unsupported),
         ({"key_dtype": "string"}, InvalidArgument),
+        ({"nonfinite": "ignore"}, InvalidArgument),
+        ({"evict_every": 5}, InvalidArgument),
+        ({"evict_every": 0, "eviction": [IdleSteps(1)]}, InvalidArgument),
+        ({"default": [1.0, 2.0]}, InvalidArgument),
+        ({"default": "zeros"}, InvalidArgument),
+        ({"default": np.nan}, InvalidArgument),
+        ({"padding_key": 2**31, "key_dtype": "int32"}, InvalidArgument),
     ],
 )
 def test_table_refuses_what_it_cannot_be(kw, error):
@@ -126,59 +148,16 @@ def test_table_int32_keys_do_not_wrap():
             t.lookup(np.array([2**31], dtype))
 
 
-@given(st.lists(st.lists(st.integers(0, 6), max_size=8), max_size=8), st.integers(1, 4))
-def test_count_admission_admits_at_the_count(batches, min_count):
-    t, seen = table(admission=CountAdmission(min_count)), {}
-    for batch in batches:
-        rows = t.lookup(np.array(batch, np.int64), train=True)
-        for key in batch:
-            seen[key] = seen.get(key, 0) + 1
-        assert rows.any(axis=1).tolist() == [seen[k] >= min_count for k in batch]
-        assert len(t) == sum(n >= min_count for n in seen.values())
-    waiting = t.admission.state()
-    assert dict(zip(waiting["key"].tolist(), waiting["count"].tolist(), strict=True)) == {
-        k: n for k, n in seen.items() if n < min_count
-    }
-    again = CountAdmission(min_count).open()
-    again.load_state(waiting)
-    assert {k: v.tolist() for k, v in again.state().items()} == {k: v.tolist() for k, v in waiting.items()}
-
-
-def test_bloom_admission_never_late_and_early_at_about_its_rate():
-    n, rate = 20_000, 0.02
-    t = table(admission=BloomAdmission(2, n, rate))
-    keys = np.random.default_rng(0).permutation(10 * n)[:n]
-    for part in np.array_split(keys, 10):
-        t.lookup(part, train=True)
-    early = len(t) / n
-    assert early < rate * 1.5
-    for part in np.array_split(keys, 10):
-        t.lookup(part, train=True)
-    assert len(t) == n
-    with pytest.raises(SchemaMismatch):
-        CountAdmission(2).open().load_state(t.admission.state())
-
-
-def test_eviction_by_idleness_and_by_norm():
-    t = table(eviction=[IdleSteps(2)])
-    for keys in ([1, 2], [2, 3], [2], [2]):
-        t.lookup(np.array(keys), train=True)
-        t.update(np.array(keys), np.zeros((len(keys), 4)))
-    assert t.evict() == 1 and len(t) == 2
-    assert not t.lookup(np.array([1])).any() and t.lookup(np.array([3])).any()
-    t = table(eviction=[L2Below(10.0)])
-    t.lookup(np.array([1, 2]), train=True)
-    t.update(np.array([1]), np.full((1, 4), 100.0))
-    assert t.evict() == 1 and t.lookup(np.array([1])).any() and not t.lookup(np.array([2])).any()
-
-
 def test_table_survives_readers_beside_a_writer():
-    t, errors = table(), []
+    t, errors, done = table(eviction=[IdleSteps(3)], evict_every=4), [], threading.Event()
+    fixed = np.arange(10_000, 10_500)  # never trained on again, but kept by the lookups of the writer
+    before = t.lookup(fixed, train=True)
 
     def read():
         try:
-            for _ in range(60):
-                rows = t.lookup(np.arange(500))
+            while not done.is_set():
+                assert np.array_equal(t.lookup(fixed), before)
+                rows = t.lookup(np.arange(4000))
                 assert np.isfinite(rows).all()
         except BaseException as e:  # an assertion in a thread would be lost
             errors.append(e)
@@ -188,9 +167,198 @@ def test_table_survives_readers_beside_a_writer():
         r.start()
     for step in range(60):
         k = np.arange(step * 50, step * 50 + 500)
-        t.lookup(k, train=True)
+        t.lookup(np.concatenate([k, fixed]), train=True)
         t.update(k, np.ones((500, 4)))
+    done.set()
     for r in readers:
         r.join()
-    assert not errors and len(t) == 60 * 50 + 450
+    assert not errors
+    # A window moves on by 50 keys a step; what it left is evicted 4 to 7 steps later.
+    assert 500 + 500 + 4 * 50 <= len(t) <= 500 + 500 + 7 * 50
+    assert np.array_equal(t.lookup(fixed), before)
     t.store.validate()
+
+
+def test_table_updates_of_two_threads_are_all_counted():
+    t, keys = table(), np.arange(200)
+    before = t.lookup(keys, train=True)
+
+    def train():
+        for _ in range(50):
+            t.lookup(keys, train=True)
+            t.update(keys, np.ones((200, 4)))
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_allclose(t.lookup(keys), before - 100, rtol=1e-5)
+    (chunk,) = t.store.scan()
+    assert (chunk.freq == 101).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_table_update_refuses_nonfinite_gradients_and_changes_nothing(bad):
+    t, k = table(), np.arange(40)
+    before = t.lookup(k, train=True)
+    grads = np.ones((40, 4), np.float32)
+    grads[17, 2] = bad
+    with pytest.raises(InvalidArgument, match=r"gradient of 1 of 40 keys.*table t, key 17"):
+        t.update(k, grads)
+    assert np.array_equal(t.lookup(k), before) and t.step == 0 and t.stats()["skipped_updates"] == 0
+
+
+def test_table_skips_nonfinite_gradients_and_counts_them():
+    t, k = table(nonfinite="skip", padding_key=3), np.array([0, 1, 2, 3, 1])
+    before = t.lookup(k, train=True)
+    grads = np.ones((5, 4), np.float32)
+    grads[4, 0] = np.nan  # of key 1, which also has a good one
+    grads[3] = np.inf  # of the padding key, which takes none
+    t.update(k, grads)
+    np.testing.assert_allclose(t.lookup(k), before - np.array([1, 0, 1, 0, 0])[:, None], rtol=1e-6)
+    assert t.step == 1 and t.stats()["skipped_updates"] == 1 and t.stats()["ignored_updates"] == 0
+    grads[4] = 1  # padding alone is no error
+    table(padding_key=3).update(k, grads)
+
+
+def test_table_takes_a_batch_larger_than_itself():
+    t = table()
+    keys = np.random.default_rng(0).integers(0, 3, 100_000)
+    t.update(keys, np.zeros((100_000, 4)))
+    assert len(t) == 0
+    t.lookup(keys, train=True)
+    t.update(keys, np.zeros((100_000, 4)))
+    assert len(t) == 3 and t.lookup(keys).shape == (100_000, 4)
+
+
+@pytest.mark.parametrize(
+    "default", [0.25, [1.0, 2.0, 3.0, 4.0], Normal(0, 1, seed=9)], ids=["number", "vector", "initializer"]
+)
+def test_table_absent_keys_read_the_default(default):
+    t, k = table(default=default, padding_key=0), np.array([5, 0, 6, 5])
+    row = default("t", k, 4) if isinstance(default, Normal) else np.broadcast_to(np.float32(default), (4, 4))
+    want = np.where(k[:, None] == 0, 0, row)
+    assert np.array_equal(t.lookup(k), want) and len(t) == 0
+    t.update(k, np.ones((4, 4)))
+    assert np.array_equal(t.lookup(k), want)
+    assert not np.isclose(t.lookup(k, train=True), want)[[0, 2, 3]].all(axis=1).any()
+
+
+def test_table_padding_key_may_be_above_the_signed_keys():
+    t = table(key_dtype="uint64", padding_key=2**64 - 1)
+    assert not t.lookup(np.array([2**64 - 1], np.uint64), train=True).any() and len(t) == 0
+
+
+@given(st.lists(KEY, min_size=1, max_size=9), st.data())
+def test_table_by_dictionary_equals_by_value(entries, data):
+    codes = np.array(data.draw(st.lists(st.integers(0, len(entries) - 1), max_size=30)), np.uint32)
+    column = Dictionary(np.array(entries, np.int64), codes)
+    a, b = table(admission=CountAdmission(2), padding_key=0), table(admission=CountAdmission(2), padding_key=0)
+    grads = np.random.default_rng(len(codes)).normal(size=(len(codes), 4)).astype(np.float32)
+    for _ in range(2):
+        assert np.array_equal(a.lookup(column, train=True), b.lookup(column.decode(), train=True))
+        a.update(column, grads)
+        b.update(column.decode(), grads)
+    for x, y in zip(a.store.scan(), b.store.scan(), strict=True):
+        for mine, theirs in zip(x, y, strict=True):
+            assert np.array_equal(mine, theirs)
+
+
+def test_table_refuses_dictionaries_that_are_none():
+    for dictionary, codes in [(np.arange(3), [3, 0, 0]), (np.arange(3.0), [0, 0, 0]), (np.arange(9), [9])]:
+        with pytest.raises(InvalidArgument):
+            table().lookup(Dictionary(dictionary, np.array(codes, np.uint32)))
+
+
+def test_table_counts_its_memory():
+    t = table(admission=CountAdmission(2), optimizer=Adagrad())
+    t.lookup(np.arange(100_000), train=True)
+    s = t.stats()
+    assert s["rows"] == 0 and s["metadata_nbytes"] == 0 and s["lines_nbytes"] == 0
+    assert s["admission_nbytes"] == t.admission.nbytes > 100_000 * 12
+    t.lookup(np.repeat(np.arange(100_000), 2), train=True)
+    s = t.stats()
+    assert s["rows"] == 100_000 and 8 * 100_000 <= s["metadata_nbytes"] <= 9.1 * 100_000
+    assert s["lines_nbytes"] >= 100_000 * 8 * 4
+
+
+def test_table_without_metadata_keeps_none_and_says_so():
+    t, k = table(metadata=False, eviction=[L2Below(0.01)]), np.arange(5000)
+    for _ in range(3):
+        t.lookup(k, train=True)
+        t.update(k[:2], np.ones((2, 4)))
+    assert t.stats()["metadata_nbytes"] == 0
+    (chunk,) = t.store.scan()
+    assert not chunk.freq.any() and (chunk.last_step == 3).all()
+    assert sum(len(c.key) for c in t.store.scan(since=2)) == 5000 and list(t.store.scan(since=3)) == []
+    for rule in (IdleSteps(1), MaxRows(1)):
+        with pytest.raises(InvalidArgument, match="metadata=False"):
+            table(metadata=False, eviction=[rule])
+
+
+COLUMNS = {
+    "embedding": Column(3, optimizer=Adagrad(lr=0.5)),
+    "linear": Column(1, initializer=Constant(0.25), optimizer=SGD(lr=2.0, momentum=0.5)),
+    "rest": Column(2),
+}
+
+
+@pytest.mark.parametrize("place", ["host", "ssd"])
+def test_table_of_columns_equals_a_table_a_column(place, tmp_path):
+    def store(name):
+        return host_memory() if place == "host" else cached_ssd(tmp_path / name, "256KiB")
+
+    def one(column, name):
+        return Table(
+            name,
+            column.dim,
+            initializer=lambda table, keys, dim: (column.initializer or Normal(0, 1))(f"t/{name}", keys, dim),
+            optimizer=column.optimizer or SGD(lr=1.0),
+        )
+
+    t = Table(
+        "t", columns=COLUMNS, initializer=Normal(0, 1), optimizer=SGD(lr=1.0), store=store("whole"), padding_key=0
+    )
+    assert t.dim == 6 and t.optimizer.n_state(6) == 3 + 1
+    apart, rng = {name: one(c, name) for name, c in COLUMNS.items()}, np.random.default_rng(0)
+    for _ in range(5):
+        keys = rng.integers(1, 30, 20)
+        got = t.split(t.lookup(keys, train=True))
+        grads = {name: rng.normal(size=(20, c.dim)).astype(np.float32) for name, c in COLUMNS.items()}
+        for name, single in apart.items():
+            assert np.array_equal(got[name], single.lookup(keys, train=True))
+            single.update(keys, grads[name])
+        t.update(keys, grads)
+    snapshot.save(tmp_path / "model", [t], t.step)
+    again = Table("t", columns=COLUMNS, initializer=Normal(0, 1), optimizer=SGD(lr=1.0))
+    assert snapshot.load(tmp_path / "model", [again]).notes == []
+    for mine, theirs in zip(t.store.scan(), again.store.scan(), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    other = Table("t", columns={**COLUMNS, "linear": Column(1)}, optimizer=SGD(lr=1.0, momentum=0.5))
+    assert "state" in snapshot.load(tmp_path / "model", [other]).notes[0]
+    t.close()
+
+
+def test_collection_takes_gradients_of_columns():
+    t = Table("t", columns=COLUMNS, optimizer=SGD(lr=1.0))
+    c = Collection([t], pooling="sum")
+    staged = c.stage({"t": np.array([1, 2, 1])})
+    before = t.split(staged.outputs()["t"].copy())
+    staged.apply({"t": {name: np.ones((3, column.dim), np.float32) for name, column in COLUMNS.items()}})
+    after = t.split(t.lookup([1, 2, 1]))
+    assert np.allclose(after["rest"], before["rest"] - [[2], [1], [2]])
+    assert np.allclose(after["linear"], 0.25 - np.array([[4], [2], [4]]))
+
+
+def test_table_refuses_columns_that_do_not_fit():
+    for kw in ({"columns": {}}, {"columns": COLUMNS, "dim": 5}, {"dim": None}):
+        with pytest.raises(InvalidArgument, match="table t"):
+            Table("t", **kw)
+    with pytest.raises(InvalidArgument):
+        Column(0)
+    t = Table("t", columns=COLUMNS)
+    for grads in ({"embedding": np.ones((1, 3))}, {n: np.ones((1, 2)) for n in COLUMNS}):
+        with pytest.raises(InvalidArgument, match="table t"):
+            t.update([1], grads)
+    assert table().split(np.ones((2, 4))) == {}

@@ -27,11 +27,13 @@ static float number(void) {
 }
 
 static void run(int64_t dim) {
-    int64_t width = 3 * dim + 1, segment[N], starts[SEGMENTS + 1] = {0}, next[SEGMENTS], order[N], keys[N];
-    int64_t splits[ROWS + 1], slots[SEGMENTS];
+    int64_t width = 3 * dim + 1, segment[N], keys[N], splits[ROWS + 1], slots[SEGMENTS];
+    int32_t starts[SEGMENTS + 1] = {0}, next[SEGMENTS], order[N];
     float *values = malloc(sizeof(float) * N * (size_t)dim), *out = malloc(sizeof(float) * N * (size_t)dim);
     float *lines = malloc(sizeof(float) * LINES * (size_t)width), scale[N];
-    const float hyper[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0};
+    void *scratch = malloc(HB_SCRATCH(dim));
+    const float plain[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0};
+    const float all[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0, 0.01f, 5.0f, 2.0f};
     for (int64_t i = 0; i < N * dim; i++) values[i] = number();
     for (int i = 0; i < N; i++) {
         scale[i] = number();
@@ -47,25 +49,44 @@ static void run(int64_t dim) {
     for (int i = 0; i < N; i++) order[next[segment[i]]++] = i;
     for (int i = 0; i <= ROWS; i++) splits[i] = i * (N / ROWS);
 
-    KERNELS.segment_sum(values, NULL, scale, order, starts, SEGMENTS, dim, out);
+    hb_gradients g = {.values = values, .dim = dim, .n_segments = SEGMENTS, .order = order, .starts = starts,
+                      .scale = scale};
+    KERNELS.segment_sum(&g, out);
     add(out, SEGMENTS * dim);
     KERNELS.pool(values, segment, splits, scale, scale, ROWS, dim, out);
     add(out, ROWS * dim);
+    KERNELS.expand(values, segment, N, dim, out);
+    add(out, N * dim);
     for (int kind = HB_UNIFORM; kind <= HB_CONSTANT; kind++) {
-        KERNELS.initialize(kind, 0.1, 0.7, 99, keys, N, dim, out);
+        hb_draw drawn = {.kind = kind, .dim = dim, .a = 0.1, .b = 0.7, .seed = 99};
+        KERNELS.initialize(&drawn, keys, N, out, dim);
         add(out, N * dim);
     }
-    hb_slabs slabs = {.chunks = &lines, .width = width, .shift = 6};
-    for (int rule = HB_SGD; rule <= HB_FTRL; rule++) {
-        for (int64_t i = 0; i < LINES * width; i++) lines[i] = number() < 0 ? 0.25f : number() * number();
-        for (int64_t i = 0; i < LINES; i++)
-            for (int64_t j = dim; j < width; j++) lines[i * width + j] *= lines[i * width + j]; /* sums of squares */
-        KERNELS.apply(rule, &slabs, slots, SEGMENTS, dim, values, hyper);
-        add(lines, LINES * width);
+    for (int dtype = HB_FLOAT32; dtype <= HB_BFLOAT16; dtype++) {
+        int64_t row_nbytes = dtype == HB_FLOAT32 ? dim * 4 : (dim + 1) / 2 * 4, stride = row_nbytes + (width - dim) * 4;
+        char *chunk = calloc(LINES, (size_t)stride);
+        hb_slabs slabs = {.chunks = &chunk, .dim = dim, .n_state = width - dim, .row_stride = stride,
+                          .state_stride = stride, .state_at = row_nbytes, .shift = 6, .dtype = dtype};
+        int64_t everyone[LINES];
+        for (int i = 0; i < LINES; i++) everyone[i] = i;
+        for (int rule = 0; rule < 2 * HB_RULES; rule++) {
+            for (int64_t i = 0; i < LINES * width; i++) lines[i] = number() < 0 ? 0.25f : number() * number();
+            for (int64_t i = 0; i < LINES; i++)
+                for (int64_t j = dim; j < width; j++) lines[i * width + j] *= lines[i * width + j]; /* sums of squares */
+            KERNELS.scatter(&slabs, everyone, LINES, 0, width, lines, width);
+            hb_part part = {.rule = rule / 2, .dim = dim, .hyper = rule & 1 ? all : plain};
+            hb_update update = {.slots = slots, .g = g, .parts = &part, .n_parts = 1, .skip = rule & 1, .keys = keys,
+                                .seed = 7, .step = 3, .scratch = scratch};
+            if (rule / 2 % 2) update.g.order = NULL; /* values as they are */
+            KERNELS.apply(&slabs, &update);
+            KERNELS.gather(&slabs, everyone, LINES, width, lines);
+            add(lines, LINES * width);
+        }
         KERNELS.gather(&slabs, slots, SEGMENTS, dim, out);
         add(out, SEGMENTS * dim);
+        free(chunk);
     }
-    free(values), free(out), free(lines);
+    free(values), free(out), free(lines), free(scratch);
 }
 
 /* Short literals and copies of every kind, length and overlap, as no compressor mixes them. */

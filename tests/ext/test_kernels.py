@@ -1,5 +1,6 @@
 """The kernels against naive loops, and every instruction set of this machine against every other, bit for bit."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit._ext import isa, random, segment
-from hbkit._ext.slabs import Slabs
+from hbkit._ext.slabs import ROW_DTYPES, Slabs, n_state
 from hbkit.errors import InvalidArgument
 
 DIMS = st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 64, 257, 300])
-HYPER = np.array([0.05, 0.5, 0.9, 0.1, 0.7, 1e-8, 0.99, 0], np.float32)
+# A rule's own, then weight decay and the two clippings.
+HYPER = np.array([0.05, 0.5, 0.9, 0.1, 0.7, 1e-8, 0.99, 0, 0.01, 5.0, 20.0], np.float32)
 
 
 @pytest.fixture
@@ -120,13 +122,16 @@ def test_kernels_agree_on_all_instruction_sets(seed, dim):
         out.append(pooled)
         keys = rng.integers(-(2**63), 2**63 - 1, 50)
         out += [random.initialize(kind, 0.1, 0.7, seed, keys, dim) for kind in random.KINDS]
-        for rule in range(6):
-            slabs = Slabs(3 * dim + 1, 4096)
+        out.append(segment.expand(wild(rng, u, dim), seg))
+        for rule, dtype in itertools.product(range(8), ROW_DTYPES):
+            width = dim + n_state(rule, dim, momentum=True)
+            slabs = Slabs(width, 4096, dim=dim, row_dtype=dtype)
             slabs.reserve(u)
-            lines = np.abs(wild(rng, u, 3 * dim + 1))
+            lines = np.abs(wild(rng, u, width))
             slabs.scatter(np.arange(u), lines)
             slots = np.where(rng.random(u) < 0.9, rng.permutation(u), -1)
-            slabs.apply(rule, slots, wild(rng, u, dim), HYPER)
+            hyper = HYPER if rng.random() < 0.5 else HYPER[:8]
+            slabs.apply(rule, slots, wild(rng, u, dim), hyper, rng.integers(0, 2**63, u), seed, 3, "skip")
             after = np.empty_like(lines)
             slabs.gather(np.arange(u), after)
             out.append(after)

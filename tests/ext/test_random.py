@@ -1,5 +1,6 @@
 """The counter-based generator against published vectors and the statistics module's normal quantile."""
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -32,13 +33,16 @@ def test_philox_equals_published_vectors(counter, key, want):
 
 def naive(kind, a, b, seed, key, column):
     key %= 2**64
-    word = philox((column // 4, 0, key % 2**32, key >> 32), (seed % 2**32, seed >> 32))[column % 4]
-    u = (word + 0.5) / 2**32
+    words = philox((column // 4, 0, key % 2**32, key >> 32), (seed % 2**32, seed >> 32))
+    u = (words[column % 4] // 2**9 + 0.5) / 2**23
+    pair = column % 2
+    radius = math.sqrt(-2 * math.log((words[pair] // 2 + 0.5) / 2**31))
+    angle = 2 * math.pi * words[pair + 2] / 2**32
     normal = NormalDist()
     low, high = normal.cdf(-2), normal.cdf(2)
     return {
         "uniform": a + (b - a) * u,
-        "normal": a + b * normal.inv_cdf(u),
+        "normal": a + b * radius * (math.cos(angle) if column % 4 < 2 else math.sin(angle)),
         "truncated_normal": a + b * normal.inv_cdf(low + (high - low) * u),
         "constant": a,
     }[kind]
@@ -50,7 +54,7 @@ def naive(kind, a, b, seed, key, column):
 def test_initialize_equals_naive(seed, keys, kind):
     got = initialize(kind, 0.25, 1.5, seed, np.array(keys, np.int64), 9)
     want = [[naive(kind, 0.25, 1.5, seed, k, j) for j in range(9)] for k in keys]
-    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-7)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=3e-6)
 
 
 @given(SEED, st.lists(KEY, min_size=2, max_size=30, unique=True), st.randoms())
@@ -66,6 +70,8 @@ def test_initialize_has_the_named_distribution():
     assert abs(x.mean() - 1) < 0.01 and abs(x.std() - 2) < 0.01
     assert abs(((x - 1) ** 4).mean() / 16 - 3) < 0.05
     assert abs(np.corrcoef(x.T) - np.eye(8)).max() < 0.02
+    share = [(abs(x - 1) > 2 * k).mean() for k in (1, 2, 3)]
+    np.testing.assert_allclose(share, [0.3173, 0.0455, 0.0027], rtol=0.05)
     t = initialize("truncated_normal", 0.0, 1.0, 7, np.arange(100_000), 8)
     assert abs(t).max() <= 2 and abs(t.std() - 0.8796) < 0.01
     u = initialize("uniform", -1.0, 3.0, 7, np.arange(100_000), 8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hbkit import errors
-from hbkit.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, Table
+from hbkit.embedding import SGD, Adagrad, Adam, CountAdmission, IdleSteps, MaxRows, RowWiseAdagrad, Table
 from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store.base import Chunk
 
@@ -83,6 +83,28 @@ def test_device_over_ssd_reopens(tmp_path):
     again = Table("t", 5, store=place)
     assert contents(again.store) == want
     again.store.close()
+
+
+@on_device
+def test_device_admission_and_eviction_equal_host():
+    def run(store):
+        exported, rng = [], np.random.default_rng(0)
+        t = Table(
+            "t", 5, store=store, admission=CountAdmission(3), default=0.5, padding_key=1,
+            eviction=[IdleSteps(3), MaxRows(8)], evict_every=2, on_evict=lambda c: exported.append(c.row.tobytes()),
+        )  # fmt: skip
+        rows = []
+        for _ in range(8):
+            keys = rng.zipf(1.4, 24) % 60
+            rows.append(t.lookup(keys, train=True).tobytes())
+            t.update(keys, rng.standard_normal((24, 5)).astype(np.float32))
+            t.store.validate()
+        t.evict()
+        found = contents(t.store), {k: v.tolist() for k, v in t.admission.state().items()}, t.stats()["ignored_updates"]
+        t.close()
+        return rows, exported, found
+
+    assert run(device_cached(host_memory(), 500, policy="lru")) == run(host_memory())
 
 
 @on_device

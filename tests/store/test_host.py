@@ -26,6 +26,16 @@ def new_line(key):
     return [np.float32(key / 8)] * DIM + [np.float32(0.25)] * DIM
 
 
+class Even:
+    """Admits even keys."""
+
+    def admit(self, keys, counts):
+        return keys % 2 == 0
+
+    def forget(self, keys):
+        assert (keys % 2 == 0).all()
+
+
 class HostAgainstDict(RuleBasedStateMachine):
     """key -> [freq, last_step, line]"""
 
@@ -44,8 +54,7 @@ class HostAgainstDict(RuleBasedStateMachine):
         lease, self.ahead = self.ahead or self.store.reserve(k := data.draw(KEYS), np.full(len(k), 2)), None
         self.step += 1
         keys = lease.keys.tolist()
-        lease.admitted = None if admit else (lease.keys % 2 == 0)
-        made = self.store.create(lease, self.step)
+        made = self.store.create(lease, self.step, None if admit else Even())
         want_made = 0
         for key in keys:
             if key not in self.oracle and (admit or key % 2 == 0):

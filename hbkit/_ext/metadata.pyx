@@ -1,0 +1,171 @@
+"""Metadata: how often and when each row was last used, 8 bytes a slot.
+
+The two numbers of a slot lie side by side, so that a step touches one cache line a row. Growing is a realloc, which
+moves pages rather than bytes once the table is large.
+"""
+
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free, realloc
+
+import numpy as np
+
+from hbkit.errors import InvalidArgument
+
+cdef extern from *:
+    """
+    #define HB_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
+    """
+    void HB_PREFETCH_WRITE(const void *) nogil
+
+cdef uint32_t MOST = 0xFFFFFFFF
+cdef int64_t AHEAD = 16
+
+ctypedef struct Pair:
+    uint32_t freq
+    uint32_t last_step
+
+
+cdef inline uint32_t _clip(int64_t x) noexcept nogil:
+    return 0 if x < 0 else MOST if x > <int64_t>MOST else <uint32_t>x
+
+
+cdef class Metadata:
+    """Frequency and last step by slot, unsigned 32-bit: what is larger stays at 2**32 - 1.
+
+    Parameters
+    ----------
+    kept : bool
+        False: nothing is kept or takes memory; every slot reads frequency 0 and the latest step of all.
+
+    Notes
+    -----
+    The GIL is released inside; callers order writes themselves.
+    """
+
+    cdef Pair *at
+    cdef int64_t n
+    cdef bint kept
+    cdef uint32_t latest_step
+
+    def __cinit__(self, bint kept=True):
+        self.kept = kept
+
+    def __dealloc__(self):
+        free(self.at)
+
+    @property
+    def room(self):
+        """Slots there is room for: int."""
+        return self.n
+
+    @property
+    def nbytes(self):
+        """Memory held, in bytes: int."""
+        return self.n * sizeof(Pair) if self.kept else 0
+
+    @property
+    def latest(self):
+        """Largest step that was ever written, 0 for none: int."""
+        return self.latest_step
+
+    def reserve(self, int64_t n_slots):
+        """Make room for slots 0..n_slots-1, whose numbers are undefined. MemoryError leaves all as it was."""
+        cdef Pair *grown
+        if n_slots <= self.n:
+            return
+        if self.kept:
+            grown = <Pair *>realloc(self.at, n_slots * sizeof(Pair))
+            if grown == NULL:
+                raise MemoryError(f"no memory for the metadata of {n_slots} rows")
+            self.at = grown
+        self.n = n_slots
+
+    cdef int _check(self, const int64_t[::1] slots, int64_t n, int64_t least) except -1:
+        cdef int64_t i, bad = 0
+        if slots.shape[0] != n:
+            raise InvalidArgument(f"{n} numbers for {slots.shape[0]} slots", remedy="give one a slot")
+        with nogil:
+            for i in range(n):
+                bad += slots[i] < least or slots[i] >= self.n
+        if bad:
+            raise InvalidArgument(f"{bad} slots are outside the {self.n} rows", remedy="reserve rows first")
+        return 0
+
+    def clear(self, const int64_t[::1] slots):
+        """Set slots (all >= 0) to frequency 0, last step 0."""
+        cdef int64_t i, n = slots.shape[0]
+        self._check(slots, n, 0)
+        if self.kept:
+            with nogil:
+                for i in range(n):
+                    self.at[slots[i]] = Pair(0, 0)
+
+    def count(self, const int64_t[::1] slots, const int64_t[::1] counts, int64_t step):
+        """Add ``counts[i]`` (>= 0) to the frequency of ``slots[i]`` and stamp it with `step`; -1 is skipped.
+
+        Returns
+        -------
+        int
+            Slots that were -1.
+        """
+        cdef int64_t i, n = slots.shape[0], absent = 0
+        cdef uint32_t now = _clip(step)
+        cdef Pair *pair
+        self._check(slots, counts.shape[0], -1)
+        self.latest_step = max(self.latest_step, now)
+        with nogil:
+            for i in range(n):
+                if slots[i] < 0:
+                    absent += 1
+                elif self.kept:
+                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
+                        HB_PREFETCH_WRITE(&self.at[slots[i + AHEAD]])
+                    pair = &self.at[slots[i]]
+                    pair.freq = _clip(pair.freq + counts[i])
+                    pair.last_step = now
+        return absent
+
+    def stamp(self, const int64_t[::1] slots, int64_t step):
+        """Stamp slots with `step`; -1 is skipped. How many were -1: int."""
+        cdef int64_t i, n = slots.shape[0], absent = 0
+        cdef uint32_t now = _clip(step)
+        self._check(slots, n, -1)
+        self.latest_step = max(self.latest_step, now)
+        with nogil:
+            for i in range(n):
+                if slots[i] < 0:
+                    absent += 1
+                elif self.kept:
+                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
+                        HB_PREFETCH_WRITE(&self.at[slots[i + AHEAD]])
+                    self.at[slots[i]].last_step = now
+        return absent
+
+    def put(self, const int64_t[::1] slots, const int64_t[::1] freq, const int64_t[::1] last_step):
+        """Write both numbers of slots (all >= 0), clipped to what is held."""
+        cdef int64_t i, n = slots.shape[0]
+        self._check(slots, freq.shape[0], 0)
+        self._check(slots, last_step.shape[0], 0)
+        with nogil:
+            for i in range(n):
+                self.latest_step = max(self.latest_step, _clip(last_step[i]))
+                if self.kept:
+                    self.at[slots[i]] = Pair(_clip(freq[i]), _clip(last_step[i]))
+
+    def get(self, const int64_t[::1] slots):
+        """Frequency and last step of slots (all >= 0): (int64[n], int64[n])."""
+        cdef int64_t i, n = slots.shape[0]
+        self._check(slots, n, 0)
+        freq_, last_step_ = np.empty(n, np.int64), np.empty(n, np.int64)
+        cdef int64_t[::1] freq = freq_, last_step = last_step_
+        with nogil:
+            for i in range(n):
+                if self.kept:
+                    if i + AHEAD < n:
+                        HB_PREFETCH_WRITE(&self.at[slots[i + AHEAD]])
+                    freq[i] = self.at[slots[i]].freq
+                    last_step[i] = self.at[slots[i]].last_step
+                else:
+                    freq[i] = 0
+                    last_step[i] = self.latest_step
+        return freq_, last_step_
