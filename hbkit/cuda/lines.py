@@ -13,7 +13,16 @@ Int64s = npt.NDArray[np.int64]
 
 # Codes of the optimizers, as in _ext/kernels.h, and how many floats of state a row of `dim` needs.
 SGD, ADAGRAD, ROWWISE_ADAGRAD = 0, 1, 2
-RULES = {0: "SGD", 1: "Adagrad", 2: "RowWiseAdagrad", 3: "Adam", 4: "RowWiseAdam", 5: "Ftrl"}
+RULES = {
+    0: "SGD",
+    1: "Adagrad",
+    2: "RowWiseAdagrad",
+    3: "Adam",
+    4: "RowWiseAdam",
+    5: "Ftrl",
+    6: "AdagradDecay",
+    7: "Adam",
+}
 
 
 class DeviceLines:
@@ -75,6 +84,12 @@ class DeviceLines:
                 f"no CUDA kernel for the optimizer {RULES.get(rule, rule)}",
                 device=self._device.name,
                 remedy="use SGD, Adagrad or RowWiseAdagrad, or another store",
+            )
+        if np.any(hyper[2:]):
+            raise Unsupported(
+                f"no CUDA kernel for these options of {RULES[rule]}",
+                device=self._device.name,
+                remedy="leave clipping, weight decay, Nesterov's momentum and Keras' eps out, or use another store",
             )
         if grads.shape[0] != len(slots) or dim + n_state > self._width:
             raise InvalidArgument(

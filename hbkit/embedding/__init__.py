@@ -6,19 +6,34 @@ from hbkit.embedding.columns import Column
 from hbkit.embedding.eviction import IdleSteps, L2Below, MaxRows
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
-from hbkit.embedding.optimizers import SGD, Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, RowWiseAdam
+from hbkit.embedding.optimizers import (
+    SGD,
+    Adagrad,
+    AdagradDecay,
+    Adam,
+    AdamW,
+    Cosine,
+    Exponential,
+    Ftrl,
+    RowWiseAdagrad,
+    RowWiseAdam,
+    Warmup,
+)
 from hbkit.embedding.table import Table
 
 __all__ = [
     "SGD",
     "Adagrad",
+    "AdagradDecay",
     "Adam",
     "AdamW",
     "BloomAdmission",
     "Collection",
     "Column",
     "Constant",
+    "Cosine",
     "CountAdmission",
+    "Exponential",
     "Ftrl",
     "IdleSteps",
     "L2Below",
@@ -33,5 +48,6 @@ __all__ = [
     "Table",
     "TruncatedNormal",
     "Uniform",
+    "Warmup",
     "lookahead",
 ]

@@ -37,6 +37,11 @@ class Initializer:
         rows: Float32s = initialize(kind, a, b, _stream(seed, table), keys, dim)
         return rows
 
+    def draw(self, table: str, column: int, n_columns: int) -> tuple[str, float, float, int, int, int]:
+        """These rows as `hbkit._ext.slabs.Slabs.fill` makes them in place, in columns from `column` on."""
+        kind, a, b, seed = self._parameters()
+        return kind, a, b, _stream(seed, table), column, n_columns
+
 
 @dataclass(frozen=True)
 class Normal(Initializer):
