@@ -53,6 +53,26 @@ cdef extern from "decode.h" nogil:
     int HB_SLACK, HB_CODES, HB_SHORT, HB_E_END, HB_E_FORMAT, HB_E_RANGE
 
 
+cdef extern from "index.h" nogil:
+    ctypedef struct hb_index:
+        int64_t n, next_slot, nbytes
+        uint64_t **free_bits
+        int64_t room_pages, n_free
+        int64_t *countdown
+
+    ctypedef struct hb_indexers:
+        int (*create)(hb_index *, int64_t) noexcept nogil
+        void (*destroy)(hb_index *) noexcept nogil
+        void (*find)(const hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
+        int (*insert)(hb_index *, const int64_t *, int64_t, int64_t *, uint8_t *) noexcept nogil
+        int (*erase)(hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
+        int64_t (*items)(const hb_index *, int64_t, int64_t *, int64_t *) noexcept nogil
+        const char *(*validate)(const hb_index *) noexcept nogil
+        int64_t (*dedupe)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *) noexcept nogil
+
+    int HB_PAGE
+
+
 cdef extern from "kernels.h" nogil:
     ctypedef struct hb_slabs:
         char **chunks
@@ -101,6 +121,7 @@ cdef extern from "kernels.h" nogil:
         int (*initialize)(const hb_draw *, const int64_t *, int64_t, float *, int64_t) noexcept nogil
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
+        const hb_indexers *index
 
     ctypedef struct hb_fp_state:
         pass

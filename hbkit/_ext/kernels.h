@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "decode.h"
+#include "index.h"
 
 enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
 
@@ -111,6 +112,7 @@ typedef struct {
     const hb_decoders *decode; /* of decode.c */
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
+    const hb_indexers *index; /* of index_kernel.c */
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)
