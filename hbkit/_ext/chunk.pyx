@@ -1087,7 +1087,7 @@ cdef class Chunk:
             if out.with_mask:
                 out.room(MASK, out.n_values, n_slots)
                 memset(dense, 1, m)
-                self.k.expand(slots, self.valid, a, z, dense, 1, 0, out.vecs[MASK].data + out.n_values)
+                self.k.expand(slots, self.valid, a, z, dense, 1, 0, out.vecs[MASK].data + out.n_values, 0)
             if out.is_text:
                 self.strings_with_nulls(slots, a, z, m, n_slots, out)
             else:
@@ -1098,7 +1098,7 @@ cdef class Chunk:
                 out.room(VALUES, out.n_values * out.item, n_slots * out.item)
                 self.k.expand(slots, self.valid, a, z, dense, out.item,
                               0 if self.dictionary is not None else self.f.fill,
-                              out.vecs[VALUES].data + out.n_values * out.item)
+                              out.vecs[VALUES].data + out.n_values * out.item, out.past_cache)
                 out.n_values += n_slots
             a = z
         return 0

@@ -383,11 +383,11 @@ static int64_t row_starts(const uint64_t *starts, const uint64_t *elements, int6
     return to;
 }
 
-#define EXPAND(type)                                                                             \
+#define EXPAND(type, stop)                                                                       \
     do {                                                                                         \
         const type *in = values;                                                                 \
         type *to_ = out, fill_ = (type)fill;                                                     \
-        for (; i < to; i++) {                                                                    \
+        for (; i < (stop); i++) {                                                                \
             if (slots && !(slots[i >> 6] >> (i & 63) & 1)) continue;                             \
             uint64_t bit = valid[i >> 6] >> (i & 63) & 1;                                        \
             to_[k++] = bit ? in[j] : fill_;                                                      \
@@ -395,34 +395,38 @@ static int64_t row_starts(const uint64_t *starts, const uint64_t *elements, int6
         }                                                                                        \
     } while (0)
 
+#if defined(__AVX512F__)
+/* A vector of entries at a time, from a line's beginning on if they go around the caches; type, its bits, entries. */
+#define EXPAND_VECTORS(type, width, n)                                                                           \
+    do {                                                                                                         \
+        __m512i filler = _mm512_set1_epi##width((type)fill);                                                     \
+        if (past_cache) EXPAND(type, min64(to, from + (int64_t)((-(uintptr_t)out & 63) / sizeof(type))));        \
+        for (; i + n <= to; i += n, k += n) {                                                                    \
+            uint64_t bits = valid[i >> 6] >> (i & 63);                                                           \
+            if ((i & 63) > 64 - n) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));                               \
+            __m512i x = _mm512_loadu_si512((const type *)values + j);                                            \
+            x = _mm512_mask_expand_epi##width(filler, (__mmask##n)bits, x);                                      \
+            if (past_cache) _mm512_stream_si512((void *)((type *)out + k), x);                                   \
+            else _mm512_storeu_si512((type *)out + k, x);                                                        \
+            j += __builtin_popcountll(bits & ((1 << n) - 1));                                                    \
+        }                                                                                                        \
+        if (past_cache) _mm_sfence();                                                                            \
+    } while (0)
+#endif
+
 static int64_t expand(const uint64_t *slots, const uint64_t *valid, int64_t from, int64_t to, const void *values,
-                      int64_t item, uint64_t fill, void *restrict out) {
+                      int64_t item, uint64_t fill, void *restrict out, int past_cache) {
     int64_t i = from, j = 0, k = 0;
 #if defined(__AVX512F__)
-    if (!slots && item == 8) {
-        __m512i filler = _mm512_set1_epi64((long long)fill);
-        for (; i + 8 <= to; i += 8, k += 8) {
-            uint64_t bits = valid[i >> 6] >> (i & 63);
-            if ((i & 63) > 56) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));
-            __m512i x = _mm512_loadu_si512((const uint64_t *)values + j);
-            _mm512_storeu_si512((uint64_t *)out + k, _mm512_mask_expand_epi64(filler, (__mmask8)bits, x));
-            j += __builtin_popcountll(bits & 255);
-        }
-    } else if (!slots && item == 4) {
-        __m512i filler = _mm512_set1_epi32((int)fill);
-        for (; i + 16 <= to; i += 16, k += 16) {
-            uint64_t bits = valid[i >> 6] >> (i & 63);
-            if ((i & 63) > 48) bits |= valid[(i >> 6) + 1] << (64 - (i & 63));
-            __m512i x = _mm512_loadu_si512((const uint32_t *)values + j);
-            _mm512_storeu_si512((uint32_t *)out + k, _mm512_mask_expand_epi32(filler, (__mmask16)bits, x));
-            j += __builtin_popcountll(bits & 65535);
-        }
-    }
+    if (!slots && item == 8) EXPAND_VECTORS(uint64_t, 64, 8);
+    else if (!slots && item == 4) EXPAND_VECTORS(uint32_t, 32, 16);
+#else
+    (void)past_cache;
 #endif
-    if (item == 8) EXPAND(uint64_t);
-    else if (item == 4) EXPAND(uint32_t);
-    else if (item == 2) EXPAND(uint16_t);
-    else EXPAND(uint8_t);
+    if (item == 8) EXPAND(uint64_t, to);
+    else if (item == 4) EXPAND(uint32_t, to);
+    else if (item == 2) EXPAND(uint16_t, to);
+    else EXPAND(uint8_t, to);
     return k;
 }
 
@@ -569,10 +573,89 @@ static int64_t strings_plain(const uint8_t *src, const uint8_t *end, int64_t n, 
     return p - src;
 }
 
+#if defined(__AVX512DQ__)
+/* XXH64 of eight strings of fewer than 32 bytes at a time: every lane takes every step that one of them needs, and keeps
+ * what it had where the step is not its own; lengths vary, and a branch on each would be mispredicted. */
+static inline __m512i load_lanes(const uint8_t *const *at, const uint64_t *offset) {
+    uint64_t x[8];
+    for (int i = 0; i < 8; i++) x[i] = hb_load64(at[i] + offset[i]);
+    return _mm512_set_epi64((long long)x[7], (long long)x[6], (long long)x[5], (long long)x[4], (long long)x[3],
+                            (long long)x[2], (long long)x[1], (long long)x[0]);
+}
+
+static inline __m512i times(__m512i a, uint64_t b) { return _mm512_mullo_epi64(a, _mm512_set1_epi64((long long)b)); }
+
+static inline __m512i plus(__m512i a, uint64_t b) { return _mm512_add_epi64(a, _mm512_set1_epi64((long long)b)); }
+
+/* at[i] is readable for 32 bytes */
+static void hash_lanes(const uint8_t *const *at, const uint64_t *sizes, uint64_t seed, int64_t *out) {
+    static const uint64_t words[3][8] = {{0}, {8, 8, 8, 8, 8, 8, 8, 8}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __m512i size = _mm512_loadu_si512(sizes), h = plus(size, seed + HB_P5), one = _mm512_set1_epi64(1);
+    __m512i n_words = _mm512_srli_epi64(size, 3), rest = _mm512_and_si512(size, _mm512_set1_epi64(7));
+    for (int k = 0; k < 3; k++) {
+        __mmask8 has = _mm512_cmpgt_epi64_mask(n_words, _mm512_set1_epi64(k));
+        if (!has) break;
+        __m512i x = times(_mm512_rol_epi64(times(load_lanes(at, words[k]), HB_P2), 31), HB_P1);
+        h = _mm512_mask_mov_epi64(h, has, plus(times(_mm512_rol_epi64(_mm512_xor_si512(h, x), 27), HB_P1), HB_P4));
+    }
+    uint64_t offset[8];
+    _mm512_storeu_si512(offset, _mm512_slli_epi64(n_words, 3));
+    __m512i tail = load_lanes(at, offset);
+    __mmask8 has = _mm512_cmpge_epi64_mask(rest, _mm512_set1_epi64(4));
+    if (has) {
+        __m512i x = times(_mm512_and_si512(tail, _mm512_set1_epi64(0xFFFFFFFF)), HB_P1);
+        h = _mm512_mask_mov_epi64(h, has, plus(times(_mm512_rol_epi64(_mm512_xor_si512(h, x), 23), HB_P2), HB_P3));
+        tail = _mm512_mask_srli_epi64(tail, has, tail, 32);
+    }
+    rest = _mm512_and_si512(rest, _mm512_set1_epi64(3));
+    while ((has = _mm512_test_epi64_mask(rest, rest))) {
+        __m512i x = times(_mm512_and_si512(tail, _mm512_set1_epi64(255)), HB_P5);
+        h = _mm512_mask_mov_epi64(h, has, times(_mm512_rol_epi64(_mm512_xor_si512(h, x), 11), HB_P1));
+        tail = _mm512_srli_epi64(tail, 8);
+        rest = _mm512_mask_sub_epi64(rest, has, rest, one);
+    }
+    h = times(_mm512_xor_si512(h, _mm512_srli_epi64(h, 33)), HB_P2);
+    h = times(_mm512_xor_si512(h, _mm512_srli_epi64(h, 29)), HB_P3);
+    _mm512_storeu_si512(out, _mm512_xor_si512(h, _mm512_srli_epi64(h, 32)));
+}
+
+/* As many of n strings as can be had eight at a time; *src moves behind them. */
+static int64_t hash_eights(const uint8_t **src, const uint8_t *end, int64_t n, uint64_t seed, int64_t *out) {
+    const uint8_t *p = *src, *at[8];
+    uint64_t sizes[8];
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int k = 0; k < 8; k++) {
+            uint32_t size;
+            if (end - p < 36) return i;
+            memcpy(&size, p, 4);
+            if (size >= 32) return i;
+            at[k] = p + 4;
+            sizes[k] = size;
+            p += 4 + size;
+        }
+        hash_lanes(at, sizes, seed, out + i);
+        *src = p;
+    }
+    return i;
+}
+#else
+static int64_t hash_eights(const uint8_t **src, const uint8_t *end, int64_t n, uint64_t seed, int64_t *out) {
+    (void)src, (void)end, (void)n, (void)seed, (void)out;
+    return 0;
+}
+#endif
+
 static int64_t strings_hash(const uint8_t *src, const uint8_t *end, int64_t n, uint64_t seed, int64_t *restrict out) {
     const uint8_t *p = src;
+    int64_t next = 0; /* the eights are tried again behind a string that was none of theirs */
     for (int64_t i = 0; i < n; i++) {
         uint32_t size;
+        if (i >= next) {
+            i += hash_eights(&p, end, n - i, seed, out + i);
+            next = i + 8;
+            if (i == n) break;
+        }
         if (end - p < 4) return HB_E_END;
         memcpy(&size, p, 4);
         p += 4;

@@ -72,9 +72,9 @@ typedef struct {
                           int64_t base, int64_t *row, int64_t *out);
     /* For each set bit of slots in from..to-1 (all where slots is NULL), the next of values where its bit of valid is
      * set, else fill; item is 1, 2, 4 or 8 bytes. values is readable for HB_SLACK bytes beyond its items, out writable.
-     * Returns the number of slots. */
+     * past_cache may write around the caches. Returns the number of slots. */
     int64_t (*expand)(const uint64_t *slots, const uint64_t *valid, int64_t from, int64_t to, const void *values,
-                      int64_t item, uint64_t fill, void *out);
+                      int64_t item, uint64_t fill, void *out, int past_cache);
     /* SPEC: Encodings.md, "Delta Encoding". *count integers of `item` (4 or 8) bytes: the header's number, which is at
      * most `most` (else HB_E_RANGE). Returns the bytes consumed. */
     int64_t (*delta)(const uint8_t *src, const uint8_t *end, int64_t most, int64_t item, void *out, int64_t *count);

@@ -36,7 +36,7 @@ cdef extern from "decode.h" nogil:
         int64_t (*row_starts)(const uint64_t *, const uint64_t *, int64_t, int64_t, int64_t, int64_t, int64_t *,
                               int64_t *) noexcept nogil
         int64_t (*expand)(const uint64_t *, const uint64_t *, int64_t, int64_t, const void *, int64_t, uint64_t,
-                          void *) noexcept nogil
+                          void *, int) noexcept nogil
         int64_t (*delta)(const uint8_t *, const uint8_t *, int64_t, int64_t, void *, int64_t *) noexcept nogil
         void (*unsplit)(const uint8_t *, int64_t, int64_t, uint8_t *) noexcept nogil
         void (*resize4)(const int32_t *, int64_t, int64_t, void *) noexcept nogil

@@ -9,6 +9,17 @@ from hbkit._ext.isa cimport kernels
 from hbkit.errors import InvalidArgument
 
 
+cdef extern from *:
+    """
+    #define HB_PREFETCH(p) __builtin_prefetch(p, 0, 2)
+    """
+    void HB_PREFETCH(const void *) nogil
+
+# Items up to here fit a core's second cache: they are fetched in their order, which is several times as fast as in the
+# order of the rows.
+cdef int64_t FETCHED_NBYTES = 1 << 20
+
+
 def check_splits(const int64_t[::1] splits, int64_t n_values):
     """Raise InvalidArgument unless splits start at 0, never decrease and end at n_values."""
     cdef int64_t i, bad = -1
@@ -120,7 +131,7 @@ def take_items(list parts, int64_t itemsize, const int32_t[::1] part, const int6
 
 def gather_items(const uint8_t[::1] items, int64_t itemsize, const uint32_t[::1] rows, uint8_t[::1] out):
     """Copy item rows[i] to place i of `out`, around the caches; of items of 4 or 8 bytes, aligned to their size."""
-    cdef int64_t n = rows.shape[0]
+    cdef int64_t n = rows.shape[0], line
     cdef int rc = 0
     if (itemsize != 4 and itemsize != 8) or out.shape[0] != n * itemsize:
         raise InvalidArgument(f"{itemsize} bytes an item, {out.shape[0]} of out",
@@ -131,6 +142,9 @@ def gather_items(const uint8_t[::1] items, int64_t itemsize, const uint32_t[::1]
         raise InvalidArgument("items are not aligned to their size", remedy="give whole arrays")
     cdef const uint8_t *at = &items[0] if items.shape[0] else NULL
     with nogil:
+        if 64 * n >= items.shape[0] and items.shape[0] <= FETCHED_NBYTES:
+            for line in range(0, items.shape[0], 64):
+                HB_PREFETCH(at + line)
         if itemsize == 8:
             rc = kernels().decode.gather8_past_cache(&rows[0], n, <const uint64_t *>at, items.shape[0] // 8,
                                                      <uint64_t *>&out[0])

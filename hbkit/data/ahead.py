@@ -18,8 +18,11 @@ T = TypeVar("T")
 
 
 def in_order(jobs: Iterator[Callable[[], T]], n_threads: int) -> Generator[T, None, None]:
-    """Results of the jobs in their order, at most ``n_threads`` of them running or waiting to be taken."""
-    if n_threads == 1:
+    """Results of the jobs in their order; beside the one in use, ``n_threads`` are being made or wait to be taken.
+
+    Without threads each is made when it is asked for.
+    """
+    if n_threads == 0:
         for job in jobs:
             yield job()
         return
@@ -28,7 +31,7 @@ def in_order(jobs: Iterator[Callable[[], T]], n_threads: int) -> Generator[T, No
     try:
         for job in jobs:
             waiting.append(pool.submit(job))
-            if len(waiting) == n_threads:
+            if len(waiting) > n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

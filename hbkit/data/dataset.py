@@ -73,8 +73,9 @@ class Dataset:
     dataset may be iterated several times at once; ``state_dict`` then follows the batch delivered last.
 
     Memory: the bytes of a row group's columns and what is decoded of them at once, 65,536 rows in whole batches; one
-    shuffle buffer of ``buffer_rows`` rows; and the batches prefetched. With ``num_parallel_reads`` above 1, that many
-    row groups are decoded whole; under ``on_error="skip"``, one.
+    shuffle buffer of ``buffer_rows`` rows; and the batches prefetched. With threads, one more slab or shuffle buffer is
+    made ahead. With ``num_parallel_reads`` above 1, one more than that many row groups are decoded whole; under
+    ``on_error="skip"``, one.
     """
 
     def __init__(self, plan: _Plan, stats: Stats | None = None, resume: dict[str, Any] | None = None) -> None:

@@ -17,6 +17,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from hbkit import errors, ragged
 from hbkit._ext import random as _random
-from hbkit.data.ahead import in_order
+from hbkit.data.ahead import in_order, prefetch
 from hbkit.data.files import DataFile
 from hbkit.data.filter import RowFilter
 from hbkit.parquet import Field, RowGroup, Slab, Threads
@@ -160,11 +161,18 @@ class Epoch:
             yield from self._batches(start, threads)
 
     def _batches(self, start: int, threads: Threads) -> Iterator[tuple[int, list[Columns], int]]:
-        n, m = self.batch_size, self.shard[1]
         window = self.shuffle.buffer_rows if self.shuffle else 1
         pieces = self._pieces(start // window * window, threads)
         if self.shuffle:
             pieces = self._windows(pieces, self.shuffle, threads)
+        if max(threads.n, self.n_reads) > 1:  # else they would rest while batches are cut and used
+            pieces = prefetch(pieces, 1)
+        with closing(pieces):
+            yield from self._cut(pieces, start)
+
+    def _cut(self, pieces: Iterator[Piece], start: int) -> Iterator[tuple[int, list[Columns], int]]:
+        """This shard's batches of pieces, from row ``start`` on."""
+        n, m = self.batch_size, self.shard[1]
         parts: list[Columns] = []
         held = b = 0
         for piece in pieces:
@@ -216,7 +224,7 @@ class Epoch:
         self.skipped.add(unit.number)
         self.stats.skip("row_groups", e)
 
-    def _pieces(self, start: int, threads: Threads) -> Iterator[Piece]:
+    def _pieces(self, start: int, threads: Threads) -> Generator[Piece, None, None]:
         """The rows from ``start`` on in slabs, without those that this shard does not need."""
         order, at = self._order(), 0
         while order and at < start and at + (n := self.count(order[0])) <= start:
@@ -238,12 +246,12 @@ class Epoch:
                 row += n
 
         # of a remote file, the next row group's bytes are fetched while this one's are decoded
-        ahead = 2 if any(u.file.remote for u in order) else 1
+        ahead = self.n_reads if self.n_reads > 1 else int(any(u.file.remote for u in order))
         whole, left = self._whole(), sum(u.file.row_group_rows[u.row_group] for u in order)
         size = max(1, SLAB_ROWS // whole) * whole
         slab: Slab | None = None
         begun = upto = at
-        for found in in_order(jobs(), max(ahead, self.n_reads)):
+        for found in in_order(jobs(), ahead):
             if found.bad is not None:
                 self._drop(found.unit, found.bad)
             row, end = at + found.first, at + found.n_rows
@@ -253,6 +261,8 @@ class Epoch:
                     slab = None
                 # what the row group before left unfinished is finished first
                 n = min(size - row % size if slab is None else whole - row % whole, end - row)
+                if self._reads_whole and slab is None and row + n == end:  # only what must be is joined by copying
+                    n = max((row + n) // whole * whole - row, 0) or n
                 n_stored, rows = found.step(n, row + n == end)
                 if row + n > start and self._mine(max(row, start), row + n):
                     if slab is None:
@@ -288,18 +298,23 @@ class Epoch:
             if first:
                 group.skip(first)
             # in this thread; or first, since a bad row group is dropped whole
-            if self.n_reads > 1 or self.skip_bad:
+            if self._reads_whole:
                 group, mask = Decoded(read(group, file.row_group_rows[g] - first, mask)), None
         except errors.Corrupt as e:
             return _Read(unit, 0, bad=e)
         self.stats.add("n_row_groups_read")
         return _Read(unit, n, first, group, mask)
 
+    @property
+    def _reads_whole(self) -> bool:
+        """Whether a row group is decoded whole before any of its rows are used."""
+        return self.n_reads > 1 or self.skip_bad
+
     def _whole(self) -> int:
         """Rows of a batch, or of a shuffle's window: what is to be one piece of memory."""
         return self.shuffle.buffer_rows if self.shuffle else self.batch_size
 
-    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads) -> Iterator[Piece]:
+    def _windows(self, pieces: Iterator[Piece], shuffle: Shuffle, threads: Threads) -> Generator[Piece, None, None]:
         """The stream cut into windows and shuffled within each; windows without rows of this shard are left out."""
         size, parts, sizes, current = shuffle.buffer_rows, list[Columns](), list[int](), 0
 

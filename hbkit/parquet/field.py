@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -182,7 +182,7 @@ class Field:
             require(dtype != "string", "strings cannot be padded", "use hash_to='int64' or leave pad_to out")
             rank = 0
         logical = "" if self.hash_to or dtype != stored.dtype else stored.logical
-        return replace(stored, dtype=dtype, ragged_rank=rank, logical=logical, pad_to=self.pad_to, nullable=False)
+        return ColumnType(dtype, rank, logical=logical, pad_to=self.pad_to)
 
     def of_missing(self) -> ColumnType:
         """The type of a column that a file lacks: what the field says, else what its default is."""

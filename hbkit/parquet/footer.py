@@ -6,6 +6,7 @@ the process when asked about a column chunk whose metadata is damaged or encrypt
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import NamedTuple
 
 from hbkit import errors
@@ -29,6 +30,7 @@ ENCODINGS = {
     9: "BYTE_STREAM_SPLIT",
 }
 _FIELDS = {name: i for i, name in enumerate(thrift.CHUNK_FIELDS)}
+_Said = namedtuple("_Said", thrift.CHUNK_FIELDS)
 _REWRITE = "write the file again, or leave it out"
 
 
@@ -105,31 +107,29 @@ class Footer:
 
     def chunk(self, g: int, leaf: int) -> Chunk:
         """What is said of one column chunk."""
-        said = dict(zip(_FIELDS, self._numbers[g, leaf].tolist(), strict=True))
-        data_page, dictionary_page = said["data_page"], said["dictionary_page"]
+        said = _Said._make(self._numbers[g, leaf].tolist())
+        data_page, dictionary_page = said.data_page, said.dictionary_page
         # Some writers leave the dictionary's offset out (then it is where the data is said to begin), some say 0.
         first = dictionary_page if dictionary_page > 0 and not 0 < data_page < dictionary_page else data_page
         return Chunk(
-            self._bound(said, "min"),
-            self._bound(said, "max"),
-            said["n_nulls"] if said["n_nulls"] >= 0 else None,
-            said["codec"],
-            said["encodings"],
-            said["stored_nbytes"],
-            said["n_values"],
+            self._bound(said.min_at, said.min_nbytes),
+            self._bound(said.max_at, said.max_nbytes),
+            said.n_nulls if said.n_nulls >= 0 else None,
+            said.codec,
+            said.encodings,
+            said.stored_nbytes,
+            said.n_values,
             first if first > 0 else -1,
-            _place(said, "offset_index"),
-            _place(said, "column_index"),
+            _place(said.offset_index, said.offset_index_nbytes),
+            _place(said.column_index, said.column_index_nbytes),
         )
 
-    def _bound(self, said: dict[str, int], which: str) -> bytes | None:
-        at, nbytes = said[f"{which}_at"], said[f"{which}_nbytes"]
+    def _bound(self, at: int, nbytes: int) -> bytes | None:
         # SPEC: without column_orders, min_value and max_value are to be ignored
         return self._raw.data[at : at + nbytes] if self._raw.has_orders and at >= 0 else None
 
 
-def _place(said: dict[str, int], index: str) -> tuple[int, int] | None:
-    at, nbytes = said[index], said[f"{index}_nbytes"]
+def _place(at: int, nbytes: int) -> tuple[int, int] | None:
     return (at, nbytes) if at > 0 and nbytes > 0 else None
 
 

@@ -598,7 +598,8 @@ def our_threads():
 
 
 def test_threads_end_with_the_iteration(folder):
-    ds = Dataset.from_parquet(folder, ["id"], num_parallel_reads=3).batch(2).prefetch(2).repeat(100)
+    ds = Dataset.from_parquet(folder, ["id"], num_parallel_reads=3, num_parallel_decodes=2)
+    ds = ds.batch(2).prefetch(2).repeat(100)
     for batch in ds:
         if batch.cursor["row"] > 20:
             break

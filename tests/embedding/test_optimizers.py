@@ -116,7 +116,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "oracle"), CASES, ids=lambda c: str(c) if not callable(c) else "")
+@pytest.mark.parametrize(("optimizer", "oracle"), CASES, ids=lambda c: type(c).__name__ if not callable(c) else "")
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**32), dim=st.sampled_from([1, 5, 16, 33]))
 def test_optimizer_equals_its_float64_oracle(optimizer, oracle, seed, dim):

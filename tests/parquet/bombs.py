@@ -8,6 +8,7 @@ A file is built from Thrift values: a dict is a structure by field number, a lis
 an i32, `I64` an i64, and `Raw` is whatever lies is wanted.
 """
 
+import gc
 import json
 import os
 import resource
@@ -961,6 +962,7 @@ def try_one(name):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else each process would copy what it inherits, when its garbage collector looks at it
     for bomb_name in BOMBS:
         if len(sys.argv) < 2 or any(word in bomb_name for word in sys.argv[1:]):
             print(try_one(bomb_name), flush=True, end="")

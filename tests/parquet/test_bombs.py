@@ -36,8 +36,9 @@ def test_bomb_is_refused_or_read_soon_and_small(told, name):
     rows = BOMBS[name][1]
     for said in told[name]:
         assert "alien" not in said, said
-        assert SANITIZED or (said["seconds"] < 1 and said["grown"] < MEMORY), said
         refused = said.get("error")
+        # an error comes within a second; what is rightly read, of 20,000 columns say, may take a slow machine longer
+        assert SANITIZED or (said["seconds"] < (1 if refused else 5) and said["grown"] < MEMORY), said
         assert "error" not in said or "file bomb" in said["text"], said
         if said["way"] in ("hashed", "by leaps"):
             assert refused in {None, "SchemaMismatch"} | REFUSALS, said

@@ -228,6 +228,16 @@ def test_hash_of_strings_is_xxh64(path, values, seed):
     assert got["dict"].tolist() == want
 
 
+@pytest.mark.parametrize("longest", [2, 8, 11, 31, 32, 70])
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_hash_of_many_strings(tmp_path, longest, compression):
+    rng = np.random.default_rng(longest)
+    values = [rng.bytes(n) for n in rng.integers(0, longest + 1, 3001)]
+    pq.write_table(pa.table({"s": values}), tmp_path / "x.parquet", use_dictionary=False, compression=compression)
+    got = read_columns(tmp_path / "x.parquet", [Field("s", hash_to="int64", hash_seed=7)])
+    assert got["s"].tolist() == [signed(xxhash.xxh64_intdigest(v, 7)) for v in values]
+
+
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=20), st.integers(0, 99))
 def test_hash_of_integers_does_not_depend_on_their_width(path, values, seed):
     path.write_bytes(write(pa.table({t: pa.array(values, t) for t in ("int32", "int64", "uint32", "uint64")})))
