@@ -5,7 +5,7 @@ from libc.string cimport memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, hb_gradients, kernels
+from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, kernels
 from hbkit._ext.pool import shared
 from hbkit.errors import InvalidArgument
 
