@@ -20,6 +20,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16), may_alias));
 
 /* A body is compiled for the dims that are common, as constants, and for any other. */
 #define BY_DIM(dim, call) \
@@ -325,14 +326,14 @@ static void segment_sum(const hb_gradients *g, float *restrict out) {
 
 /* Sum of squares by 16 partial sums added as a tree: the one order that every vector width can follow. */
 INLINE float sum_squares(const float *x, int64_t n) {
-    float p[16] = {0};
+    float p[16] __attribute__((aligned(64))) = {0};
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int j = 0; j < 16; j++) p[j] += x[i + j] * x[i + j];
     for (int j = 0; i + j < n; j++) p[j] += x[i + j] * x[i + j];
-    for (int half = 8; half; half /= 2)
-        for (int j = 0; j < half; j++) p[j] += p[j + half];
-    return p[0];
+    const quad *q = (const quad *)p;
+    quad half = (q[0] + q[2]) + (q[1] + q[3]); /* p[j] + p[j + 8], then + 4 */
+    return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
 INLINE int finite(const float *x, int64_t n) {
@@ -506,13 +507,45 @@ INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim
     }
 }
 
+/* run() of row-wise Adagrad: its roots and quotients, one a row, are taken for several rows at once. */
+INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
+    int64_t d = ahead(dim * 4), n = u->g.n_segments;
+    const float lr = u->parts[0].hyper[0], eps = u->parts[0].hyper[1], *g[HB_TOGETHER];
+    float *sums = u->scratch, step[HB_TOGETHER], none = 0, *total[HB_TOGETHER];
+    for (int64_t first = 0; first < n; first += HB_TOGETHER) {
+        int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
+        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            total[k] = slot >= 0 ? hb_state(s, slot) : &none;
+            step[k] = *total[k] + sum_squares(g[k], dim) / (float)dim;
+            *total[k] = step[k];
+        }
+        for (int64_t k = some; k < HB_TOGETHER; k++) step[k] = 1.0f;
+        for (int64_t k = 0; k < HB_TOGETHER; k++) step[k] = lr / (sqrtf(step[k]) + eps);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            fetch_line(s, u, first + k, d > HB_TOGETHER ? d : HB_TOGETHER, 0, 4);
+            fetch_line(s, u, first + k, d, dim * 4, 0);
+            if (slot < 0) continue;
+            float *restrict row = hb_row(s, slot);
+            for (int64_t j = 0; j < dim; j++) row[j] -= step[k] * g[k][j];
+        }
+    }
+}
+
 #define RUN(name, rule)                                         \
     static void name(const hb_slabs *s, const hb_update *u) {   \
         BY_DIM(u->g.dim, CALL_##rule)                           \
     }
 #define CALL_HB_SGD(dim) run(s, u, HB_SGD, dim); break
 #define CALL_HB_ADAGRAD(dim) run(s, u, HB_ADAGRAD, dim); break
-#define CALL_HB_ROWWISE_ADAGRAD(dim) run(s, u, HB_ROWWISE_ADAGRAD, dim); break
+#define CALL_HB_ROWWISE_ADAGRAD(dim)        \
+    if (dim <= 64)                          \
+        run_rowwise(s, u, dim);             \
+    else                                    \
+        run(s, u, HB_ROWWISE_ADAGRAD, dim); \
+    break
 #define CALL_HB_ADAM(dim) run(s, u, HB_ADAM, dim); break
 RUN(run_sgd, HB_SGD)
 RUN(run_adagrad, HB_ADAGRAD)

@@ -1,7 +1,7 @@
 """Sums over segments: pooling of rows into features, and of duplicate gradients into one gradient per key."""
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -195,6 +195,19 @@ cdef class Gradients:
         """Of the sums: (n_segments, dim)."""
         return self.g.n_segments, self.g.dim
 
+    def part(self, int64_t first, int64_t last):
+        """`Gradients` of segments first..last - 1: what one of several threads sums or applies."""
+        if not 0 <= first <= last <= self.g.n_segments:
+            _refuse(f"segments {first} to {last} of {self.g.n_segments}")
+        cdef Gradients out = Gradients.__new__(Gradients)
+        out.g, out.owners = self.g, self.owners
+        out.g.n_segments = last - first
+        if self.g.order == NULL:
+            out.g.values += first * self.g.dim
+        else:
+            out.g.starts += first
+        return out
+
     def sum(self, out=None):
         """The sums: float32[n_segments, dim], in `out` if it is given, in retained memory if not."""
         cdef hb_fp_state fp
@@ -205,7 +218,7 @@ cdef class Gradients:
             _refuse(f"out has shape {to.shape[0], to.shape[1]}, not {self.shape}")
         if self.g.n_segments and self.g.dim:
             if self.g.order == NULL:
-                np.copyto(out, self.owners[0])
+                memcpy(&to[0, 0], self.g.values, self.g.n_segments * self.g.dim * sizeof(float))
                 return out
             with nogil:
                 fp = hb_fp_enter()

@@ -85,6 +85,13 @@ def test_apply_to_gradients_equals_apply_to_their_sums(seed, n, u, dim, with_row
     a.apply(rule, slots, segment.Segments(seg, u).of(values, rows, scale), HYPER, keys, seed, 5)
     b.apply(rule, slots, segment.segment_sum(values, seg, u, rows, scale), HYPER, keys, seed, 5)
     assert held(a, u).tobytes() == held(b, u).tobytes()
+    c, cut = filled(lines, dim, dtype), int(rng.integers(0, u + 1))
+    whole = segment.Segments(seg, u).of(values, rows, scale)
+    for part in (slice(cut, u), slice(0, cut)):  # as two threads might
+        g = whole.part(part.start, part.stop)
+        assert g.sum().tobytes() == whole.sum()[part].tobytes()
+        c.apply(rule, slots[part], g, HYPER, keys[part], seed, 5)
+    assert held(c, u).tobytes() == held(b, u).tobytes()
 
 
 @settings(max_examples=30)
@@ -258,6 +265,9 @@ def test_expand_and_segments_equal_numpy(seed, index, u):
         lambda s: s.fill(np.array([0]), np.array([1]), [("normal", 0, 1, 0, 1, 3)], np.zeros(2, np.float32)),
         lambda s: s.fill(np.array([0]), np.array([1]), [], np.zeros(1, np.float32)),
         lambda s: segment.expand(np.zeros((3, 2), np.float32), np.array([3])),
+        lambda s: segment.Segments(np.arange(3), 3).of(np.zeros((3, 2), np.float32)).part(1, 4),
+        lambda s: segment.Segments(np.arange(3), 3).of(np.zeros((3, 2), np.float32)).sum(np.zeros((2, 2), np.float32)),
+        lambda s: segment.Segments(np.array([0, -1]), 3),
         lambda s: segment.expand(np.zeros((3, 2), np.float32), np.array([0]), np.zeros((1, 3), np.float32)),
     ],
 )
