@@ -650,21 +650,20 @@ static void philox_blocks(uint64_t c[4][BLOCKS], int n, uint64_t seed) {
 
 /* 16 random bits a column of rows i.. of an update, 8 * blocks a row: of (seed, key, step, column). */
 static void noise_of(const hb_update *u, int64_t i, int64_t n_rows, int64_t blocks, uint16_t *out) {
-    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
-    int64_t n = n_rows * blocks;
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64)));
+    int64_t n = n_rows * blocks, row = 0, block = 0;
     for (int64_t first = 0; first < n; first += 16) {
-        int64_t some = n - first < 16 ? n - first : 16;
-        for (int64_t b = 0; b < some; b++) {
-            uint64_t key = (uint64_t)u->keys[i + (first + b) / blocks];
-            c[0][b] = (uint64_t)((first + b) % blocks), c[1][b] = u->step + 1; /* 0 is the initializers' */
+        for (int b = 0; b < 16; b++) {
+            uint64_t key = row < n_rows ? (uint64_t)u->keys[i + row] : 0;
+            c[0][b] = (uint64_t)block, c[1][b] = u->step + 1; /* 0 is the initializers' */
             c[2][b] = key, c[3][b] = key >> 32;
+            if (++block == blocks) block = 0, row++;
         }
         philox_blocks(c, 16, u->seed);
-        for (int64_t b = 0; b < some; b++)
-            for (int w = 0; w < 4; w++) {
-                out[(first + b) * 8 + 2 * w] = (uint16_t)c[w][b];
-                out[(first + b) * 8 + 2 * w + 1] = (uint16_t)(c[w][b] >> 16);
-            }
+        uint32_t words[64]; /* each of two columns, the first in its low half */
+        for (int b = 0; b < 16; b++)
+            for (int w = 0; w < 4; w++) words[4 * b + w] = (uint32_t)c[w][b];
+        memcpy(out + first * 8, words, sizeof words);
     }
 }
 
