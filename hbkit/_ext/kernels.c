@@ -122,38 +122,44 @@ static void narrow_row(int dtype, const float *from, const uint16_t *noise, int6
 
 /* ---- rows out and in ---- */
 
-INLINE void gather_as(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+INLINE int64_t slot_at(const int64_t *slots, const int64_t *index, int64_t i) { return slots[index ? index[i] : i]; }
+
+INLINE void gather_as(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
+                      float *restrict out) {
     int64_t d = ahead(width * 4);
     for (int64_t i = 0; i < n; i++) {
-        if (i + d < n && slots[i + d] >= 0) fetch(hb_row(s, slots[i + d]), width * 4, 0);
-        if (slots[i] >= 0)
-            memcpy(out + i * width, hb_row(s, slots[i]), (size_t)width * sizeof(float));
+        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
+        if (later >= 0) fetch(hb_row(s, later), width * 4, 0);
+        if (slot >= 0)
+            memcpy(out + i * width, hb_row(s, slot), (size_t)width * sizeof(float));
         else
             memset(out + i * width, 0, (size_t)width * sizeof(float));
     }
 }
 
-static void gather(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
+                   float *restrict out) {
     if (s->dtype == HB_FLOAT32 && width <= s->dim) {
-#define GATHER(dim) gather_as(s, slots, n, dim, out); return
+#define GATHER(dim) gather_as(s, slots, index, n, dim, out); return
         BY_DIM(width, GATHER)
     }
     int64_t columns = width < s->dim ? width : s->dim, d = ahead(width * 4);
     for (int64_t i = 0; i < n; i++) {
         float *to = out + i * width;
-        if (i + d < n && slots[i + d] >= 0) {
-            fetch(hb_row(s, slots[i + d]), columns * item_nbytes(s), 0);
-            if (width > columns) fetch(hb_state(s, slots[i + d]), (width - columns) * 4, 0);
+        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
+        if (later >= 0) {
+            fetch(hb_row(s, later), columns * item_nbytes(s), 0);
+            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4, 0);
         }
-        if (slots[i] < 0) {
+        if (slot < 0) {
             memset(to, 0, (size_t)width * sizeof(float));
             continue;
         }
         if (s->dtype == HB_FLOAT32)
-            memcpy(to, hb_row(s, slots[i]), (size_t)columns * sizeof(float));
+            memcpy(to, hb_row(s, slot), (size_t)columns * sizeof(float));
         else
-            widen_row(s->dtype, hb_row(s, slots[i]), columns, to);
-        memcpy(to + columns, hb_state(s, slots[i]), (size_t)(width - columns) * sizeof(float));
+            widen_row(s->dtype, hb_row(s, slot), columns, to);
+        memcpy(to + columns, hb_state(s, slot), (size_t)(width - columns) * sizeof(float));
     }
 }
 
@@ -190,15 +196,23 @@ static void expand(const float *rows, const int64_t *index, int64_t n, int64_t d
 
 /* ---- sums ---- */
 
-INLINE void pool_wide(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
-                      const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
+/* Row p of what is pooled: of rows by inverse, or of slots by inverse. */
+INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, int64_t at, int64_t dim) {
+    static const float absent[128];
+    if (rows) return rows + at * dim;
+    return slots[at] >= 0 ? (const float *)hb_row(s, slots[at]) : absent;
+}
+
+INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
+                      const int64_t *splits, const float *weight, const float *row_scale, int64_t n_out, int64_t dim,
+                      float *restrict out) {
     int64_t end = splits[n_out], d = ahead(dim * 4);
     for (int64_t b = 0; b < n_out; b++) {
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(rows + inverse[p + d] * dim, dim * 4, 0);
-            const vec *row = (const vec *)(rows + inverse[p] * dim);
+            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4, 0);
+            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse[p], dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
             else
@@ -211,14 +225,30 @@ INLINE void pool_wide(const float *rows, const int64_t *inverse, const int64_t *
     }
 }
 
+#define POOL_WIDE(dim) pool_wide(rows, s, slots, inverse, splits, weight, row_scale, n_out, dim, out)
+
+static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+    const float *const rows = NULL;
+    if (s->dtype != HB_FLOAT32) return -1;
+    switch (s->dim) {
+    case 16: POOL_WIDE(16); return 0;
+    case 32: POOL_WIDE(32); return 0;
+    case 64: POOL_WIDE(64); return 0;
+    case 128: POOL_WIDE(128); return 0;
+    }
+    return -1;
+}
+
 static void pool(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
-#define POOL(dim) pool_wide(rows, inverse, splits, weight, row_scale, n_out, dim, out); return
-    switch (dim) {
-    case 16: POOL(16);
-    case 32: POOL(32);
-    case 64: POOL(64);
-    case 128: POOL(128);
+    const hb_slabs *const s = NULL;
+    const int64_t *const slots = NULL;
+    switch (rows ? dim : 0) { /* no rows: nothing to sum, but zeros to write */
+    case 16: POOL_WIDE(16); return;
+    case 32: POOL_WIDE(32); return;
+    case 64: POOL_WIDE(64); return;
+    case 128: POOL_WIDE(128); return;
     }
     for (int64_t b = 0; b < n_out; b++) {
         float *restrict to = out + b * dim;
@@ -772,6 +802,7 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .scatter = scatter,
     .expand = expand,
     .pool = pool,
+    .pool_slots = pool_slots,
     .segment_sum = segment_sum,
     .apply = apply,
     .count_bad = count_bad,
