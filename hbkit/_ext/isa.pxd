@@ -109,12 +109,14 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct hb_kernels:
         const char *name
-        void (*gather)(const hb_slabs *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
+        void (*gather)(const hb_slabs *, const int64_t *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
         void (*scatter)(const hb_slabs *, const int64_t *, int64_t, int64_t, int64_t, const float *,
                         int64_t) noexcept nogil
         void (*expand)(const float *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
         void (*pool)(const float *, const int64_t *, const int64_t *, const float *, const float *, int64_t, int64_t,
                      float *) noexcept nogil
+        int (*pool_slots)(const hb_slabs *, const int64_t *, const int64_t *, const int64_t *, const float *,
+                          const float *, int64_t, float *) noexcept nogil
         void (*segment_sum)(const hb_gradients *, float *) noexcept nogil
         int64_t (*apply)(const hb_slabs *, const hb_update *) noexcept nogil
         int64_t (*count_bad)(const float *, int64_t, int64_t) noexcept nogil

@@ -20,6 +20,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16), may_alias));
 
 /* A body is compiled for the dims that are common, as constants, and for any other. */
 #define BY_DIM(dim, call) \
@@ -121,38 +122,44 @@ static void narrow_row(int dtype, const float *from, const uint16_t *noise, int6
 
 /* ---- rows out and in ---- */
 
-INLINE void gather_as(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+INLINE int64_t slot_at(const int64_t *slots, const int64_t *index, int64_t i) { return slots[index ? index[i] : i]; }
+
+INLINE void gather_as(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
+                      float *restrict out) {
     int64_t d = ahead(width * 4);
     for (int64_t i = 0; i < n; i++) {
-        if (i + d < n && slots[i + d] >= 0) fetch(hb_row(s, slots[i + d]), width * 4, 0);
-        if (slots[i] >= 0)
-            memcpy(out + i * width, hb_row(s, slots[i]), (size_t)width * sizeof(float));
+        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
+        if (later >= 0) fetch(hb_row(s, later), width * 4, 0);
+        if (slot >= 0)
+            memcpy(out + i * width, hb_row(s, slot), (size_t)width * sizeof(float));
         else
             memset(out + i * width, 0, (size_t)width * sizeof(float));
     }
 }
 
-static void gather(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *restrict out) {
+static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
+                   float *restrict out) {
     if (s->dtype == HB_FLOAT32 && width <= s->dim) {
-#define GATHER(dim) gather_as(s, slots, n, dim, out); return
+#define GATHER(dim) gather_as(s, slots, index, n, dim, out); return
         BY_DIM(width, GATHER)
     }
     int64_t columns = width < s->dim ? width : s->dim, d = ahead(width * 4);
     for (int64_t i = 0; i < n; i++) {
         float *to = out + i * width;
-        if (i + d < n && slots[i + d] >= 0) {
-            fetch(hb_row(s, slots[i + d]), columns * item_nbytes(s), 0);
-            if (width > columns) fetch(hb_state(s, slots[i + d]), (width - columns) * 4, 0);
+        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
+        if (later >= 0) {
+            fetch(hb_row(s, later), columns * item_nbytes(s), 0);
+            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4, 0);
         }
-        if (slots[i] < 0) {
+        if (slot < 0) {
             memset(to, 0, (size_t)width * sizeof(float));
             continue;
         }
         if (s->dtype == HB_FLOAT32)
-            memcpy(to, hb_row(s, slots[i]), (size_t)columns * sizeof(float));
+            memcpy(to, hb_row(s, slot), (size_t)columns * sizeof(float));
         else
-            widen_row(s->dtype, hb_row(s, slots[i]), columns, to);
-        memcpy(to + columns, hb_state(s, slots[i]), (size_t)(width - columns) * sizeof(float));
+            widen_row(s->dtype, hb_row(s, slot), columns, to);
+        memcpy(to + columns, hb_state(s, slot), (size_t)(width - columns) * sizeof(float));
     }
 }
 
@@ -189,15 +196,23 @@ static void expand(const float *rows, const int64_t *index, int64_t n, int64_t d
 
 /* ---- sums ---- */
 
-INLINE void pool_wide(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
-                      const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
+/* Row p of what is pooled: of rows by inverse, or of slots by inverse. */
+INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, int64_t at, int64_t dim) {
+    static const float absent[128];
+    if (rows) return rows + at * dim;
+    return slots[at] >= 0 ? (const float *)hb_row(s, slots[at]) : absent;
+}
+
+INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
+                      const int64_t *splits, const float *weight, const float *row_scale, int64_t n_out, int64_t dim,
+                      float *restrict out) {
     int64_t end = splits[n_out], d = ahead(dim * 4);
     for (int64_t b = 0; b < n_out; b++) {
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(rows + inverse[p + d] * dim, dim * 4, 0);
-            const vec *row = (const vec *)(rows + inverse[p] * dim);
+            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4, 0);
+            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse[p], dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
             else
@@ -210,14 +225,30 @@ INLINE void pool_wide(const float *rows, const int64_t *inverse, const int64_t *
     }
 }
 
+#define POOL_WIDE(dim) pool_wide(rows, s, slots, inverse, splits, weight, row_scale, n_out, dim, out)
+
+static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+    const float *const rows = NULL;
+    if (s->dtype != HB_FLOAT32) return -1;
+    switch (s->dim) {
+    case 16: POOL_WIDE(16); return 0;
+    case 32: POOL_WIDE(32); return 0;
+    case 64: POOL_WIDE(64); return 0;
+    case 128: POOL_WIDE(128); return 0;
+    }
+    return -1;
+}
+
 static void pool(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *restrict out) {
-#define POOL(dim) pool_wide(rows, inverse, splits, weight, row_scale, n_out, dim, out); return
-    switch (dim) {
-    case 16: POOL(16);
-    case 32: POOL(32);
-    case 64: POOL(64);
-    case 128: POOL(128);
+    const hb_slabs *const s = NULL;
+    const int64_t *const slots = NULL;
+    switch (rows ? dim : 0) { /* no rows: nothing to sum, but zeros to write */
+    case 16: POOL_WIDE(16); return;
+    case 32: POOL_WIDE(32); return;
+    case 64: POOL_WIDE(64); return;
+    case 128: POOL_WIDE(128); return;
     }
     for (int64_t b = 0; b < n_out; b++) {
         float *restrict to = out + b * dim;
@@ -325,14 +356,14 @@ static void segment_sum(const hb_gradients *g, float *restrict out) {
 
 /* Sum of squares by 16 partial sums added as a tree: the one order that every vector width can follow. */
 INLINE float sum_squares(const float *x, int64_t n) {
-    float p[16] = {0};
+    float p[16] __attribute__((aligned(64))) = {0};
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int j = 0; j < 16; j++) p[j] += x[i + j] * x[i + j];
     for (int j = 0; i + j < n; j++) p[j] += x[i + j] * x[i + j];
-    for (int half = 8; half; half /= 2)
-        for (int j = 0; j < half; j++) p[j] += p[j + half];
-    return p[0];
+    const quad *q = (const quad *)p;
+    quad half = (q[0] + q[2]) + (q[1] + q[3]); /* p[j] + p[j + 8], then + 4 */
+    return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
 INLINE int finite(const float *x, int64_t n) {
@@ -506,13 +537,45 @@ INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim
     }
 }
 
+/* run() of row-wise Adagrad: its roots and quotients, one a row, are taken for several rows at once. */
+INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
+    int64_t d = ahead(dim * 4), n = u->g.n_segments;
+    const float lr = u->parts[0].hyper[0], eps = u->parts[0].hyper[1], *g[HB_TOGETHER];
+    float *sums = u->scratch, step[HB_TOGETHER], none = 0, *total[HB_TOGETHER];
+    for (int64_t first = 0; first < n; first += HB_TOGETHER) {
+        int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
+        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            total[k] = slot >= 0 ? hb_state(s, slot) : &none;
+            step[k] = *total[k] + sum_squares(g[k], dim) / (float)dim;
+            *total[k] = step[k];
+        }
+        for (int64_t k = some; k < HB_TOGETHER; k++) step[k] = 1.0f;
+        for (int64_t k = 0; k < HB_TOGETHER; k++) step[k] = lr / (sqrtf(step[k]) + eps);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t slot = u->slots[first + k];
+            fetch_line(s, u, first + k, d > HB_TOGETHER ? d : HB_TOGETHER, 0, 4);
+            fetch_line(s, u, first + k, d, dim * 4, 0);
+            if (slot < 0) continue;
+            float *restrict row = hb_row(s, slot);
+            for (int64_t j = 0; j < dim; j++) row[j] -= step[k] * g[k][j];
+        }
+    }
+}
+
 #define RUN(name, rule)                                         \
     static void name(const hb_slabs *s, const hb_update *u) {   \
         BY_DIM(u->g.dim, CALL_##rule)                           \
     }
 #define CALL_HB_SGD(dim) run(s, u, HB_SGD, dim); break
 #define CALL_HB_ADAGRAD(dim) run(s, u, HB_ADAGRAD, dim); break
-#define CALL_HB_ROWWISE_ADAGRAD(dim) run(s, u, HB_ROWWISE_ADAGRAD, dim); break
+#define CALL_HB_ROWWISE_ADAGRAD(dim)        \
+    if (dim <= 64)                          \
+        run_rowwise(s, u, dim);             \
+    else                                    \
+        run(s, u, HB_ROWWISE_ADAGRAD, dim); \
+    break
 #define CALL_HB_ADAM(dim) run(s, u, HB_ADAM, dim); break
 RUN(run_sgd, HB_SGD)
 RUN(run_adagrad, HB_ADAGRAD)
@@ -617,21 +680,20 @@ static void philox_blocks(uint64_t c[4][BLOCKS], int n, uint64_t seed) {
 
 /* 16 random bits a column of rows i.. of an update, 8 * blocks a row: of (seed, key, step, column). */
 static void noise_of(const hb_update *u, int64_t i, int64_t n_rows, int64_t blocks, uint16_t *out) {
-    uint64_t c[4][BLOCKS] __attribute__((aligned(64))) = {{0}};
-    int64_t n = n_rows * blocks;
+    uint64_t c[4][BLOCKS] __attribute__((aligned(64)));
+    int64_t n = n_rows * blocks, row = 0, block = 0;
     for (int64_t first = 0; first < n; first += 16) {
-        int64_t some = n - first < 16 ? n - first : 16;
-        for (int64_t b = 0; b < some; b++) {
-            uint64_t key = (uint64_t)u->keys[i + (first + b) / blocks];
-            c[0][b] = (uint64_t)((first + b) % blocks), c[1][b] = u->step + 1; /* 0 is the initializers' */
+        for (int b = 0; b < 16; b++) {
+            uint64_t key = row < n_rows ? (uint64_t)u->keys[i + row] : 0;
+            c[0][b] = (uint64_t)block, c[1][b] = u->step + 1; /* 0 is the initializers' */
             c[2][b] = key, c[3][b] = key >> 32;
+            if (++block == blocks) block = 0, row++;
         }
         philox_blocks(c, 16, u->seed);
-        for (int64_t b = 0; b < some; b++)
-            for (int w = 0; w < 4; w++) {
-                out[(first + b) * 8 + 2 * w] = (uint16_t)c[w][b];
-                out[(first + b) * 8 + 2 * w + 1] = (uint16_t)(c[w][b] >> 16);
-            }
+        uint32_t words[64]; /* each of two columns, the first in its low half */
+        for (int b = 0; b < 16; b++)
+            for (int w = 0; w < 4; w++) words[4 * b + w] = (uint32_t)c[w][b];
+        memcpy(out + first * 8, words, sizeof words);
     }
 }
 
@@ -741,6 +803,7 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .scatter = scatter,
     .expand = expand,
     .pool = pool,
+    .pool_slots = pool_slots,
     .segment_sum = segment_sum,
     .apply = apply,
     .count_bad = count_bad,

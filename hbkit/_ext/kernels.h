@@ -91,8 +91,10 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* out[i, :width] = first columns of line slots[i], as float32; zeros where slots[i] < 0. */
-    void (*gather)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t width, float *out);
+    /* out[i, :width] = first columns of line slots[i], or slots[index[i]] where index is not NULL, as float32; zeros
+     * where that slot is below 0. */
+    void (*gather)(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
+                   float *out);
     /* Line slots[i] from column `column` on = lines[i, :width]; narrow rows round to the nearest value. */
     void (*scatter)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
                     const float *lines, int64_t stride);
@@ -102,6 +104,10 @@ typedef struct {
      * row_scale may be NULL (1). */
     void (*pool)(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *out);
+    /* pool of the rows of slots, read where they are (zeros where slots[i] < 0); -1 where rows are not float32 or dim is
+     * none that is common. */
+    int (*pool_slots)(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                      const float *weight, const float *row_scale, int64_t n_out, float *out);
     void (*segment_sum)(const hb_gradients *g, float *out);
     /* Lines left out since their gradient was not finite, or -1 for a rule that does not exist. */
     int64_t (*apply)(const hb_slabs *s, const hb_update *u);

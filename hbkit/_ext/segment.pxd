@@ -6,3 +6,6 @@ from hbkit._ext.isa cimport hb_gradients
 cdef class Gradients:
     cdef hb_gradients g
     cdef object owners  # what g points into
+
+cdef int in_range(const int64_t[::1] index, int64_t n) noexcept nogil
+cdef int splits_fit(const int64_t[::1] splits, int64_t n) noexcept nogil

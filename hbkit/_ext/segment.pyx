@@ -1,18 +1,18 @@
 """Sums over segments: pooling of rows into features, and of duplicate gradients into one gradient per key."""
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, hb_gradients, kernels
+from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, kernels
 from hbkit._ext.pool import shared
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # positions and segments: they are sorted as int32
 
 
-cdef int _in_range(const int64_t[::1] index, int64_t n) noexcept nogil:
+cdef int in_range(const int64_t[::1] index, int64_t n) noexcept nogil:
     cdef int64_t i
     cdef uint64_t most = 0  # no branch a value; what is below 0 is large
     for i in range(index.shape[0]):
@@ -20,7 +20,7 @@ cdef int _in_range(const int64_t[::1] index, int64_t n) noexcept nogil:
     return index.shape[0] == 0 or most < <uint64_t>n
 
 
-cdef int _splits_fit(const int64_t[::1] splits, int64_t n) noexcept nogil:
+cdef int splits_fit(const int64_t[::1] splits, int64_t n) noexcept nogil:
     cdef int64_t i
     if splits.shape[0] == 0 or splits[0] != 0 or splits[splits.shape[0] - 1] != n:
         return 0
@@ -37,7 +37,7 @@ cdef _refuse(what):
 def row_ids(const int64_t[::1] splits):
     """Row of each value: int64[splits[-1]], row b repeated splits[b+1] - splits[b] times."""
     cdef int64_t n = splits[splits.shape[0] - 1] if splits.shape[0] else -1
-    if not _splits_fit(splits, n):
+    if not splits_fit(splits, n):
         _refuse("row_splits must start at 0 and not decrease")
     out = np.empty(n, np.int64)
     cdef int64_t[::1] to = out
@@ -70,7 +70,7 @@ def pool(const float[:, ::1] rows, const int64_t[::1] inverse, const int64_t[::1
         _refuse(f"{weight.shape[0]} weights for {inverse.shape[0]} values")
     if row_scale is not None and row_scale.shape[0] != n_out:
         _refuse(f"{row_scale.shape[0]} scales for {n_out} rows")
-    if not _splits_fit(splits, inverse.shape[0]) or not _in_range(inverse, rows.shape[0]):
+    if not splits_fit(splits, inverse.shape[0]) or not in_range(inverse, rows.shape[0]):
         _refuse("splits or inverse reach outside their arrays")
     if n_out == 0 or dim == 0:
         return
@@ -99,7 +99,7 @@ def expand(const float[:, ::1] rows, const int64_t[::1] index, out=None):
     if out is None:
         out = retained((n, dim))
     cdef float[:, ::1] to = out
-    if to.shape[0] != n or to.shape[1] != dim or not _in_range(index, rows.shape[0]):
+    if to.shape[0] != n or to.shape[1] != dim or not in_range(index, rows.shape[0]):
         _refuse("index reaches outside the rows, or out has another shape than its rows")
     if n and dim:
         with nogil:
@@ -172,7 +172,7 @@ cdef class Segments:
         if rows is None:
             if values.shape[0] != self.n:
                 _refuse(f"{values.shape[0]} values for {self.n} positions")
-        elif rows.shape[0] != self.n or not _in_range(rows, values.shape[0]):
+        elif rows.shape[0] != self.n or not in_range(rows, values.shape[0]):
             _refuse("rows reach outside values or do not match the positions")
         if scale is not None and scale.shape[0] != self.n:
             _refuse(f"{scale.shape[0]} scales for {self.n} positions")
@@ -195,6 +195,19 @@ cdef class Gradients:
         """Of the sums: (n_segments, dim)."""
         return self.g.n_segments, self.g.dim
 
+    def part(self, int64_t first, int64_t last):
+        """`Gradients` of segments first..last - 1: what one of several threads sums or applies."""
+        if not 0 <= first <= last <= self.g.n_segments:
+            _refuse(f"segments {first} to {last} of {self.g.n_segments}")
+        cdef Gradients out = Gradients.__new__(Gradients)
+        out.g, out.owners = self.g, self.owners
+        out.g.n_segments = last - first
+        if self.g.order == NULL:
+            out.g.values += first * self.g.dim
+        else:
+            out.g.starts += first
+        return out
+
     def sum(self, out=None):
         """The sums: float32[n_segments, dim], in `out` if it is given, in retained memory if not."""
         cdef hb_fp_state fp
@@ -205,7 +218,7 @@ cdef class Gradients:
             _refuse(f"out has shape {to.shape[0], to.shape[1]}, not {self.shape}")
         if self.g.n_segments and self.g.dim:
             if self.g.order == NULL:
-                np.copyto(out, self.owners[0])
+                memcpy(&to[0, 0], self.g.values, self.g.n_segments * self.g.dim * sizeof(float))
                 return out
             with nogil:
                 fp = hb_fp_enter()

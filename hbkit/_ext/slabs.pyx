@@ -17,7 +17,9 @@ import numpy as np
 from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_part,
                              hb_slabs, hb_update, kernels)
 from hbkit._ext.random import KINDS
-from hbkit._ext.segment cimport Gradients
+from hbkit._ext.segment import pool, retained
+
+from hbkit._ext.segment cimport Gradients, in_range, splits_fit
 from hbkit.errors import InvalidArgument
 
 cdef extern from "stdlib.h" nogil:
@@ -145,18 +147,53 @@ cdef class Slabs:
                                   remedy="reserve lines first")
         return 0
 
-    def gather(self, const int64_t[::1] slots, float[:, ::1] out):
-        """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1."""
+    def gather(self, const int64_t[::1] slots, float[:, ::1] out, const int64_t[::1] index=None):
+        """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
+
+        With `index`, ``out[i]`` is of ``slots[index[i]]``: a row a key of a batch, straight from the slots of its
+        distinct keys.
+        """
         cdef hb_fp_state fp
-        if out.shape[0] != slots.shape[0] or out.shape[1] > self.width:
-            raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {slots.shape[0]} slots",
+        cdef int64_t n = slots.shape[0] if index is None else index.shape[0]
+        if out.shape[0] != n or out.shape[1] > self.width:
+            raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} slots",
                                   remedy=f"give one row a slot, at most {self.width} wide")
         self._check(slots, -1)
-        if slots.shape[0] and out.shape[1]:
+        if index is not None and not in_range(index, slots.shape[0]):
+            raise InvalidArgument(f"index reaches outside {slots.shape[0]} slots", remedy="this is a precondition")
+        if n and out.shape[1]:
             with nogil:
                 fp = hb_fp_enter()
-                kernels().gather(&self.s, &slots[0], slots.shape[0], out.shape[1], &out[0, 0])
+                kernels().gather(&self.s, &slots[0], &index[0] if index is not None else NULL, n, out.shape[1],
+                                 &out[0, 0])
                 hb_fp_leave(fp)
+
+    def pool(self, const int64_t[::1] slots, const int64_t[::1] inverse, const int64_t[::1] splits,
+             float[:, ::1] out, const float[::1] weight=None, const float[::1] row_scale=None):
+        """`hbkit._ext.segment.pool` of the rows of slots (zeros where -1), without a copy of them where that is faster.
+
+        out : float32[b, dim]; the other arguments as there, `inverse` into `slots`.
+        """
+        cdef hb_fp_state fp
+        cdef int64_t n = inverse.shape[0], n_out = splits.shape[0] - 1
+        cdef int done = -1
+        self._check(slots, -1)
+        fits = out.shape[0] == n_out and out.shape[1] == self.s.dim and in_range(inverse, slots.shape[0])
+        fits = fits and splits_fit(splits, n) and (weight is None or weight.shape[0] == n)
+        if not (fits and (row_scale is None or row_scale.shape[0] == n_out)):
+            raise InvalidArgument(f"{n} values in {n_out} rows do not fit an out of {out.shape[0], out.shape[1]} or "
+                                  f"{slots.shape[0]} slots", remedy="this is a precondition of the segment sums")
+        if n and n_out:
+            with nogil:
+                fp = hb_fp_enter()
+                done = kernels().pool_slots(&self.s, &slots[0], &inverse[0], &splits[0],
+                                            &weight[0] if weight is not None else NULL,
+                                            &row_scale[0] if row_scale is not None else NULL, n_out, &out[0, 0])
+                hb_fp_leave(fp)
+        if done != 0:
+            rows = retained((slots.shape[0], self.s.dim))
+            self.gather(slots, rows)
+            pool(rows, inverse, splits, out, weight, row_scale)
 
     def scatter(self, const int64_t[::1] slots, const float[:, ::1] lines, int64_t column=0):
         """Write ``lines[i]`` into line ``slots[i]`` from float `column` on; slots must be >= 0."""

@@ -112,7 +112,7 @@ CASES = [
     (Adam(lr=0.01, eps=1e-3, keras_eps=True), adam),
     (AdamW(lr=Cosine(0.1, 4, 0.01), correction="row"), adam),
     (RowWiseAdam(lr=0.01, weight_decay=0.1, clip_norm=2.0), rowwise_adam),
-    (Ftrl(lr=lambda t: 0.1 / t, l1=0.05, beta=0.5), ftrl),
+    (Ftrl(lr=Exponential(0.1, 0.5), l1=0.05, beta=0.5), ftrl),
 ]
 
 
@@ -182,3 +182,4 @@ def test_schedules_have_their_shapes_and_can_be_pickled():
         assert optimizer == Adagrad(lr=schedule)
         got = [float(optimizer.hyper(t)[0]) for t in steps][: len(want)]
         np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert Adagrad(lr=lambda t: 1 / t).hyper(4)[0] == 0.25

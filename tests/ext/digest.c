@@ -79,11 +79,12 @@ static void run(int64_t dim) {
                                 .seed = 7, .step = 3, .scratch = scratch};
             if (rule / 2 % 2) update.g.order = NULL; /* values as they are */
             KERNELS.apply(&slabs, &update);
-            KERNELS.gather(&slabs, everyone, LINES, width, lines);
+            KERNELS.gather(&slabs, everyone, NULL, LINES, width, lines);
             add(lines, LINES * width);
         }
-        KERNELS.gather(&slabs, slots, SEGMENTS, dim, out);
-        add(out, SEGMENTS * dim);
+        KERNELS.gather(&slabs, slots, segment, N, dim, out);
+        add(out, N * dim);
+        if (KERNELS.pool_slots(&slabs, slots, segment, splits, scale, scale, ROWS, out) == 0) add(out, ROWS * dim);
         free(chunk);
     }
     free(values), free(out), free(lines), free(scratch);

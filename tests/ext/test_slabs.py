@@ -85,6 +85,32 @@ def test_apply_to_gradients_equals_apply_to_their_sums(seed, n, u, dim, with_row
     a.apply(rule, slots, segment.Segments(seg, u).of(values, rows, scale), HYPER, keys, seed, 5)
     b.apply(rule, slots, segment.segment_sum(values, seg, u, rows, scale), HYPER, keys, seed, 5)
     assert held(a, u).tobytes() == held(b, u).tobytes()
+    c, cut = filled(lines, dim, dtype), int(rng.integers(0, u + 1))
+    whole = segment.Segments(seg, u).of(values, rows, scale)
+    for part in (slice(cut, u), slice(0, cut)):  # as two threads might
+        g = whole.part(part.start, part.stop)
+        assert g.sum().tobytes() == whole.sum()[part].tobytes()
+        c.apply(rule, slots[part], g, HYPER, keys[part], seed, 5)
+    assert held(c, u).tobytes() == held(b, u).tobytes()
+
+
+@settings(max_examples=60)
+@given(SEED, st.lists(st.integers(0, 9), max_size=20), DIMS, DTYPES, st.booleans(), st.booleans())
+def test_rows_of_a_batch_are_those_of_its_distinct_keys(seed, lengths, dim, dtype, with_weight, with_scale):
+    rng = np.random.default_rng(seed)
+    slabs = filled(rng.normal(size=(9, dim + 1)).astype(np.float32), dim, dtype)
+    splits = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    slots, inverse = np.array([4, -1, 8, 0, 2]), rng.integers(0, 5, splits[-1])
+    rows, each = np.empty((5, dim), np.float32), np.empty((len(inverse), dim), np.float32)
+    slabs.gather(slots, rows)
+    slabs.gather(slots, each, inverse)
+    assert each.tobytes() == rows[inverse].tobytes()
+    weight = rng.normal(size=len(inverse)).astype(np.float32) if with_weight else None
+    scale = rng.normal(size=len(lengths)).astype(np.float32) if with_scale else None
+    got, want = (np.full((len(lengths), dim), np.nan, np.float32) for _ in range(2))
+    slabs.pool(slots, inverse, splits, got, weight, scale)
+    segment.pool(rows, inverse, splits, want, weight, scale)
+    assert got.tobytes() == want.tobytes()
 
 
 @settings(max_examples=30)
@@ -244,6 +270,9 @@ def test_expand_and_segments_equal_numpy(seed, index, u):
         lambda s: s.gather(np.array([-2]), np.zeros((1, 3), np.float32)),
         lambda s: s.gather(np.array([1 << 40]), np.zeros((1, 3), np.float32)),
         lambda s: s.gather(np.array([0]), np.zeros((1, 6), np.float32)),
+        lambda s: s.gather(np.array([0]), np.zeros((1, 3), np.float32), np.array([1])),
+        lambda s: s.pool(np.array([0]), np.array([1]), np.array([0, 1]), np.zeros((1, 3), np.float32)),
+        lambda s: s.pool(np.array([0]), np.array([0]), np.array([0, 2]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([-1]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([0]), np.zeros((1, 3), np.float32), 3),
         lambda s: s.apply(0, np.array([0]), np.zeros((1, 2), np.float32), [1.0]),
@@ -258,6 +287,9 @@ def test_expand_and_segments_equal_numpy(seed, index, u):
         lambda s: s.fill(np.array([0]), np.array([1]), [("normal", 0, 1, 0, 1, 3)], np.zeros(2, np.float32)),
         lambda s: s.fill(np.array([0]), np.array([1]), [], np.zeros(1, np.float32)),
         lambda s: segment.expand(np.zeros((3, 2), np.float32), np.array([3])),
+        lambda s: segment.Segments(np.arange(3), 3).of(np.zeros((3, 2), np.float32)).part(1, 4),
+        lambda s: segment.Segments(np.arange(3), 3).of(np.zeros((3, 2), np.float32)).sum(np.zeros((2, 2), np.float32)),
+        lambda s: segment.Segments(np.array([0, -1]), 3),
         lambda s: segment.expand(np.zeros((3, 2), np.float32), np.array([0]), np.zeros((1, 3), np.float32)),
     ],
 )
