@@ -3,7 +3,7 @@
 Arrays that are returned come from the shared pool: touching fresh memory would cost more than the search.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import numpy as np
