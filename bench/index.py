@@ -41,10 +41,15 @@ def scatter(values: np.ndarray) -> np.ndarray:
 
 
 def take_turns(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """CPU seconds a batch of every contender in every round. A turn is TURN batches: the first finds cold caches."""
+    """CPU seconds a batch of every contender in every round.
+
+    A turn is TURN batches, since the first finds caches full of another's data, and each round begins with another.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds):
-        for name, run in contenders.items():
+        names = list(contenders)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            run = contenders[name]
             start = time.process_time()
             for j in range(i * TURN, (i + 1) * TURN):
                 run(j)

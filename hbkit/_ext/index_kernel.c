@@ -571,6 +571,11 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
     for (int64_t i = 0; i < n; i++)
         if (slots[i] >= 0 && page_for(t, slots[i])) return -1;
     for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = i; i % GROUP == 0 && j < i + GROUP && j < n; j++) {
+            uint64_t mix = hb_mix64((uint64_t)keys[j]);
+            const hb_shard *s = shard_of(t, mix);
+            __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 0, 2);
+        }
         if (slots[i] < 0) continue;
         slots[i] = erase_one(t, (uint64_t)keys[i]); /* -1 for a key that is there twice in the batch */
         if (slots[i] < 0) continue;
