@@ -48,7 +48,7 @@ enum {
     FIRST_SHIFT = 2, /* the same of an empty index */
     MOST_PARTS = 7,  /* of a shard that may split instead */
     REGION = 32,     /* parts allocated at once at the most: one huge page */
-    GROUP = 128,     /* keys whose buckets are prefetched before any is read */
+    GROUP = 256,     /* keys whose buckets are prefetched before any is read */
 };
 #define MAX_SLOTS 0xFFFFFFFEu
 #define HUGE ((size_t)2 << 20)
@@ -455,6 +455,7 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
             pos[i] = next_pos(t, s, pos[i]);
             end[again[i]] = bucket_at(t, s, pos[i]);
             __builtin_prefetch(end[again[i]], 0, 2);
+            __builtin_prefetch(end[again[i]] + 1, 0, 2); /* few are left to wait for each other */
         }
         left = 0;
         for (int i = 0; i < n; i++) {
