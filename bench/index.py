@@ -12,7 +12,8 @@ rounds of the ratio within a round, both in CPU time. Caveats:
 - find rotates among the tables so that no cache holds their buckets; keys are drawn evenly. "beside" is two threads,
   each with half of the keys; on a machine that others use, CPU time shows at least whether they hinder each other.
 - "insert" begins with an empty index: most of it is the kernel clearing new pages and shards that grow. "into room" is
-  into an index made for that many keys.
+  into an index made for that many keys, and "dense" such an index once it holds so many that a key costs 16 bytes, at
+  load 0.8; the others have the load that growing left them with.
 """
 
 from __future__ import annotations
@@ -133,14 +134,20 @@ def index(n_keys: int, n_tables: int, rounds: int) -> None:
         room.find_or_insert(keys)
         seconds.append(time.process_time() - start)
     print(f"into room  {BATCH / np.median(seconds) / 1e6:6.1f} M keys/s in the median batch")
-    del room
+    dense = [room] + [ext.Index(n_keys) for _ in tables[1:]]
+    for d in dense:
+        while d.nbytes > 16.02 * len(d) and len(d) < 2 * n_keys:
+            d.find_or_insert(scatter(np.arange(len(d), len(d) + BATCH)))
+    print(f"dense      {dense[0].nbytes / len(dense[0]):6.2f} bytes a key with {len(dense[0])} keys")
 
     held = [scatter(rng.integers(0, n_keys, BATCH) + i % n_tables * n_keys) for i in range(rounds)]
     absent = [scatter(rng.integers(0, n_keys, BATCH) + n_tables * n_keys) for i in range(rounds)]
+    within = [scatter(rng.integers(0, len(dense[0]), BATCH)) for i in range(rounds)]
     out = np.empty(BATCH, np.int64)
     times = take_turns(
         {
             "find": lambda i: tables[i % n_tables].find(held[i % rounds], out),
+            "dense": lambda i: dense[i % n_tables].find(within[i % rounds], out),
             "absent": lambda i: tables[i % n_tables].find(absent[i % rounds], out),
         },
         rounds,
