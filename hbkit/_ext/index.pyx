@@ -3,7 +3,7 @@
 Arrays that are returned come from the shared pool: touching fresh memory would cost more than the search.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import numpy as np
@@ -208,18 +208,18 @@ cdef class Index:
     def validate(self):
         """Recount everything; AssertionError where the structure contradicts itself. For tests."""
         cdef const char *wrong
+        cdef const int64_t[::1] held
+        cdef const uint64_t *page
         cdef int64_t slot
         with nogil:
             wrong = kernels().index.validate(&self.index)
         assert wrong == NULL, wrong.decode()
-        _, slots = self.items()
+        held = slots = self.items()[1]
         assert len(slots) == self.index.n, "a slot is held twice"
         assert slots.max(initial=-1) < self.index.next_slot, "a slot was never handed out"
-        for slot in slots:
-            if self.index.n_free and slot // HB_PAGE < self.index.room_pages:
-                page = self.index.free_bits[slot // HB_PAGE]
-                if page != NULL:
-                    assert not page[slot % HB_PAGE // 64] >> (slot % 64) & 1, "a slot is both free and held"
+        for slot in held:
+            page = self.index.free_bits[slot // HB_PAGE] if slot // HB_PAGE < self.index.room_pages else NULL
+            assert page == NULL or not page[slot % HB_PAGE // 64] >> (slot % 64) & 1, "a slot is both free and held"
 
 
 def dedupe(const int64_t[::1] keys, inverse="int64", counts=True):

@@ -7,7 +7,7 @@ the process when asked about a column chunk whose metadata is damaged or encrypt
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hbkit import errors
 from hbkit._ext import thrift
@@ -30,7 +30,7 @@ ENCODINGS = {
     9: "BYTE_STREAM_SPLIT",
 }
 _FIELDS = {name: i for i, name in enumerate(thrift.CHUNK_FIELDS)}
-_Said = namedtuple("_Said", thrift.CHUNK_FIELDS)
+_Said: Any = namedtuple("_Said", thrift.CHUNK_FIELDS)
 _REWRITE = "write the file again, or leave it out"
 
 

@@ -142,7 +142,7 @@ def test_embedding_collection_refuses_by_feature(collection):
 
 def test_losses_over_the_collection_are_those_over_keras_embedding():
     """Twins: the same start, SGD on both, 50 steps of repeating keys."""
-    n_keys, n_steps, batch, dim = 100, 50, 64, 8
+    n_keys, n_steps, batch, dim = 100, 70, 64, 8
     sgd, normal = embedding.SGD(lr=10.0), embedding.Normal(0, 0.3, seed=0)
     tables = [embedding.Table(name, dim, optimizer=sgd, initializer=normal) for name in ("user", "item")]
     layer = hb.nn.EmbeddingCollection(embedding.Collection(tables))
