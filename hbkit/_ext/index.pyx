@@ -205,6 +205,21 @@ cdef class Index:
         by_slot[slots], held[slots] = keys, True
         return by_slot[held], np.flatnonzero(held)
 
+    def part(self, uint64_t first, uint64_t last):
+        """Keys whose mix lies in ``[first, last]``, in no order that matters: int64[m].
+
+        Passes over the shards of that range alone: about m keys, and at most two shards more.
+        """
+        cdef int64_t room = -1, n = 0
+        cdef int64_t *k
+        while n > room:  # first counts; another thread may insert meanwhile
+            room = n
+            keys = np.empty(room, np.int64)
+            k = _int64s(keys)
+            with nogil:
+                n = kernels().index.part(&self.index, first, last, room, k)
+        return keys[:n]
+
     def validate(self):
         """Recount everything; AssertionError where the structure contradicts itself. For tests."""
         cdef const char *wrong

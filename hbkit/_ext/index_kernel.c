@@ -730,6 +730,25 @@ static int64_t items(const hb_index *t, int64_t room, int64_t *keys, int64_t *sl
     return n;
 }
 
+static int64_t part(const hb_index *t, uint64_t first, uint64_t last, int64_t room, int64_t *keys) {
+    int64_t n = 0;
+    pthread_rwlock_rdlock(t->lock);
+    for (uint64_t e = first >> (64 - t->depth); e <= last >> (64 - t->depth);) {
+        const hb_shard *s = t->dir[e];
+        EACH_BUCKET(t, s, b) {
+            for (uint32_t j = 0; j < used(b); j++) {
+                uint64_t mix = hb_mix64(b->keys[j]);
+                if (mix < first || mix > last) continue;
+                if (n < room) keys[n] = (int64_t)b->keys[j];
+                n++;
+            }
+        }
+        e = (e / n_entries(t, s) + 1) * n_entries(t, s);
+    }
+    pthread_rwlock_unlock(t->lock);
+    return n;
+}
+
 static const char *validate(const hb_index *t) {
     pthread_rwlock_rdlock(t->lock);
     const char *wrong = check(t);
@@ -740,4 +759,4 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, insert, erase, items, validate, PASTE(hb_dedupe_, HBKIT_ISA)};
+    create, destroy, find, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA)};

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hbkit._ext import index as ext
 from hbkit._ext import isa
+from hbkit._ext.batch import mixed
 from hbkit._ext.index import Index, vshard
 from hbkit._ext.random import mix64
 from hbkit.errors import InvalidArgument
@@ -282,3 +283,16 @@ def test_index_may_be_read_while_it_changes():
 @given(BATCH)
 def test_vshard_is_the_top_of_mix64(keys):
     assert vshard(keys).tolist() == [mix64(k % 2**64) >> 54 for k in keys.tolist()]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=20))
+@settings(max_examples=20)
+def test_index_part_gives_the_keys_whose_mix_is_in_the_range(ranges):
+    index, keys = Index(), np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 200_000)
+    for end in (0, 3, 200, 200_000):
+        index.find_or_insert(keys[:end])
+        mix = mixed(keys[:end])
+        for a, b in [*ranges, (0, 2**64 - 1), (5, 5)]:
+            first, last = min(a, b), max(a, b)
+            within = (mix >= np.uint64(first)) & (mix <= np.uint64(last))
+            assert sorted(index.part(first, last).tolist()) == sorted(keys[:end][within].tolist())
