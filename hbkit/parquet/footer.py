@@ -30,7 +30,7 @@ ENCODINGS = {
     9: "BYTE_STREAM_SPLIT",
 }
 _FIELDS = {name: i for i, name in enumerate(thrift.CHUNK_FIELDS)}
-_Said: Any = namedtuple("_Said", thrift.CHUNK_FIELDS)
+_Said = namedtuple("_Said", thrift.CHUNK_FIELDS)
 _REWRITE = "write the file again, or leave it out"
 
 
@@ -107,7 +107,7 @@ class Footer:
 
     def chunk(self, g: int, leaf: int) -> Chunk:
         """What is said of one column chunk."""
-        said = _Said._make(self._numbers[g, leaf].tolist())
+        said: Any = _Said._make(self._numbers[g, leaf].tolist())
         data_page, dictionary_page = said.data_page, said.dictionary_page
         # Some writers leave the dictionary's offset out (then it is where the data is said to begin), some say 0.
         first = dictionary_page if dictionary_page > 0 and not 0 < data_page < dictionary_page else data_page
