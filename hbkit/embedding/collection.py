@@ -210,17 +210,16 @@ class Staged:
                 )
             c._training = self
         self._state = "read"
-        rows = {t: request.rows(self._train, c.step + 1) for t, request in self._requests.items()}
-        return {f: self._output(f, rows[t]) for f, t in c.features.items()}
+        for request in self._requests.values():
+            request.create(self._train, c.step + 1)
+        return {f: self._output(f, self._requests[t]) for f, t in c.features.items()}
 
-    def _output(self, feature: str, rows: Float32s) -> Float32s | SequenceOutput:
+    def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]
-        inverse = self._requests[c.features[feature]].inverse[self._spans[feature]]
-        dim = rows.shape[1]
+        inverse, dim = request.inverse[self._spans[feature]], request.table.dim
         if i.splits is None:
             out = _ext.retained((self.size, dim))
-            if len(rows):
-                _ext.expand(rows, inverse, out[: self.n_rows])
+            request.take(inverse, out[: self.n_rows])
             if i.weight is not None:
                 out[: self.n_rows] *= i.weight[:, None]
             out[self.n_rows :] = 0
@@ -230,12 +229,13 @@ class Staged:
             values = _ext.retained((self.size, length, dim))
             values[:] = 0
             mask = np.zeros((self.size, length), np.bool_)
-            picked = rows[inverse]
+            picked = _ext.retained((len(inverse), dim))
+            request.take(inverse, picked)
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
             mask.reshape(-1)[at] = True
             return SequenceOutput(values, mask)
         out = _ext.retained((self.size, dim))
-        _ext.pool(rows, inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
+        request.pool(inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
         out[self.n_rows :] = 0
         return out
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import batch as _ext
-from hbkit._ext.segment import Segments, expand, retained
+from hbkit._ext.segment import Segments, expand, pool, retained
 from hbkit.embedding.admission import Admission
 from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
@@ -192,8 +192,10 @@ class Table:
         """
         request = self.request(keys)
         try:
-            rows: Float32s = expand(request.rows(train, self.step + 1), request.inverse)
-            return rows
+            out: Float32s = retained((len(request.inverse), self.dim))
+            request.create(train, self.step + 1)
+            request.take(request.inverse, out)
+            return out
         finally:
             request.close()
 
@@ -395,17 +397,36 @@ class Request:
         self._lease = table.store.reserve(unique, counts, padding)
         self._open = True
 
-    def rows(self, train: bool, step: int) -> Float32s:
-        """Rows of the distinct keys: float32[u, dim]; in training, counts, admits and creates first."""
-        lease, table = self._use(), self.table
+    def create(self, train: bool, step: int) -> None:
+        """In training, count the keys, admit and create rows; first of what the step does."""
         if train:
-            table.store.create(lease, step, table.admission)
+            self.table.store.create(self._use(), step, self.table.admission)
+
+    def rows(self) -> Float32s:
+        """Rows of the distinct keys: float32[u, dim]."""
+        lease, table = self._use(), self.table
         out: Float32s = retained((len(lease.keys), table.dim))
         table.store.gather(lease, out)
         if table._default is not None:
             absent = _ext.absent(lease.slots, lease.padding)
             out[absent] = table._default(lease.keys[absent])
         return out
+
+    def take(self, index: Int64s, out: Float32s) -> None:
+        """Rows of the distinct keys number `index`, into ``out[n, dim]``."""
+        if self.table._default is None:
+            self.table.store.gather(self._use(), out, index)
+        else:
+            expand(self.rows(), index, out)
+
+    def pool(
+        self, index: Int64s, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
+    ) -> None:
+        """Weighted sums of the rows of the distinct keys number `index`; see `hbkit._ext.segment.pool`."""
+        if self.table._default is None:
+            self.table.store.pool(self._use(), index, splits, out, weight, row_scale)
+        else:
+            pool(self.rows(), index, splits, out, weight, row_scale)
 
     def update(
         self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False

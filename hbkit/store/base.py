@@ -212,8 +212,23 @@ class Store(Protocol):
         """
         ...
 
-    def gather(self, lease: Lease, out: Float32s) -> None:
-        """Copy the first columns of lines to ``out[u, w]``, w <= dim + n_state; zeros where a key is absent."""
+    def gather(self, lease: Lease, out: Float32s, index: Int64s | None = None) -> None:
+        """Copy the first columns of lines to ``out[u, w]``, w <= dim + n_state; zeros where a key is absent.
+
+        With `index`, ``out[i]`` is the line of the lease's key number ``index[i]``.
+        """
+        ...
+
+    def pool(
+        self,
+        lease: Lease,
+        index: Int64s,
+        splits: Int64s,
+        out: Float32s,
+        weight: Float32s | None = None,
+        row_scale: Float32s | None = None,
+    ) -> None:
+        """`hbkit._ext.segment.pool` of the rows of the lease's keys number `index`, into ``out[b, dim]``."""
         ...
 
     def apply(

@@ -115,11 +115,25 @@ class HostStore:
                 lease.slots[missing], lease.version = slots, self._version
         return len(keys)
 
-    def gather(self, lease: Lease, out: Float32s) -> None:
-        """Copy rows to ``out[u, dim]``; zeros where a key is absent."""
+    def gather(self, lease: Lease, out: Float32s, index: Int64s | None = None) -> None:
+        """Copy rows to ``out[u, dim]``, or those of the keys number `index`; zeros where a key is absent."""
         with self._lock.shared:
             lease.refresh(self._index, self._version)
-            self._slabs.gather(lease.slots, out)
+            self._slabs.gather(lease.slots, out, index)
+
+    def pool(
+        self,
+        lease: Lease,
+        index: Int64s,
+        splits: Int64s,
+        out: Float32s,
+        weight: Float32s | None = None,
+        row_scale: Float32s | None = None,
+    ) -> None:
+        """Weighted sums of rows, each read where it lies."""
+        with self._lock.shared:
+            lease.refresh(self._index, self._version)
+            self._slabs.pool(lease.slots, index, splits, out, weight, row_scale)
 
     def apply(
         self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from hbkit._ext.batch import absent, all_finite, finite_rows
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
-from hbkit._ext.segment import Gradients
+from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, HbkitError, SchemaMismatch, StorageError
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
@@ -341,12 +341,30 @@ class TieredStore(ABC):
         for some in self._away(rows, slots):
             out[some] = self._read_home(rows[some], keys[some])[:, : out.shape[1]]
 
-    def gather(self, lease: Lease, out: Float32s) -> None:
-        """Copy rows (or whole lines, as wide as `out`) to ``out[u, dim]``; zeros where a key is absent."""
+    def gather(self, lease: Lease, out: Float32s, index: Int64s | None = None) -> None:
+        """Copy rows (or whole lines, as wide as `out`) to ``out[u, dim]``, or those of the keys number `index`; zeros
+        where a key is absent."""
+        rows = out if index is None else retained((len(lease.keys), out.shape[1]))
         with self._lock:
             self._use()
             self._refresh(lease)
-            self._gather(lease.slots, lease.keys, out)
+            self._gather(lease.slots, lease.keys, rows)
+        if index is not None:
+            expand(rows, index, out)
+
+    def pool(
+        self,
+        lease: Lease,
+        index: Int64s,
+        splits: Int64s,
+        out: Float32s,
+        weight: Float32s | None = None,
+        row_scale: Float32s | None = None,
+    ) -> None:
+        """Weighted sums of rows, which may be far apart: they are brought together first."""
+        rows = retained((len(lease.keys), out.shape[1]))
+        self.gather(lease, rows)
+        pool(rows, index, splits, out, weight, row_scale)
 
     def apply(
         self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False

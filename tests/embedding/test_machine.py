@@ -140,7 +140,8 @@ class TableAgainstDict(RuleBasedStateMachine):
     def train_what_was_looked_ahead(self, seed):
         if self.ahead is not None:
             (keys, request), self.ahead = self.ahead, None
-            rows = request.rows(True, self.step + 1)
+            request.create(True, self.step + 1)
+            rows = request.rows()
             self.count(keys)
             assert rows[request.inverse].tolist() == [self.read(k) for k in keys]
             grads = np.random.default_rng(seed).integers(-3, 4, (len(keys), DIM)).astype(np.float32)

@@ -71,7 +71,8 @@ def ahead(table, rng):
     batches = [rng.integers(0, 300, 30) for _ in range(3)]
     requests = [table.request(b) for b in batches]
     for r in requests[:2]:
-        rows = r.rows(True, table.step + 1)
+        r.create(True, table.step + 1)
+        rows = r.rows()
         grads = rng.standard_normal((len(r.inverse), table.dim)).astype(np.float32)
         r.update(grads + rows[r.inverse], None, None, table.step + 1)
         table.step += 1
