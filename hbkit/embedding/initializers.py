@@ -17,7 +17,7 @@ from hbkit.store.base import Float32s, Int64s
 __all__ = ["Constant", "Initializer", "Normal", "TruncatedNormal", "Uniform"]
 
 
-def _stream(seed: int, table: str) -> int:
+def stream(seed: int, table: str) -> int:
     """The generator's 64-bit key of a table: tables of equal seed differ by name."""
     name = np.frombuffer(table.encode(), np.uint8)
     named = int(hash_bytes(name, np.array([0, len(name)]))[0]) % 2**64
@@ -34,13 +34,13 @@ class Initializer:
     def __call__(self, table: str, keys: Int64s, dim: int) -> Float32s:
         """Rows of keys: float32[n, dim]."""
         kind, a, b, seed = self._parameters()
-        rows: Float32s = initialize(kind, a, b, _stream(seed, table), keys, dim)
+        rows: Float32s = initialize(kind, a, b, stream(seed, table), keys, dim)
         return rows
 
     def draw(self, table: str, column: int, n_columns: int) -> tuple[str, float, float, int, int, int]:
         """These rows as `hbkit._ext.slabs.Slabs.fill` makes them in place, in columns from `column` on."""
         kind, a, b, seed = self._parameters()
-        return kind, a, b, _stream(seed, table), column, n_columns
+        return kind, a, b, stream(seed, table), column, n_columns
 
 
 @dataclass(frozen=True)

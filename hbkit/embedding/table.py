@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from hbkit._ext import batch as _ext
 from hbkit._ext.segment import Segments, expand, pool, retained
+from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.embedding.admission import Admission
 from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
-from hbkit.embedding.initializers import Initializer, Normal
+from hbkit.embedding.initializers import Initializer, Normal, stream
 from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
@@ -35,8 +36,9 @@ class Table:
         Unique among the tables of a collection; also seeds the initial rows.
     dim : int
         Floats of a row; may be left out where `columns` say it.
-    dtype : "float32"
-        Type of the rows.
+    dtype : "float32", "float16" or "bfloat16"
+        Type in which rows are held; lookups give float32. Updates are computed in float32 and rounded stochastically,
+        as a function of table, key, step and column; optimizer state is float32. Narrow rows lie in `host_memory` only.
     key_dtype : "int64", "uint64" or "int32"
         How keys are given and shown. There is no reserved key.
     initializer : Initializer
@@ -109,8 +111,8 @@ class Table:
             dim = total
         if not isinstance(dim, (int, np.integer)) or dim < 1:
             raise InvalidArgument(f"dim={dim!r}", table=name, remedy="give a dim of at least 1")
-        if dtype != "float32":
-            raise Unsupported(f"rows of dtype {dtype!r}", table=name, remedy="use dtype='float32'")
+        if dtype not in ROW_DTYPES:
+            raise Unsupported(f"rows of dtype {dtype!r}", table=name, remedy=f"use one of {', '.join(ROW_DTYPES)}")
         if key_dtype not in KEY_DTYPES:
             raise InvalidArgument(f"key_dtype {key_dtype!r}", table=name, remedy=f"use one of {', '.join(KEY_DTYPES)}")
         if nonfinite not in ("raise", "skip"):
@@ -136,7 +138,7 @@ class Table:
         self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
-        layout = Layout(name, self.dim, state, initialize, metadata, fill)
+        layout = Layout(name, self.dim, state, initialize, metadata, fill, dtype, stream(0, name))
         self.store = (store or host_memory()).open(layout)
         self.step = self.store.latest_step()
         if self.admission is not None and (kept := self.store.kept()):

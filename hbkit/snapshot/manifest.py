@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.errors import Corrupt, InvalidArgument, Unsupported
 from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry
 from hbkit.store.keys import KEY_DTYPES
@@ -174,7 +175,7 @@ def _check(manifest: Manifest, commit: str) -> None:
     _hold(parent is None or (COMMIT.fullmatch(parent) is not None and parent < commit), "parent")
     for name, table in manifest.tables.items():
         _hold(1 <= table.dim <= MAX_WIDTH and table.n_state <= 4 * MAX_WIDTH, f"dim of table {name!r}")
-        _hold(table.dtype == "float32" and table.key_dtype in KEY_DTYPES, f"dtype of table {name!r}")
+        _hold(table.dtype in ROW_DTYPES and table.key_dtype in KEY_DTYPES, f"dtype of table {name!r}")
         _hold(isinstance(table.optimizer.get("name"), str), f"optimizer of table {name!r}")
         _hold(table.since is None or parent is not None, f"since of table {name!r}")
         _hold(table.since is not None or not table.erased, f"erased of table {name!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.errors import InvalidArgument, Unsupported
 from hbkit.snapshot import rows
 from hbkit.snapshot.files import FileEntry, create, local, lock, storage_errors, sync_directory
@@ -133,7 +134,7 @@ def _check(tables: Sequence[TableLike], step: int) -> None:
         raise InvalidArgument("two tables have one name", remedy="name each table differently")
     for t in tables:
         file_name(t.name)
-        if t.dtype != "float32" or t.key_dtype not in KEY_DTYPES:
+        if t.dtype not in ROW_DTYPES or t.key_dtype not in KEY_DTYPES:
             raise Unsupported(
                 f"rows of {t.dtype} by keys of {t.key_dtype}", table=t.name, remedy="use dtype='float32' and int64 keys"
             )

@@ -58,6 +58,10 @@ class Layout:
         The same rows as `hbkit._ext.slabs.Slabs.fill` takes them, where it can draw them itself.
     metadata : bool
         Whether frequency and last step of each row are kept; else every row shows 0 and the table's latest step.
+    dtype : one of `hbkit._ext.slabs.ROW_DTYPES`
+        How rows are held; they come and go as float32. State is float32.
+    seed : int
+        With key, step and column, how an update of narrow rows rounds.
     """
 
     table: str
@@ -66,6 +70,8 @@ class Layout:
     initialize: Callable[[Int64s], Float32s]
     metadata: bool = True
     draws: Sequence[tuple[str, float, float, int, int, int]] | None = None
+    dtype: str = "float32"
+    seed: int = 0
 
     @property
     def width(self) -> int:

@@ -52,7 +52,7 @@ class HostStore:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._index = Index()
-        self._slabs = Slabs(layout.width, dim=layout.dim)
+        self._slabs = Slabs(layout.width, dim=layout.dim, row_dtype=layout.dtype)
         self._metadata = Metadata(layout.metadata)
         self._erasures = self._creations = 0
         self._n_ignored = self._n_skipped = 0
@@ -141,7 +141,10 @@ class HostStore:
         """One optimizer step in place; how many of the keys were absent and ignored."""
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
-            self._n_skipped += self._slabs.apply(rule.code, lease.slots, grads, hyper, bad="skip" if skip else "apply")
+            bad = "skip" if skip else "apply"
+            self._n_skipped += self._slabs.apply(
+                rule.code, lease.slots, grads, hyper, lease.keys, self.layout.seed, step, bad
+            )
             ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored

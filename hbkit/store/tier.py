@@ -30,7 +30,16 @@ from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
-from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, HbkitError, SchemaMismatch, StorageError
+from hbkit.errors import (
+    BudgetExceeded,
+    Closed,
+    Corrupt,
+    DeviceUnavailable,
+    HbkitError,
+    SchemaMismatch,
+    StorageError,
+    Unsupported,
+)
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
 from hbkit.store.cache import Cache
 from hbkit.store.policy import Metas, Policy
@@ -102,6 +111,12 @@ class TieredStore(ABC):
     row_nbytes: ClassVar[int] = 16  # of metadata: frequency and last step, the line in the cache
 
     def __init__(self, layout: Layout, policy: Callable[[int], Policy], scratch_lines: int) -> None:
+        if layout.dtype != "float32":
+            raise Unsupported(
+                f"rows of {layout.dtype} in the {self.tier} tier",
+                table=layout.table,
+                remedy="use store=host_memory(), or dtype='float32'",
+            )
         self.layout = layout
         self._policy, self._scratch_lines = policy, scratch_lines
         self._index = Index()
