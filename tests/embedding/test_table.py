@@ -124,7 +124,7 @@ def test_table_update_refuses_grads_of_another_shape(shape):
         ({"name": ""}, InvalidArgument),
         ({"dim": 0}, InvalidArgument),
         ({"dim": 2.5}, InvalidArgument),
-        ({"dtype": "float16"}, Unsupported),
+        ({"dtype": "float64"}, Unsupported),
         ({"key_dtype": "string"}, InvalidArgument),
         ({"nonfinite": "ignore"}, InvalidArgument),
         ({"evict_every": 5}, InvalidArgument),
