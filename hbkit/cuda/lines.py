@@ -85,16 +85,16 @@ class DeviceLines:
                 device=self._device.name,
                 remedy="use SGD, Adagrad or RowWiseAdagrad, or another store",
             )
+        if grads.shape[0] != len(slots) or dim + n_state > self._width:
+            raise InvalidArgument(
+                f"grads of shape {grads.shape} do not fit {len(slots)} slots or a line of {self._width}",
+                remedy="the rule needs its state beside the row",
+            )
         if np.any(hyper[2:]):
             raise Unsupported(
                 f"no CUDA kernel for these options of {RULES[rule]}",
                 device=self._device.name,
                 remedy="leave clipping, weight decay, Nesterov's momentum and Keras' eps out, or use another store",
-            )
-        if grads.shape[0] != len(slots) or dim + n_state > self._width:
-            raise InvalidArgument(
-                f"grads of shape {grads.shape} do not fit {len(slots)} slots or a line of {self._width}",
-                remedy="the rule needs its state beside the row",
             )
         packed = self._device.send(hyper)
         for first in range(0, len(slots), self._batch):
