@@ -169,10 +169,11 @@ class Table:
         if isinstance(keys.codes, Ragged) or isinstance(keys.dictionary, Ragged):
             raise InvalidArgument("keys are lists", table=self.name, remedy="give them to a Collection")
         codes = np.ascontiguousarray(keys.codes, np.uint32)
-        if len(keys.dictionary) > len(codes):  # a large dictionary of which a small batch uses little
-            keys = Dictionary(keys.dictionary, codes).decode()  # type: ignore[assignment]
-            return self.keys(keys)  # type: ignore[arg-type]
-        return Dictionary(self.keys(keys.dictionary), codes)  # type: ignore[arg-type]
+        entries: Any = keys.dictionary  # of strings, `self.keys` refuses
+        if len(entries) > len(codes):  # a large dictionary of which a small batch uses little
+            values: Any = Dictionary(entries, codes).decode()
+            return self.keys(values)
+        return Dictionary(self.keys(entries), codes)
 
     def lookup(self, keys: npt.ArrayLike | Dictionary, train: bool = False) -> Float32s:
         """Rows of keys: float32[n, dim], the caller's own.
@@ -354,8 +355,9 @@ def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
 
 def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
     """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
-    if not any(isinstance(part, Dictionary) for part in parts):
-        whole: Any = dedupe(np.concatenate(parts) if len(parts) > 1 else parts[0])  # type: ignore[arg-type]
+    arrays = [part for part in parts if not isinstance(part, Dictionary)]
+    if len(arrays) == len(parts):
+        whole: Any = dedupe(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
         return tuple(whole)
     keys, counts, used = [], [], []
     for part in parts:

@@ -30,7 +30,7 @@ ENCODINGS = {
     9: "BYTE_STREAM_SPLIT",
 }
 _FIELDS = {name: i for i, name in enumerate(thrift.CHUNK_FIELDS)}
-_Said = namedtuple("_Said", thrift.CHUNK_FIELDS)  # type: ignore[misc]
+_Said = namedtuple("_Said", thrift.CHUNK_FIELDS)  # type: ignore[misc]  # mypy wants literal names; these are the extension's
 _REWRITE = "write the file again, or leave it out"
 
 
