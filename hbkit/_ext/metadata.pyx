@@ -100,8 +100,8 @@ cdef class Metadata:
                 for i in range(n):
                     self.at[slots[i]] = Pair(0, 0)
 
-    def count(self, const int64_t[::1] slots, const int64_t[::1] counts, int64_t step):
-        """Add ``counts[i]`` (>= 0) to the frequency of ``slots[i]`` and stamp it with `step`; -1 is skipped.
+    def stamp(self, const int64_t[::1] slots, int64_t step, const int64_t[::1] counts=None):
+        """Stamp slots with `step` and add ``counts[i]`` (>= 0; 0 when left out) to their frequency; -1 is skipped.
 
         Returns
         -------
@@ -111,7 +111,7 @@ cdef class Metadata:
         cdef int64_t i, n = slots.shape[0], absent = 0
         cdef uint32_t now = _clip(step)
         cdef Pair *pair
-        self._check(slots, counts.shape[0], -1)
+        self._check(slots, n if counts is None else counts.shape[0], -1)
         self.latest_step = max(self.latest_step, now)
         with nogil:
             for i in range(n):
@@ -121,24 +121,9 @@ cdef class Metadata:
                     if i + AHEAD < n and slots[i + AHEAD] >= 0:
                         HB_PREFETCH_WRITE(&self.at[slots[i + AHEAD]])
                     pair = &self.at[slots[i]]
-                    pair.freq = _clip(pair.freq + counts[i])
+                    if counts is not None:
+                        pair.freq = _clip(pair.freq + counts[i])
                     pair.last_step = now
-        return absent
-
-    def stamp(self, const int64_t[::1] slots, int64_t step):
-        """Stamp slots with `step`; -1 is skipped. How many were -1: int."""
-        cdef int64_t i, n = slots.shape[0], absent = 0
-        cdef uint32_t now = _clip(step)
-        self._check(slots, n, -1)
-        self.latest_step = max(self.latest_step, now)
-        with nogil:
-            for i in range(n):
-                if slots[i] < 0:
-                    absent += 1
-                elif self.kept:
-                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
-                        HB_PREFETCH_WRITE(&self.at[slots[i + AHEAD]])
-                    self.at[slots[i]].last_step = now
         return absent
 
     def put(self, const int64_t[::1] slots, const int64_t[::1] freq, const int64_t[::1] last_step):

@@ -95,7 +95,7 @@ class HostStore:
                 n_new = self._make(lease, absent(lease.slots, lease.padding), admission)
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
-            self._metadata.count(lease.slots, lease.counts, step)
+            self._metadata.stamp(lease.slots, step, lease.counts)
         return n_new
 
     def _make(self, lease: Lease, missing: Int64s, admission: Filter | None) -> int:

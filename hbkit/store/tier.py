@@ -321,7 +321,7 @@ class TieredStore(ABC):
                 with admitted(admission, lease.keys[new], lease.counts[new]) as some:
                     new = new[some]
                     self._make(lease, new)
-            self._metadata.count(lease.slots, lease.counts, step)
+            self._metadata.stamp(lease.slots, step, lease.counts)
             self._metadata_changed(lease.slots)
             return len(new)
 
