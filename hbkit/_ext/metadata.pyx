@@ -80,6 +80,14 @@ cdef class Metadata:
             self.at = grown
         self.n = n_slots
 
+    def shrink(self, int64_t n_slots):
+        """Let go of slots n_slots and above."""
+        cdef Pair *less
+        if self.kept and n_slots < self.n:
+            less = <Pair *>realloc(self.at, max(n_slots, 1) * sizeof(Pair))
+            self.at = less if less != NULL else self.at
+        self.n = min(self.n, n_slots)
+
     cdef int _check(self, const int64_t[::1] slots, int64_t n, int64_t least) except -1:
         cdef int64_t i, bad = 0
         if slots.shape[0] != n:

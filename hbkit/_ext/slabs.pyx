@@ -141,6 +141,12 @@ cdef class Slabs:
             self.s.chunks[self.n_chunks] = <char *>chunk
             self.n_chunks += 1
 
+    def shrink(self, int64_t n_lines):
+        """Let go of chunks in which no slot is below n_lines."""
+        while self.n_chunks and (self.n_chunks - 1) << self.s.shift >= n_lines:
+            self.n_chunks -= 1
+            free(self.s.chunks[self.n_chunks])
+
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1:
         cdef int64_t i, end = self.n_chunks << self.s.shift
         cdef uint64_t most = 0  # no branch a slot; what is below `least` is large

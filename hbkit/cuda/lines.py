@@ -46,6 +46,9 @@ class DeviceLines:
     def reserve(self, n_lines: int) -> None:
         """All lines are there from the beginning."""
 
+    def shrink(self, n_lines: int) -> None:
+        """No memory is given back."""
+
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
         """Lines as bytes: uint8[n, 4 * width]."""
         lines = np.empty((len(slots), self._width), np.float32)

@@ -122,10 +122,10 @@ class DeviceStore(TieredStore):
     def _capacity(self, n_rows: int) -> int:
         return self._n_lines
 
-    def _new_lines(self, n_lines: int) -> Lines:
+    def _new_lines(self) -> Lines:
         from hbkit.cuda.lines import DeviceLines
 
-        return DeviceLines(self._device, n_lines, self.layout.width, self._batch_lines)
+        return DeviceLines(self._device, self._n_lines, self.layout.width, self._batch_lines)
 
     def stats(self) -> dict[str, Any]:
         """Those of `TieredStore`, with the device's name and those of the store below."""

@@ -22,6 +22,7 @@ BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; home holds three
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
 BUFFERS, SCRATCH = 16, 8  # they are no larger than such a part of the budget
 LEAST_LINES = 16  # a cache has at least so many
+FEW_NBYTES = 24_000  # of index and cache, however few rows they hold
 SETTLED = 2**20  # rows from which on the index takes about as many bytes a row as it does now
 INDEX_NBYTES, METADATA_NBYTES = 24, 16  # before that, at the most
 
@@ -120,6 +121,7 @@ class SsdStore(TieredStore):
         self._scratch_nbytes = min(SCRATCH_NBYTES, host_budget // SCRATCH)
         self._line_nbytes = layout.line_nbytes + LINE_NBYTES + 9  # frequency, last step, whether it is arriving
         home = Home(layout, directory, min(BUFFER_NBYTES, host_budget // BUFFERS), segment_nbytes, disk_budget, disk)
+        self._fixed_nbytes = home.buffers_nbytes + self._scratch_nbytes + FEW_NBYTES
         try:
             super().__init__(layout, home, policy, max(1, self._scratch_nbytes // (4 * (layout.line_nbytes + 16))))
         except BaseException:
@@ -131,8 +133,8 @@ class SsdStore(TieredStore):
         per_row: float = INDEX_NBYTES + METADATA_NBYTES * self.layout.metadata
         if len(home) >= SETTLED:
             per_row = (home.nbytes - home.buffers_nbytes) / len(home)
-        rows = int(per_row * n_rows) + 8192
-        n_lines = (self._budget - home.buffers_nbytes - self._scratch_nbytes - rows) // self._line_nbytes
+        rows = int(per_row * n_rows)
+        n_lines = (self._budget - self._fixed_nbytes - rows) // self._line_nbytes
         if n_lines < 1:
             least = rows + LEAST_LINES * self._line_nbytes
             fixed = max(home.buffers_nbytes, 3 * BUFFER_NBYTES) + SCRATCH_NBYTES
@@ -143,9 +145,14 @@ class SsdStore(TieredStore):
             )
         return n_lines if self._cache_lines is None else min(n_lines, self._cache_lines)
 
-    def _new_lines(self, n_lines: int) -> Lines:
-        # A chunk is a sixteenth of the cache or about 4 MiB, so that rounding up costs little.
-        chunk = max(1, min(n_lines // 16, 2**22 // self.layout.line_nbytes)) * self.layout.line_nbytes
+    def _first_room(self) -> int:
+        # As many rows as would all be near.
+        per_row = INDEX_NBYTES + METADATA_NBYTES * self.layout.metadata + self._line_nbytes
+        return int(self._budget - self._fixed_nbytes) // per_row
+
+    def _new_lines(self) -> Lines:
+        # A chunk is about a 64th of the budget or 4 MiB, so that rounding up costs little.
+        chunk = max(self.layout.line_nbytes, min(self._budget // 64, 2**22))
         return Slabs(self.layout.width, chunk, dim=self.layout.dim, row_dtype=self.layout.dtype)
 
     def stats(self) -> dict[str, Any]:

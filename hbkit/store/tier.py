@@ -35,7 +35,7 @@ from hbkit._ext.batch import absent
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
-from hbkit.errors import Closed, Corrupt, DeviceUnavailable, HbkitError, SchemaMismatch, StorageError
+from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
 from hbkit.store.cache import Cache, Window
 from hbkit.store.policy import Policy
@@ -43,9 +43,8 @@ from hbkit.store.policy import Policy
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 UInt32s: TypeAlias = npt.NDArray[np.uint32]
 AWAY = 1 << 40  # a lease's slot for a row that is only at home
-GROWTH = (
-    1.25  # each time the index outgrows its share of the budget, the cache gives it room for so many times the rows
-)
+GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
+FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
 
 
 class Lines(Protocol):
@@ -58,6 +57,10 @@ class Lines(Protocol):
 
     def reserve(self, n_lines: int) -> None:
         """Make room for slots 0..n_lines-1."""
+        ...
+
+    def shrink(self, n_lines: int) -> None:
+        """Let go of slots from n_lines on, as far as memory can be given back."""
         ...
 
     def pack(self, slots: Int64s) -> Bytes:
@@ -199,7 +202,7 @@ class TieredStore(ABC):
 
     def __init__(self, layout: Layout, home: Home, policy: Callable[[int], Policy], scratch_lines: int) -> None:
         self.layout, self._home = layout, home
-        self._policy, self._scratch_lines = policy, scratch_lines
+        self._scratch_lines = scratch_lines
         self._window = Window()
         self._scratch = Slabs(layout.width, 4 * layout.width, dim=layout.dim, row_dtype=layout.dtype)
         self._leases: weakref.WeakSet[TierLease] = weakref.WeakSet()
@@ -212,8 +215,14 @@ class TieredStore(ABC):
         self._waited = 0.0
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._room = 0  # rows for whose index the budget has room
+        self._room = -1  # rows for whose index the budget has room
+        self._limit = 0  # lines that the cache may have then
+        self._cache = Cache(1, policy)
+        self._lines = self._new_lines()
+        self._metadata = Metadata(layout.metadata)
+        self._arriving = np.zeros(0, np.bool_)
         self._make_room(0)
+        self._grow(min(self._limit, FIRST_LINES))
 
     # --- what a tier is ---------------------------------------------------------------------------------------
 
@@ -221,42 +230,65 @@ class TieredStore(ABC):
     def _capacity(self, n_rows: int) -> int:
         """Lines that the cache may have beside an index of `n_rows`; BudgetExceeded where that is none."""
 
+    def _first_room(self) -> int:
+        """Rows for whose index room is kept from the beginning."""
+        return 0
+
     @abstractmethod
-    def _new_lines(self, n_lines: int) -> Lines:
+    def _new_lines(self) -> Lines:
         """Memory for the cache's lines."""
 
     # --- the cache --------------------------------------------------------------------------------------------
 
     def _make_room(self, n_new: int) -> None:
-        """Room for the index of new rows, out of the cache where the budget is one for both.
-
-        The cache begins anew then; as the room grows by a factor, that is now and then.
-        """
+        """Room for the index of new rows, out of the cache where the budget is one for both."""
         n_rows = len(self._home) + n_new
-        if n_rows > self._room or self._room == 0:
-            room = max(64, int(n_rows * GROWTH))
+        if n_rows > self._room:
+            room = max(self._first_room(), int(n_rows * GROWTH))
             try:
-                n_lines = self._capacity(room)
-            except HbkitError:
-                room = n_rows
-                n_lines = self._capacity(room)
-            if self._room == 0 or n_lines < self._cache.n_lines:
-                self._resize(n_lines)
-            self._room = room
+                self._limit = self._capacity(room)
+            except BudgetExceeded:
+                room, self._limit = n_rows, self._capacity(n_rows)
+            if self._limit >= self._cache.n_lines or self._shrink(self._limit):
+                self._room = room
 
-    def _resize(self, n_lines: int) -> None:
-        """Begin with an empty cache of `n_lines`."""
-        if self._room:
-            self._write_back(np.flatnonzero(self._cache.dirty))
-            self._lost(self._cache.find(self._cache.keys()), AWAY)
-            self._arrived.notify_all()
-            del self._cache, self._lines  # let go of the old memory first
-        self._cache = Cache(n_lines, self._policy)
-        self._arriving = np.zeros(self._cache.n_lines, np.bool_)
-        self._lines = self._new_lines(self._cache.n_lines)
-        self._metadata = Metadata(self.layout.metadata)
-        self._metadata.reserve(self._cache.n_lines)
-        self._version += 1
+    def _shrink(self, n_lines: int) -> bool:
+        """Have fewer lines; whether that was possible, which it is not while some are arriving."""
+        if self._arriving.any():
+            return False
+        cache = self._cache
+        over = len(cache) - n_lines
+        if over > 0:
+            lines = cache.victims(over)
+            if len(lines) < over:
+                pinned = np.setdiff1d(cache.find(cache.keys()), lines)[: over - len(lines)]
+                self._lost(pinned, AWAY)
+                lines = np.concatenate([lines, pinned])
+            self._evict(lines)
+        used = cache.find(cache.keys())
+        for part in _parts(np.count_nonzero(used >= n_lines), self._scratch_lines):
+            self._move(used[used >= n_lines][part])
+        cache.resize(n_lines)
+        self._lines.shrink(n_lines)
+        self._metadata.shrink(n_lines)
+        self._arriving = self._arriving[:n_lines].copy()
+        return True
+
+    def _move(self, lines: Int64s) -> None:
+        """Give the keys of lines others, the lowest that are free."""
+        cache, moved = self._cache, np.arange(self._cache.n_lines)
+        keys, packed, metadata = cache.key[lines], self._lines.pack(lines), self._metadata.get(lines)
+        kept = cache.dirty[lines], cache.pins[lines], cache.next_use[lines]
+        cache.remove(lines)
+        to = moved[lines] = cache.insert(keys)
+        self._lines.unpack(to, packed)
+        self._metadata.put(to, *metadata)
+        cache.dirty[to], cache.pins[to], cache.next_use[to] = kept
+        living = list(self._leases)
+        self._unpin_abandoned()
+        for lease in living:
+            near = _near(lease.slots)
+            lease.slots[near] = moved[lease.slots[near]]
 
     def _lost(self, lines: Int64s, slot: int) -> None:
         """Lines are taken from their keys: the leases that hold them have `slot` there."""
@@ -280,13 +312,24 @@ class TieredStore(ABC):
         """Make room for `n` lines; how many there is room for."""
         cache = self._cache
         self._unpin_abandoned()
-        short = n - (cache.n_lines - len(cache))
+        short = len(cache) + n - cache.n_lines
+        if short > 0 and cache.n_lines < self._limit:
+            self._grow(min(self._limit, max(2 * cache.n_lines, cache.n_lines + short)))
+            short = len(cache) + n - cache.n_lines
         if short > 0:
-            lines = cache.victims(short)
-            self._write_back(lines[cache.dirty[lines]])
-            cache.remove(lines)
-            self._n_evictions += len(lines)
+            self._evict(cache.victims(short))
         return min(n, cache.n_lines - len(cache))
+
+    def _grow(self, n_lines: int) -> None:
+        """Have more lines: a cache takes the memory that it uses."""
+        self._cache.resize(n_lines)
+        self._metadata.reserve(n_lines)
+        self._arriving = np.concatenate([self._arriving, np.zeros(n_lines - len(self._arriving), np.bool_)])
+
+    def _evict(self, lines: Int64s) -> None:
+        self._write_back(lines[self._cache.dirty[lines]])
+        self._cache.remove(lines)
+        self._n_evictions += len(lines)
 
     def _insert(self, keys: Int64s) -> Int64s:
         """Pinned lines for keys that have none, for which there is room."""
@@ -330,16 +373,15 @@ class TieredStore(ABC):
                 got = self._home.read(keys)
             finally:
                 self._lock.acquire()
-                if cache is self._cache:  # else the lines are gone
-                    self._arriving[lines] = False
-                    cache.pins[lines] -= 1
-                    self._arrived.notify_all()
-                    if got is None:
-                        self._lost(lines, AWAY)
-                        cache.remove(lines)
-                    else:
-                        self._lines.unpack(lines, got[0])
-                        self._metadata.put(lines, *(np.ascontiguousarray(column, np.int64) for column in got[1:]))
+                self._arriving[lines] = False
+                cache.pins[lines] -= 1
+                self._arrived.notify_all()
+                if got is None:
+                    self._lost(lines, AWAY)
+                    cache.remove(lines)
+                else:
+                    self._lines.unpack(lines, got[0])
+                    self._metadata.put(lines, *(np.ascontiguousarray(column, np.int64) for column in got[1:]))
         return brought
 
     # --- Store ------------------------------------------------------------------------------------------------
@@ -705,7 +747,7 @@ class TieredStore(ABC):
                 "metadata_nbytes": 0,
                 "cache_nbytes": self._metadata.nbytes + self._cache.nbytes + self._arriving.nbytes,
                 "window_nbytes": self._window.nbytes,
-                "cache_lines": self._cache.n_lines,
+                "cache_lines": self._limit,
                 "hits": self._n_hits,
                 "misses": self._n_misses,
                 "hit_rate": self._n_hits / asked if asked else 0.0,

@@ -126,7 +126,7 @@ class DictStore(TieredStore):
     def _capacity(self, n_rows):
         return max(1, self.n_most - n_rows // 50)  # the index takes its share
 
-    def _new_lines(self, n_lines):
+    def _new_lines(self):
         return Slabs(self.layout.width, 256, dim=self.layout.dim, row_dtype=self.layout.dtype)
 
 
