@@ -113,7 +113,6 @@ class Log:
         self._metadata: dict[int, npt.NDArray[np.uint32]] | None = {} if metadata else None
         self._handles: dict[int, int] = {}
         self._unsynced: set[int] = set()
-        self._new_names = False
         self._needed = {file for _, file, _ in committed}
         self._lost: StorageError | None = None
         self._next = next_file
@@ -310,7 +309,6 @@ class Log:
         if self._metadata is not None:
             self._metadata[place] = self._no_metadata(target)
         self._next += 1
-        self._new_names = True
         self._active, self._first = place, 0
         return place
 
@@ -345,15 +343,11 @@ class Log:
             )
 
     def sync(self) -> None:
-        """Make all records durable, and the names of their files."""
+        """Make all records durable."""
         for place in sorted(self._unsynced):
             self._sync(place)
         if self._lost is not None:
             raise self._lost
-        if self._new_names:
-            with named("sync the directory", self._directory):
-                self.disk.sync_directory(self._directory)
-            self._new_names = False
 
     def _sync(self, place: int) -> None:
         """Make a segment durable. What fails once is lost: asking again would not tell what is on the disk."""

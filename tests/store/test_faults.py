@@ -252,3 +252,35 @@ def test_faults_rows_that_could_not_be_synced_are_never_committed():
     home = opened(disk)
     assert state(home) == want
     home.close()
+
+
+def test_faults_in_the_last_sync_of_a_commit_keep_both():
+    """Whether the manifest's new name is durable is not known then: what either commit needs must stay."""
+    for seed in range(20):
+        disk = MemoryDisk()
+        home, states = opened(disk), []
+        for i in range(10):
+            act(home, i)
+        home.commit()
+        states.append(state(home))
+        for i in range(10, 20):
+            act(home, i)
+        states.append(state(home))
+        syncs = [0]
+
+        def fault(call, name, syncs=syncs):
+            syncs[0] += name == "sync_directory"
+            if name == "sync_directory" and syncs[0] == 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        disk.fault = fault
+        with pytest.raises(errors.StorageError, match="sync the directory"):
+            home.commit()
+        for i in range(20, 40):
+            act(home, i)
+        home.close()
+        disk.lose_power(seeded(seed))
+        home = opened(disk)
+        home.verify()
+        assert state(home) in states
+        home.close()

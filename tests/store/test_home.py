@@ -94,16 +94,20 @@ ACTS = ("write", "write", "write", "add", "erase", "commit", "reopen")
     line=st.sampled_from([(1, 0), (4, 4), (300, 300)]),
     metadata=st.booleans(),
     tail=st.sampled_from([1, 2**40]),
+    space=st.sampled_from([1.0, 1.8]),
 )
-def test_home_is_a_dictionary(tmp_path_factory, seed, acts, n, line, metadata, tail):
+def test_home_is_a_dictionary(tmp_path_factory, seed, acts, n, line, metadata, tail, space):
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(module, "LEAST_TAIL_NBYTES", tail)
         m.setattr(module, "TAIL", 0)
         m.setattr(module, "PART_ROWS", 50)
+        m.setattr(module, "SPACE", space)
+        m.setattr(module, "SWEEP", 40)
+        m.setattr(module, "STEP_NBYTES", 4096)
         m.setattr(log, "SPARE_NBYTES", 0)
         path = tmp_path_factory.mktemp("home")
-        twin = Twin(path, layout(*line, metadata=metadata), buffer_nbytes=16_384, segment_nbytes=40_000)
+        twin = Twin(path, layout(*line, metadata=metadata), buffer_nbytes=8192, segment_nbytes=16_384)
         for act in acts:
             keys = rng.integers(-n, n, n)
             if act in ("commit", "reopen"):
@@ -257,6 +261,24 @@ def test_home_space_and_writes_stay_bounded(tmp_path):
     assert on_disk == end["disk_nbytes"]
     home.verify()
     home.close()
+
+
+def test_home_erased_rows_leave_nothing_once_a_checkpoint_knows(tmp_path, monkeypatch):
+    twin = Twin(tmp_path, layout(), buffer_nbytes=8192)
+    twin.write(np.arange(3000), np.random.default_rng(0))
+    twin.commit()
+    twin.erase(np.arange(3000))
+    twin.commit()
+    assert twin.home.stats()["disk_nbytes"] > 0  # the tail tells that they are gone
+    twin.reopen()
+    twin.check()
+    monkeypatch.setattr(module, "LEAST_TAIL_NBYTES", 0)
+    twin.commit()
+    twin.commit()
+    assert twin.home.stats()["disk_nbytes"] <= 8192
+    twin.reopen()
+    twin.check()
+    twin.home.close()
 
 
 def test_home_commit_costs_what_changed(tmp_path, monkeypatch):
