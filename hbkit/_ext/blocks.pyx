@@ -8,7 +8,7 @@ block's place in it: a block that lies in another place, file or table than it w
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 import numpy as np
 

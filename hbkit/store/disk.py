@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from hbkit._ext import disk as ext
 from hbkit._ext.pool import shared
-from hbkit.errors import StorageError
+from hbkit.errors import HbkitError, StorageError
 from hbkit.store.base import Int64s
 
 PAGE_NBYTES = 4096  # what O_DIRECT asks offsets, lengths and memory to be multiples of
@@ -32,6 +34,17 @@ class EndOfFile(OSError):
 def aligned(nbytes: int) -> Bytes:
     """Memory as O_DIRECT wants it, undefined: uint8[nbytes]."""
     return np.frombuffer(shared.take(nbytes, align=PAGE_NBYTES), np.uint8)
+
+
+@contextmanager
+def named(what: str, path: Path) -> Iterator[None]:
+    """What the operating system refuses within is an error that says what was being done to which file."""
+    try:
+        yield
+    except HbkitError:  # some are OSErrors too
+        raise
+    except OSError as e:
+        raise storage_error(e, what, path) from e
 
 
 def storage_error(error: OSError, what: str, path: Path) -> StorageError:
@@ -108,7 +121,7 @@ class Disk:
 
     def write(self, handle: int, data: Bytes, offset: int) -> None:
         """Write all of uint8[n] at `offset`."""
-        view = memoryview(data)
+        view = data.data
         while len(view):
             n = os.pwrite(handle, view, offset)
             view, offset = view[n:], offset + n

@@ -34,9 +34,9 @@ import numpy.typing as npt
 from hbkit._ext.blocks import Blocks
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.places import Places
-from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, StorageError, Unsupported
+from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
-from hbkit.store.disk import Bytes, Disk, EndOfFile, storage_error
+from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
 from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s
 
 FORMAT = "hbkit-ssd"
@@ -113,14 +113,13 @@ class Home:
         self._victim: tuple[int, int, int] | None = None  # place, file, next block
         self._tail_nbytes = 0  # written to the log at the last checkpoint, less what the tail had at the opening
         self._n_compacted = 0
-        try:
+        with named("open the table's directory", directory):
             self._disk.make_directory(directory)
-            lock = self._disk.lock(directory / "LOCK")
-        except BlockingIOError:
-            remedy = "close it there, or give another path"
-            raise Locked("another store has the table open", file=directory / "LOCK", remedy=remedy) from None
-        except OSError as e:
-            raise storage_error(e, "open the table's directory", directory) from e
+            try:
+                lock = self._disk.lock(directory / "LOCK")
+            except BlockingIOError:
+                remedy = "close it there, or give another path"
+                raise Locked("another store has the table open", file=directory / "LOCK", remedy=remedy) from None
         self._unlock = weakref.finalize(self, self._disk.close, lock)
         try:
             self._open(buffer_nbytes, segment_nbytes, disk_budget)
@@ -249,7 +248,9 @@ class Home:
     def _clean(self) -> None:
         """Delete what an earlier or unfinished commit left, segments apart."""
         keep = {self._kept_entry["file"], self._checkpoint["file"] if self._checkpoint else None}
-        for name in self._disk.list(self._directory):
+        with named("list the directory", self._directory):
+            names = self._disk.list(self._directory)
+        for name in names:
             if _OTHERS.fullmatch(name) and name not in keep:
                 try:
                     self._disk.unlink(self._directory / name)
@@ -259,10 +260,8 @@ class Home:
     # --- files beside the segments ----------------------------------------------------------------------------
 
     def _size(self, name: str) -> int:
-        try:
+        with named("read", self._directory / name):
             return self._disk.size(self._directory / name)
-        except OSError as e:
-            raise storage_error(e, "read", self._directory / name) from e
 
     def _read_file(self, name: str, offset: int, nbytes: int, handle: int | None = None) -> Bytes:
         """Bytes of a file, of which there must be so many."""
@@ -286,7 +285,7 @@ class Home:
     def _write_file(self, name: str, pieces: Iterator[bytes | Bytes]) -> int:
         """Write a file and sync it; its length."""
         path, offset = self._directory / name, 0
-        try:
+        with named("write", path):
             handle = self._disk.open(path, create=True)
             try:
                 for piece in pieces:
@@ -296,10 +295,6 @@ class Home:
                 self._disk.sync(handle)
             finally:
                 self._disk.close(handle)
-        except OSError as e:
-            if isinstance(e, StorageError):
-                raise
-            raise storage_error(e, "write", path) from e
         self._written_nbytes += offset
         return offset
 
@@ -333,7 +328,8 @@ class Home:
         place_of = np.array([place for place, _ in c["places"]], np.int64)
         gone = place_of[moved] if len(place_of) else place_of
         n_gone, offset, row = 0, 0, 20 if c["metadata"] else 12
-        handle = self._disk.open(self._directory / name)
+        with named("read", self._directory / name):
+            handle = self._disk.open(self._directory / name)
         try:
             while offset < size:
                 n = int(self._read_file(name, offset, 8, handle).view(np.int64)[0]) if size - offset >= 16 else -1
@@ -505,17 +501,19 @@ class Home:
         return lines, freq, last_step
 
     def _read(self, keys: Int64s, freq: UInt32s, last_step: UInt32s, lines: Bytes) -> None:
-        with self._lock:
-            self._use()
-            at = self._places.find(keys)
-            if ((at < 0) | (at == ADDED)).any():
-                raise InvalidArgument("a key has no line here", table=self.layout.table, remedy="see `written`")
-            held = self._log.hold(at, keys, freq, last_step, lines)
-        try:
-            self._log.fetch(held, keys, freq, last_step, lines)
-        finally:
+        left = np.arange(len(keys))
+        while len(left):
             with self._lock:
-                self._log.release(held)
+                self._use()
+                at = self._places.find(keys[left])
+                if ((at < 0) | (at == ADDED)).any():
+                    raise InvalidArgument("a key has no line here", table=self.layout.table, remedy="see `written`")
+                held, left = self._log.hold(at, left, keys, freq, last_step, lines)
+            try:
+                self._log.fetch(held, keys, freq, last_step, lines)
+            finally:
+                with self._lock:
+                    self._log.release(held)
 
     def metadata(self, keys: Int64s) -> tuple[UInt32s, UInt32s]:
         """Frequency and last step of rows, from memory where they are held there, else from disk; 0 where there is no
@@ -671,19 +669,13 @@ class Home:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         body = json.dumps(manifest).encode()
         new, path = self._directory / (MANIFEST + ".new"), self._directory / MANIFEST
-        try:
+        with named("sync the directory", self._directory):
             self._disk.sync_directory(self._directory)  # the files it lists have names before it has one
-        except OSError as e:
-            raise storage_error(e, "sync the directory", self._directory) from e
         self._write_file(new.name, iter([body + b"\n" + _check(body).encode() + b"\n"]))
-        try:
+        with named("rename the manifest", path):
             self._disk.rename(new, path)
-        except OSError as e:
-            raise storage_error(e, "rename the manifest", path) from e
-        try:
+        with named("sync the directory", self._directory):
             self._disk.sync_directory(self._directory)
-        except OSError as e:
-            raise storage_error(e, "sync the directory", self._directory) from e
 
     # --- the rest ---------------------------------------------------------------------------------------------
 

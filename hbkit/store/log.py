@@ -26,7 +26,7 @@ import numpy.typing as npt
 from hbkit._ext.blocks import Blocks
 from hbkit.errors import Corrupt, StorageError
 from hbkit.store.base import Int64s
-from hbkit.store.disk import Bytes, Disk, EndOfFile, aligned, storage_error
+from hbkit.store.disk import Bytes, Disk, EndOfFile, aligned, named, storage_error
 
 SEGMENT_NBYTES = 256 * 2**20  # at the most
 SLOTS = 2**20  # records of a segment at the most, so that there are addresses for 4,095 segments
@@ -44,7 +44,7 @@ _NAME = re.compile(r"segment-(\d{8,})\.hbs")
 class Held(NamedTuple):
     """Records that are about to be read; their segments stay until `Log.release`."""
 
-    index: Int64s  # which of the batch, in the order of their addresses
+    which: Int64s  # of the batch, in the order of their addresses
     slots: Int64s
     places: Int64s
     pinned: Int64s
@@ -113,7 +113,6 @@ class Log:
         self._metadata: dict[int, npt.NDArray[np.uint32]] | None = {} if metadata else None
         self._handles: dict[int, int] = {}
         self._unsynced: set[int] = set()
-        self._new_names = False
         self._needed = {file for _, file, _ in committed}
         self._lost: StorageError | None = None
         self._next = next_file
@@ -124,7 +123,8 @@ class Log:
         self.voids: list[tuple[int, int, int]] = []  # file, first and last slot: records of writes that failed
         self.read_nbytes = self.written_nbytes = self.n_reads = self.n_waiting = 0
         for place, file, n_blocks in committed:
-            size = disk.size(self.path(file))
+            with named("find a segment", self.path(file)):
+                size = disk.size(self.path(file))
             if size < n_blocks * self._block_nbytes:
                 raise Corrupt(
                     f"a committed segment has {size} of {n_blocks * self._block_nbytes} bytes"
@@ -144,12 +144,12 @@ class Log:
 
     def clear(self) -> None:
         """Delete the segments that no commit lists."""
-        for name in self.disk.list(self._directory):
+        with named("list the directory", self._directory):
+            names = self.disk.list(self._directory)
+        for name in names:
             if (found := _NAME.fullmatch(name)) and int(found[1]) not in self._needed:
-                try:
+                with named("delete a segment that was never committed", self._directory / name):
                     self.disk.unlink(self._directory / name)
-                except OSError as e:
-                    raise storage_error(e, "delete a segment that was never committed", self._directory / name) from e
 
     # --- what is there ----------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Log:
         """Place, file and blocks of each segment that is needed, in the order in which they were written."""
         places = np.flatnonzero((self._live + self._tombs > 0) & (self._n_blocks > 0))
         places = places[np.argsort(self._file[places])]
-        return list(zip(*(a[places].tolist() for a in (np.arange(len(self._file)), self._file, self._n_blocks))))
+        return list(zip(places.tolist(), self._file[places].tolist(), self._n_blocks[places].tolist(), strict=True))
 
     def end(self) -> tuple[int, int]:
         """File and block that are written next."""
@@ -226,10 +226,8 @@ class Log:
         if last < 0 or self._file[last] != self._next - 1 or self._n_blocks[last] >= self._want_blocks():
             return
         path = self.path(int(self._file[last]))
-        try:
+        with named("cut off a segment", path):
             self.disk.truncate(self._handle(last), int(self._n_blocks[last]) * self._block_nbytes)
-        except OSError as e:
-            raise storage_error(e, "cut off a segment", path) from e
         self._target[last] = self._want_blocks()
         self._active, self._first = last, int(self._n_blocks[last])
         if self._metadata is not None:
@@ -301,10 +299,8 @@ class Log:
         if (place + 1) * self.slots > N_ADDRESSES:
             raise StorageError("the table has no addresses left", file=path, remedy="split the table in two")
         self._close_some()
-        try:
+        with named("create a segment", path):
             handle = self.disk.open(path, create=True, direct=True)
-        except OSError as e:
-            raise storage_error(e, "create a segment", path) from e
         if place == len(self._file):
             for name in ("_file", "_n_blocks", "_target", "_live", "_tombs", "_pins"):
                 setattr(self, name, np.append(getattr(self, name), 0))
@@ -313,7 +309,6 @@ class Log:
         if self._metadata is not None:
             self._metadata[place] = self._no_metadata(target)
         self._next += 1
-        self._new_names = True
         self._active, self._first = place, 0
         return place
 
@@ -326,10 +321,8 @@ class Log:
         self._look_ahead(len(data), file)
         self._blocks.seal(data, n_blocks, file, self._first)
         self._unsynced.add(self._active)
-        try:
+        with named("write rows", self.path(file)):
             self.disk.write(self._handle(self._active), data, self._first * self._block_nbytes)
-        except OSError as e:
-            raise storage_error(e, "write rows", self.path(file)) from e
         self.written_nbytes += len(data)
         data[:] = 0
         self._first, self._filled = self._first + n_blocks, 0
@@ -342,27 +335,19 @@ class Log:
                 file=self.path(file),
                 remedy=f"evict rows, or give a disk_budget of more than {self._budget} bytes",
             )
-        try:
+        with named("ask for the free space", self._directory):
             free = self.disk.free(self._directory)
-        except OSError as e:
-            raise storage_error(e, "ask for the free space", self._directory) from e
         if free < nbytes + SPARE_NBYTES:
             raise StorageError(
                 f"cannot write rows: {free} bytes are left on the disk", file=self.path(file), remedy="free some space"
             )
 
     def sync(self) -> None:
-        """Make all records durable, and the names of their files."""
+        """Make all records durable."""
         for place in sorted(self._unsynced):
             self._sync(place)
         if self._lost is not None:
             raise self._lost
-        if self._new_names:
-            try:
-                self.disk.sync_directory(self._directory)
-            except OSError as e:
-                raise storage_error(e, "sync the directory", self._directory) from e
-            self._new_names = False
 
     def _sync(self, place: int) -> None:
         """Make a segment durable. What fails once is lost: asking again would not tell what is on the disk."""
@@ -445,22 +430,41 @@ class Log:
         except OSError as e:
             raise storage_error(e, "open a segment", path) from e
 
-    def hold(self, addresses: Int64s, keys: Int64s, freq: UInt32s, last_step: UInt32s, lines: Bytes) -> Held:
-        """Copy what is in the buffer; see that the rest stays until it is read."""
+    def hold(
+        self, addresses: Int64s, which: Int64s, keys: Int64s, freq: UInt32s, last_step: UInt32s, lines: Bytes
+    ) -> tuple[Held, Int64s]:
+        """Copy what is in the buffer; see that the rest stays until it is read.
+
+        Parameters
+        ----------
+        addresses, which : int64[m]
+            Records, and where they belong in the batch.
+        keys, freq, last_step, lines
+            The batch.
+
+        Returns
+        -------
+        held : Held
+        left : int64[k]
+            Those of `which` that lie in too many other segments to have all of them open.
+        """
         place, slots = np.divmod(addresses, self.slots)
         first = self._first * self._per_block
         near = (place == (-1 if self._active is None else self._active)) & (slots >= first)
-        index = np.flatnonzero(near)
+        index = which[near]
         if len(index):
             nowhere = np.zeros(len(index), np.int64)
             bad = self._blocks.take(
-                self._buffer, slots[index] - first, nowhere, nowhere, keys, index, freq, last_step, lines, False
+                self._buffer, slots[near] - first, nowhere, nowhere, keys, index, freq, last_step, lines, False
             )
             assert bad < 0, "a record in the buffer is another's"
-        index = np.flatnonzero(~near)
-        index = index[np.argsort(addresses[index])]
-        slots, place = slots[index], place[index]
-        pinned = np.flatnonzero(np.bincount(place))
+        far = np.flatnonzero(~near)
+        far = far[np.argsort(addresses[far])]
+        pinned = np.flatnonzero(np.bincount(place[far]))
+        left = which[:0]
+        if len(pinned) > OPEN_FILES // 4:
+            n = int(np.searchsorted(place[far], pinned[OPEN_FILES // 4]))
+            far, left, pinned = far[:n], which[far[n:]], pinned[: OPEN_FILES // 4]
         handles = np.zeros(len(self._file), np.int32)
         self._pins[pinned] += 1
         try:
@@ -469,7 +473,7 @@ class Log:
         except BaseException:
             self._pins[pinned] -= 1
             raise
-        return Held(index, slots, place, pinned, self._file.copy(), handles)
+        return Held(which[far], slots[far], place[far], pinned, self._file.copy(), handles), left
 
     def release(self, held: Held) -> None:
         """The records were read."""
@@ -489,7 +493,7 @@ class Log:
         StorageError
             The disk failed.
         """
-        n = len(held.index)
+        n = len(held.which)
         if not n:
             return
         size, block = self._block_nbytes, held.slots // self._per_block
@@ -509,7 +513,7 @@ class Log:
             shift = after[runs] - n_blocks[runs] - (after[a] - n_blocks[a]) - block[begins[runs]]
             at = held.slots[some] + np.repeat(shift, ends[runs] - begins[runs]) * self._per_block
             files = held.files[held.places[some]]
-            bad = self._blocks.take(out, at, files, block[some], keys, held.index[some], freq, last_step, lines)
+            bad = self._blocks.take(out, at, files, block[some], keys, held.which[some], freq, last_step, lines)
             if bad >= 0:
                 raise self._corrupt(int(files[bad]), int(block[some][bad]) * size, "a row does not match its checksum")
 
@@ -540,7 +544,7 @@ class Log:
         bad, *found = self._blocks.parse(out, n_blocks, file, first)
         if bad >= 0:
             raise self._corrupt(file, (first + bad) * size, "rows do not match their checksum")
-        return Records(*found, out)
+        return Records(found[0], found[1], found[2], found[3], found[4], out)
 
     def lines_of(self, records: Records, some: Int64s) -> Bytes:
         """Lines of some of the records: uint8[n, line_nbytes]."""
