@@ -141,12 +141,12 @@ class Below:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
         self._unwritten = Index()
         self._lock = threading.Lock()  # lines come and go as two calls below
 
     def __len__(self) -> int:
-        return len(self._store) + len(self._unwritten)
+        return len(self.store) + len(self._unwritten)
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +155,7 @@ class Below:
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is a row of each key: bool[n]."""
-        return self._store.has(keys) | (self._unwritten.find(keys) >= 0)
+        return self.store.has(keys) | (self._unwritten.find(keys) >= 0)
 
     def add(self, keys: Int64s) -> None:
         """Distinct new rows, whose lines come later."""
@@ -164,34 +164,34 @@ class Below:
     def erase(self, keys: Int64s) -> int:
         """Forget rows; how many there were."""
         with self._lock:
-            return int(np.count_nonzero(self._unwritten.erase(keys) >= 0)) + self._store.erase(keys)
+            return int(np.count_nonzero(self._unwritten.erase(keys) >= 0)) + self.store.erase(keys)
 
     def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
         """Lines, frequencies and last steps of rows that were written."""
-        lines = np.empty((len(keys), self._store.layout.width), np.float32)
+        lines = np.empty((len(keys), self.store.layout.width), np.float32)
         with self._lock:
-            lease = self._store.reserve(keys, np.zeros(len(keys), np.int64))
+            lease = self.store.reserve(keys, np.zeros(len(keys), np.int64))
             try:
-                self._store.gather(lease, lines)
+                self.store.gather(lease, lines)
             finally:
-                self._store.release(lease)
+                self.store.release(lease)
             freq, last_step = self.metadata(keys)
         return lines.view(np.uint8), freq, last_step
 
     def write(self, keys: Int64s, lines: Bytes, freq: Int64s, last_step: Int64s) -> None:
         """Lines of distinct rows, new or in place of what there was."""
-        dim, values = self._store.layout.dim, lines.view(np.float32)
+        dim, values = self.store.layout.dim, lines.view(np.float32)
         with self._lock:
-            self._store.put(Chunk(keys, freq, last_step, values[:, :dim], values[:, dim:]))
+            self.store.put(Chunk(keys, freq, last_step, values[:, :dim], values[:, dim:]))
             self._unwritten.erase(keys)
 
     def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
         """Frequencies and last steps of rows that were written."""
-        return self._store.metadata(keys)
+        return self.store.metadata(keys)
 
     def keys(self, part: Part) -> Int64s:
         """Keys of a part, in the order of their mix."""
-        keys = [chunk.key for chunk in self._store.part(part, rows=False)]
+        keys = [chunk.key for chunk in self.store.part(part, rows=False)]
         both = np.concatenate([*keys, part.of(self._unwritten)])
         in_order: Int64s = both[np.argsort(mixed(both))]
         return in_order
@@ -202,19 +202,19 @@ class Below:
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]], latest_step: int) -> str:
         """Commit the store below."""
-        return self._store.commit(keep)
+        return self.store.commit(keep)
 
     def kept(self) -> dict[str, npt.NDArray[Any]]:
         """See `Store.kept`."""
-        return self._store.kept()
+        return self.store.kept()
 
     def latest_step(self) -> int:
         """See `Store.latest_step`."""
-        return self._store.latest_step()
+        return self.store.latest_step()
 
     def stats(self) -> dict[str, Any]:
         """Those of the store below."""
-        return {"below": self._store.stats()}
+        return {"below": self.store.stats()}
 
     def validate(self) -> None:
         """Recount everything; AssertionError where it contradicts itself."""
@@ -222,4 +222,4 @@ class Below:
 
     def close(self) -> None:
         """Close the store below. Idempotent."""
-        self._store.close()
+        self.store.close()

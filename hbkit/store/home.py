@@ -743,6 +743,7 @@ class Home:
             self._closed = True
             if hasattr(self, "_log"):
                 self._log.close()
+            self._disk.rest()
             self._unlock()
 
 

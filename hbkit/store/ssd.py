@@ -136,12 +136,13 @@ class SsdStore(TieredStore):
         rows = int(per_row * n_rows)
         n_lines = (self._budget - self._fixed_nbytes - rows) // self._line_nbytes
         if n_lines < 1:
-            least = rows + LEAST_LINES * self._line_nbytes
-            fixed = max(home.buffers_nbytes, 3 * BUFFER_NBYTES) + SCRATCH_NBYTES
+            least = rows + LEAST_LINES * self._line_nbytes + FEW_NBYTES
+            # The buffers grow with the budget, up to a size.
+            least = min(least + 3 * BUFFER_NBYTES + SCRATCH_NBYTES, least * 16 // 11 + home.buffers_nbytes)
             raise BudgetExceeded(
                 f"host_budget of {self._budget} bytes has no room for a cache beside an index of {n_rows} rows",
                 table=self.layout.table,
-                remedy=f"give at least {min(least + fixed, least * 16 // 11 + home.buffers_nbytes)} bytes",
+                remedy=f"give at least {least} bytes",
             )
         return n_lines if self._cache_lines is None else min(n_lines, self._cache_lines)
 

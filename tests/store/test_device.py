@@ -68,7 +68,7 @@ def test_device_equals_host(optimizer):
     assert s["evictions"] + s["streamed_rows"] > 0 and s["lines_nbytes"] <= 500
     assert contents(ours.store) == want
     ours.commit()
-    assert contents(ours.store._below) == want  # rows, states and metadata all came down
+    assert contents(ours.store._home.store) == want  # rows, states and metadata all came down
     ours.store.close()
 
 
