@@ -237,6 +237,9 @@ class Table:
         ------
         InvalidArgument
             `grads` has another shape than [n, dim], or holds NaN or infinities and the table's policy is to raise.
+        MemoryError
+            Nothing was updated. But if it comes from the sweep of `evict_every`, the update is done and counted in
+            `step`, and that part of the keys waits for its next turn.
         """
         g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
@@ -267,6 +270,10 @@ class Table:
             As of which step; the table's own when left out.
         part : (i, n)
             Look only at the i-th of n equal parts of all keys, 0 <= i < n.
+
+        Notes
+        -----
+        Rows go in chunks of at most 65,536, each whole or not at all: where this raises, later chunks are still there.
         """
         at, n = self.step if step is None else step, 0
         if not 0 <= part[0] < part[1]:
@@ -282,8 +289,9 @@ class Table:
                 if gone.any():
                     if self.on_evict is not None:
                         self.on_evict(Chunk._make(column[gone] for column in chunk))
-                    n += self.store.erase(chunk.key[gone])
-        self._n_evicted += n
+                    went = self.store.erase(chunk.key[gone])
+                    self._n_evicted += went
+                    n += went
         return n
 
     def commit(self) -> str:
@@ -400,20 +408,31 @@ class Request:
         padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
         self._lease = table.store.reserve(unique, counts, padding)
         self._open = True
+        self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
 
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""
         if train:
-            self.table.store.create(self._use(), step, self.table.admission)
+            lease = self._use()
+            if self.table._default is not None:  # first: to read what was made must need no memory
+                self._room = self._make_room()
+            self.table.store.create(lease, step, self.table.admission)
+
+    def _make_room(self) -> tuple[Float32s, Float32s, npt.NDArray[np.bool_]]:
+        """For rows of the distinct keys; what each reads where it has none; and for which have none."""
+        keys, table = self._lease.keys, self.table
+        default = np.zeros((1, table.dim), np.float32) if table._default is None else table._default(keys)
+        return retained((len(keys), table.dim)), default, np.empty((len(keys), 1), np.bool_)
 
     def rows(self) -> Float32s:
         """Rows of the distinct keys: float32[u, dim]."""
-        lease, table = self._use(), self.table
-        out: Float32s = retained((len(lease.keys), table.dim))
-        table.store.gather(lease, out)
-        if table._default is not None:
-            absent = _ext.absent(lease.slots, lease.padding)
-            out[absent] = table._default(lease.keys[absent])
+        lease = self._use()
+        out, default, absent = self._room or self._make_room()
+        self.table.store.gather(lease, out)
+        np.less(lease.slots[:, None], _ZERO, out=absent)
+        if lease.padding >= 0:
+            absent[lease.padding] = False
+        np.copyto(out, default, where=absent)
         return out
 
     def take(self, index: Int64s, out: Float32s) -> None:
@@ -482,4 +501,4 @@ def nonfinite_gradient(of: str, **place: object) -> InvalidArgument:
     )
 
 
-_NONE = np.zeros(0, np.int64)
+_NONE, _ZERO = np.zeros(0, np.int64), np.zeros((), np.int64)
