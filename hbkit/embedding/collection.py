@@ -125,7 +125,7 @@ class Collection:
     def lookup(
         self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
     ) -> dict[str, Float32s | SequenceOutput]:
-        """Outputs of a batch, read only: absent keys read zeros and nothing changes."""
+        """Outputs of a batch, read only: absent keys read their table's default and nothing changes."""
         staged = self.stage(batch, train=False, weights=weights)
         try:
             return staged.outputs()

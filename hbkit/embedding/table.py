@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.embedding.admission import Admission
 from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
-from hbkit.embedding.initializers import Initializer, Normal, stream
+from hbkit.embedding.initializers import Default, Initializer, Normal, default_rows, stream
 from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
@@ -132,7 +132,8 @@ class Table:
         self.eviction = tuple(eviction)
         self.padding_key = padding_key
         self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
-        self._default = _default(default, name, self.dim)
+        self.default = _checked(default, name, self.dim)
+        self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
         self._n_evicted = 0
@@ -324,20 +325,17 @@ class Table:
         return f"Table({self.name!r}, dim={self.dim}, rows={len(self)})"
 
 
-Default: TypeAlias = Callable[[Int64s], Float32s]
-
-
-def _default(default: float | npt.ArrayLike | Initializer, table: str, dim: int) -> Default | None:
+def _checked(default: float | npt.ArrayLike | Initializer, table: str, dim: int) -> Default | None:
     """What keys without a row read, None for zeros."""
     if isinstance(default, Initializer):
-        return partial(default, table, dim=dim)
+        return default
     row = np.asarray(default)
     if row.dtype.kind not in "iuf" or row.shape not in ((), (dim,)) or not np.isfinite(row).all():
         raise InvalidArgument(
             f"default {default!r:.80}", table=table, remedy=f"give a finite number, {dim} of them, or an Initializer"
         )
     row = np.broadcast_to(row.astype(np.float32), dim)
-    return None if not row.any() else lambda keys: np.broadcast_to(row, (len(keys), dim))
+    return row if row.any() else None
 
 
 def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
