@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -62,17 +64,23 @@ class DeviceLines:
             )
             self._device.sync()
 
-    def apply(self, rule: int, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
+    def apply(self, rule: int | Sequence[object], slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
         """One optimizer step on distinct slots; -1 is skipped. grads: float32[n, dim].
 
         Raises
         ------
         Unsupported
-            There is no kernel for this optimizer.
+            There is no kernel for this optimizer, or the row is divided into columns that have one each.
         """
         from hbkit.cuda import kernels
 
         dim = grads.shape[1]
+        if not isinstance(rule, int):
+            raise Unsupported(
+                f"no CUDA kernel for named columns, here {len(rule)}",
+                device=self._device.name,
+                remedy="give the table one optimizer and no columns, or keep it in host_memory() or cached_ssd()",
+            )
         if rule == SGD:
             kernel, n_state = (kernels.momentum, dim) if hyper[1] != 0 else (kernels.sgd, 0)
         elif rule == ADAGRAD:
