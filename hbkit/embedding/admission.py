@@ -87,7 +87,7 @@ class CountFilter:
         self._pending: Any = None  # what `keep` and `undo` need
 
     def __len__(self) -> int:
-        return len(self.state()["key"])
+        return int(np.count_nonzero(self._counts))
 
     @property
     def nbytes(self) -> int:

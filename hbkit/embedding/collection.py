@@ -200,6 +200,8 @@ class Staged:
         ------
         Closed
             This batch was read or closed before, or an earlier training batch was neither applied nor closed.
+        MemoryError
+            Each table is as it was or has counted the batch and made its rows; which, is not said. Close the batch.
         """
         c = self._collection
         if self._state != "staged":
