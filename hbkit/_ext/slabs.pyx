@@ -10,7 +10,7 @@ Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 import numpy as np
@@ -20,6 +20,7 @@ from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_ente
 from hbkit._ext.random import KINDS
 from hbkit._ext.segment import pool, retained
 
+from hbkit._ext.pool cimport allocate, fails
 from hbkit._ext.segment cimport Gradients, in_range, splits_fit
 from hbkit.errors import InvalidArgument
 
@@ -129,20 +130,20 @@ cdef class Slabs:
         cdef char **grown
         cdef void *chunk
         cdef size_t nbytes = self.line_nbytes << self.s.shift
+        cdef int64_t had = self.capacity
         while self.capacity < n_lines:
-            grown = <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
-            if grown == NULL:
-                raise MemoryError(f"no memory for {n_lines} lines")
-            self.s.chunks = grown
-            if posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
+            grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
+            self.s.chunks = self.s.chunks if grown == NULL else grown
+            if grown == NULL or fails() or posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
+                self.trim(had)
                 raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
             if nbytes >= HUGE:
                 madvise(chunk, nbytes, MADV_HUGEPAGE)
             self.s.chunks[self.n_chunks] = <char *>chunk
             self.n_chunks += 1
 
-    def shrink(self, int64_t n_lines):
-        """Let go of chunks in which no slot is below n_lines."""
+    def trim(self, int64_t n_lines):
+        """Let go of the chunks that only hold slots from n_lines on."""
         while self.n_chunks and (self.n_chunks - 1) << self.s.shift >= n_lines:
             self.n_chunks -= 1
             free(self.s.chunks[self.n_chunks])
@@ -272,8 +273,8 @@ cdef class Slabs:
                 raise InvalidArgument(f"{kind!r} in columns {column} to {column + count}",
                                       remedy=f"a row has {w} columns; initializers are {', '.join(KINDS)}")
             columns.append((KINDS[kind], column, count))
-        d = <hb_draw *>malloc((n_draws + 1) * sizeof(hb_draw))
-        lines = <float *>malloc(TILE * self.width * sizeof(float))
+        d = <hb_draw *>allocate((n_draws + 1) * sizeof(hb_draw))
+        lines = <float *>allocate(TILE * self.width * sizeof(float))
         try:
             if d == NULL or lines == NULL:
                 raise MemoryError("no memory for new lines")
@@ -379,9 +380,9 @@ cdef class Slabs:
         u.slots, u.n_parts, u.skip = &slots[0], len(slices), bad == "skip"
         u.keys = &keys[0] if keys is not None and n else NULL
         u.seed, u.step = seed, <uint32_t>(<uint64_t>step)
-        parts = <hb_part *>malloc((len(slices) + 1) * sizeof(hb_part))
-        h = <float *>malloc((len(slices) + 1) * HB_HYPER * sizeof(float))
-        u.scratch = malloc(HB_SCRATCH(dim))
+        parts = <hb_part *>allocate((len(slices) + 1) * sizeof(hb_part))
+        h = <float *>allocate((len(slices) + 1) * HB_HYPER * sizeof(float))
+        u.scratch = allocate(HB_SCRATCH(dim))
         try:
             if parts == NULL or h == NULL or u.scratch == NULL:
                 raise MemoryError("no memory for an update")

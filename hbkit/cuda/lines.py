@@ -46,7 +46,7 @@ class DeviceLines:
     def reserve(self, n_lines: int) -> None:
         """All lines are there from the beginning."""
 
-    def shrink(self, n_lines: int) -> None:
+    def trim(self, n_lines: int) -> None:
         """No memory is given back."""
 
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
@@ -85,14 +85,14 @@ class DeviceLines:
             self._device.sync()
 
     def apply(
-        self, rule: int, slots: Int64s, grads: Any, hyper: Float32s, keys: Int64s, seed: int, step: int, bad: str
+        self, rule: Any, slots: Int64s, grads: Any, hyper: Float32s, keys: Int64s, seed: int, step: int, bad: str
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`, in float32.
 
         Raises
         ------
         Unsupported
-            There is no kernel for this optimizer.
+            There is no kernel for this optimizer, or the row is divided into columns that have one each.
         """
         from hbkit.cuda import kernels
 
@@ -103,6 +103,12 @@ class DeviceLines:
             skipped = (slots >= 0) & ~np.isfinite(grads).all(axis=1)
             slots, left_out = np.where(skipped, -1, slots), int(np.count_nonzero(skipped))
         dim = grads.shape[1]
+        if not isinstance(rule, int):
+            raise Unsupported(
+                f"no CUDA kernel for named columns, here {len(rule)}",
+                device=self._device.name,
+                remedy="give the table one optimizer and no columns, or keep it in host_memory() or cached_ssd()",
+            )
         if rule == SGD:
             kernel, n_state = (kernels.momentum, dim) if hyper[1] != 0 else (kernels.sgd, 0)
         elif rule == ADAGRAD:

@@ -96,15 +96,18 @@ class Filter(Protocol):
     """Admission as a store sees it: counts of keys that have no row. See `hbkit.embedding.admission`."""
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """Add `counts` to absent, distinct `keys`; which of them have come to the named count: bool[n]."""
+        """Add `counts` to absent, distinct `keys`; which of them have come to the named count: bool[n].
+
+        `keep` or `undo` follows. Where this raises, nothing was counted.
+        """
         ...
 
-    def retract(self, keys: Int64s, counts: Int64s) -> None:
-        """Take back what `admit` has just added, since the rows could not be made."""
+    def keep(self) -> None:
+        """Those admitted have rows now: let go of their counts, where that is possible. Never fails."""
         ...
 
-    def forget(self, keys: Int64s) -> None:
-        """The keys have rows now: let go of their counts, where that is possible."""
+    def undo(self) -> None:
+        """Take back what `admit` has added, since the rows could not be made. Never fails."""
         ...
 
 
@@ -118,9 +121,9 @@ def admitted(admission: Filter | None, keys: Int64s, counts: Int64s) -> Iterator
     try:
         yield some
     except BaseException:
-        admission.retract(keys, counts)
+        admission.undo()
         raise
-    admission.forget(keys[some])
+    admission.keep()
 
 
 @dataclass

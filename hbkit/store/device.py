@@ -69,7 +69,7 @@ def device_cached(
     DeviceUnavailable
         On opening: Numba CUDA is not installed, or there is no such device or driver.
     Unsupported
-        On updating: the optimizer has no CUDA kernel.
+        On updating: the optimizer has no CUDA kernel, or the table has named columns.
 
     Examples
     --------

@@ -59,7 +59,7 @@ class Lines(Protocol):
         """Make room for slots 0..n_lines-1."""
         ...
 
-    def shrink(self, n_lines: int) -> None:
+    def trim(self, n_lines: int) -> None:
         """Let go of slots from n_lines on, as far as memory can be given back."""
         ...
 
@@ -269,8 +269,8 @@ class TieredStore(ABC):
         for part in _parts(np.count_nonzero(used >= n_lines), self._scratch_lines):
             self._move(used[used >= n_lines][part])
         cache.resize(n_lines)
-        self._lines.shrink(n_lines)
-        self._metadata.shrink(n_lines)
+        self._lines.trim(n_lines)
+        self._metadata.trim(n_lines)
         self._arriving = self._arriving[:n_lines].copy()
         return True
 
