@@ -38,7 +38,7 @@ class Table:
         Floats of a row; may be left out where `columns` say it.
     dtype : "float32", "float16" or "bfloat16"
         Type in which rows are held; lookups give float32. Updates are computed in float32 and rounded stochastically,
-        as a function of table, key, step and column; optimizer state is float32. Narrow rows lie in `host_memory` only.
+        as a function of table, key, step and column; optimizer state is float32. Not on a device yet.
     key_dtype : "int64", "uint64" or "int32"
         How keys are given and shown. There is no reserved key.
     initializer : Initializer

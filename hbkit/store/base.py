@@ -223,7 +223,7 @@ class Store(Protocol):
         ...
 
     def fetch(self, lease: Lease) -> None:
-        """Bring the lease's rows near and pin them, as far as there is room. What needs it and was not called, calls it.
+        """Bring the lease's rows near and pin them, as far as there is room; what needs that calls it.
 
         May run in another thread than the step before.
         """

@@ -41,7 +41,7 @@ from hbkit.store.cache import Cache, Window
 from hbkit.store.policy import Policy
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-UInt32s: TypeAlias = npt.NDArray[np.uint32]
+Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
 AWAY = 1 << 40  # a lease's slot for a row that is only at home
 GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
 FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
@@ -80,9 +80,16 @@ class Lines(Protocol):
         ...
 
     def apply(
-        self, rule: Any, slots: Int64s, grads: Float32s | Gradients, hyper: Float32s, keys: Int64s, seed: int, step: int,
+        self,
+        rule: Any,
+        slots: Int64s,
+        grads: Float32s | Gradients,
+        hyper: Float32s,
+        keys: Int64s,
+        seed: int,
+        step: int,
         bad: str,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. How many `bad` left out."""
         ...
 
@@ -109,15 +116,15 @@ class Home(Protocol):
         """Forget rows; how many there were."""
         ...
 
-    def read(self, keys: Int64s) -> tuple[Bytes, UInt32s, UInt32s]:
+    def read(self, keys: Int64s) -> tuple[Bytes, Counts, Counts]:
         """Lines, frequencies and last steps of rows that were written; beside any other call."""
         ...
 
-    def write(self, keys: Int64s, lines: Bytes, freq: UInt32s, last_step: UInt32s) -> None:
+    def write(self, keys: Int64s, lines: Bytes, freq: Counts, last_step: Counts) -> None:
         """Lines of distinct rows, new or in place of what there was; all or none."""
         ...
 
-    def metadata(self, keys: Int64s) -> tuple[UInt32s, UInt32s]:
+    def metadata(self, keys: Int64s) -> tuple[Counts, Counts]:
         """Frequencies and last steps of rows that were written."""
         ...
 
@@ -158,6 +165,7 @@ class Home(Protocol):
 class TierLease(Lease):
     """A lease whose slots are near lines, `AWAY` or -1; it pins its lines until it is released or forgotten."""
 
+    seen: int = -1  # the store's version when the slots were right
     batch: int | None = None  # its number in the window
     fetched: bool = False
     asked: bool = False  # by the step
@@ -266,7 +274,7 @@ class TieredStore(ABC):
                 lines = np.concatenate([lines, pinned])
             self._evict(lines)
         used = cache.find(cache.keys())
-        for part in _parts(np.count_nonzero(used >= n_lines), self._scratch_lines):
+        for part in _parts(int(np.count_nonzero(used >= n_lines)), self._scratch_lines):
             self._move(used[used >= n_lines][part])
         cache.resize(n_lines)
         self._lines.trim(n_lines)
@@ -349,8 +357,7 @@ class TieredStore(ABC):
         self._home.write(keys, lines, freq.astype(np.uint32), last_step.astype(np.uint32))
 
     def _bring(self, lease: TierLease, wanted: Int64s) -> bool:
-        """Give lines to the lease's rows at positions `wanted`, which are only at home, as far as there is room; whether
-        there was any.
+        """Give lines to the lease's rows at positions `wanted`, which are only at home; whether there was room for any.
 
         The lock is let go while the home reads.
         """
@@ -364,7 +371,7 @@ class TieredStore(ABC):
                 continue
             keys, cache = lease.keys[some], self._cache
             lines = lease.slots[some] = self._insert(keys)
-            lease.version, brought = self._version, True
+            lease.seen, brought = self._version, True
             self._arriving[lines] = True
             cache.pins[lines] += 1  # whatever becomes of the lease meanwhile
             got: Any = None
@@ -438,7 +445,7 @@ class TieredStore(ABC):
     def _refresh(self, lease: TierLease) -> Int64s:
         """Look again for rows without a line, where some came since; positions of those only at home."""
         slots, cache = lease.slots, self._cache
-        if lease.version != self._version:
+        if lease.seen != self._version:
             apart = np.flatnonzero(~_near(slots))
             apart = apart[apart != lease.padding]
             if len(apart):
@@ -448,7 +455,7 @@ class TieredStore(ABC):
                 found[rest] = np.where(self._home.find(keys[rest]), AWAY, -1)
                 slots[apart] = found
                 cache.pins[found[_near(found)]] += 1
-            lease.version = self._version
+            lease.seen = self._version
         return np.flatnonzero(slots == AWAY)
 
     def _ready(self, lease: Lease) -> tuple[Int64s, Int64s]:
@@ -488,8 +495,8 @@ class TieredStore(ABC):
             lines, away = self._ready(lease)
             new = absent(lease.slots, lease.padding)
             if len(new):
-                with admitted(admission, lease.keys[new], lease.counts[new]) as some:
-                    new = new[some]
+                with admitted(admission, lease.keys[new], lease.counts[new]) as accepted:
+                    new = new[accepted]
                     self._make(lease, new)
                 lines, away = self._ready(lease)
             self._metadata.stamp(lines, step, lease.counts)

@@ -131,6 +131,12 @@ def test_device_reads_named_columns_but_does_not_update_them():
 
 
 @on_device
+def test_device_refuses_narrow_rows():
+    with pytest.raises(errors.Unsupported, match="bfloat16 in the device tier"):
+        Table("t", 4, "bfloat16", store=device_cached(host_memory(), "4KiB"))
+
+
+@on_device
 def test_device_budget_too_small_says_what_would_do():
     with pytest.raises(errors.BudgetExceeded, match="give at least") as caught:
         Table("t", 64, store=device_cached(host_memory(), 600))

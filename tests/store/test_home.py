@@ -20,7 +20,7 @@ from hbkit.store import home as module
 from hbkit.store import log
 from hbkit.store.base import Layout, Part
 from hbkit.store.disk import Disk
-from hbkit.store.home import Home, line_nbytes
+from hbkit.store.home import Home
 
 
 def layout(dim=4, n_state=4, metadata=True, dtype="float32"):
@@ -38,7 +38,7 @@ class Twin:
 
     def __init__(self, path, layout, **how):
         self.path, self.layout, self.how = path, layout, how
-        self.size = line_nbytes(layout)
+        self.size = layout.line_nbytes
         self.rows, self.committed = {}, {}
         self.home = Home(layout, path, **how)
 
