@@ -191,11 +191,16 @@ class Staged:
     def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Request:
         return Request(table, [self._keys(table, f) for f in features], ahead)
 
+    def fetch(self) -> None:
+        """Make the rows of the batch resident in the nearest tier, as far as they have room there. May run ahead."""
+        for request in self._requests.values():
+            request.fetch()
+
     def wait(self) -> None:
-        """Return once the rows of the batch are resident in the nearest tier, as far as they have room there."""
+        """Begin the step: return once the rows of the batch are resident, as far as they have room."""
         if self._state == "staged":
             for request in self._requests.values():
-                request.fetch()
+                request.wait()
 
     def outputs(self) -> dict[str, Float32s | SequenceOutput]:
         """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.

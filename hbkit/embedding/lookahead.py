@@ -133,7 +133,8 @@ def lookahead(
 
     def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
         for prepared, staged in behind(announced(waiting), lookahead - depth):
-            staged.wait()
+            if depth:
+                staged.fetch()
             yield prepared, staged
 
     return Lookahead(pairs, depth)

@@ -412,6 +412,10 @@ class Request:
         """Bring the rows near. May run ahead of the step, in another thread."""
         self.table.store.fetch(self._use())
 
+    def wait(self) -> None:
+        """Begin the step: return once the rows are near."""
+        self.table.store.wait(self._use())
+
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""
         if train:

@@ -229,6 +229,10 @@ class Store(Protocol):
         """
         ...
 
+    def wait(self, lease: Lease) -> None:
+        """`fetch` what was not, and return once it is near. The step begins: what was not near until now was late."""
+        ...
+
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made.
 

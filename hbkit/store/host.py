@@ -78,6 +78,9 @@ class HostStore:
     def fetch(self, lease: Lease) -> None:
         """Every row is near in this tier."""
 
+    def wait(self, lease: Lease) -> None:
+        """Every row is near in this tier."""
+
     @contextmanager
     def _inserted(self, keys: Int64s) -> Iterator[Int64s]:
         """Slots of keys, whose lines and metadata are written within. If that fails, the store is as it was."""

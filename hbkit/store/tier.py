@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent
+from hbkit._ext.batch import absent, add_at, count_at, set_at
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
@@ -169,6 +169,7 @@ class TierLease(Lease):
     batch: int | None = None  # its number in the window
     fetched: bool = False
     asked: bool = False  # by the step
+    settled: bool = False  # every key but the padding has a line, and none is arriving
     abandoned: deque[tuple[Int64s, int | None]] | None = None  # where it leaves what it holds if nobody releases it
 
     __eq__ = object.__eq__  # leases are told apart by identity, as a weak set does
@@ -295,7 +296,7 @@ class TieredStore(ABC):
         living = list(self._leases)
         self._unpin_abandoned()
         for lease in living:
-            near = _near(lease.slots)
+            near, lease.settled = _near(lease.slots), False
             lease.slots[near] = moved[lease.slots[near]]
 
     def _lost(self, lines: Int64s, slot: int) -> None:
@@ -304,6 +305,7 @@ class TieredStore(ABC):
         self._unpin_abandoned()
         for lease in living:
             lease.slots[np.isin(lease.slots, lines)] = slot
+            lease.settled = False
         self._version += 1
 
     def _unpin_abandoned(self) -> None:
@@ -314,7 +316,7 @@ class TieredStore(ABC):
                 self._window.release(batch)
 
     def _unpin(self, slots: Int64s) -> None:
-        self._cache.pins[slots[_near(slots)]] -= 1
+        add_at(self._cache.pins, slots, -1)
 
     def _free(self, n: int) -> int:
         """Make room for `n` lines; how many there is room for."""
@@ -363,6 +365,7 @@ class TieredStore(ABC):
         """
         brought = False
         for part in _parts(len(wanted), self._scratch_lines):
+            self._check_open()
             self._refresh(lease)
             some = wanted[part]
             some = some[lease.slots[some] == AWAY]
@@ -396,9 +399,12 @@ class TieredStore(ABC):
     @contextmanager
     def _open(self) -> Iterator[None]:
         with self._lock:
-            if self._closed:
-                raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
+            self._check_open()
             yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -431,6 +437,11 @@ class TieredStore(ABC):
         with self._open():
             self._fetch(lease)
 
+    def wait(self, lease: Lease) -> None:
+        """Return once the lease's rows are near, as far as there is room; the step begins."""
+        with self._open():
+            self._ready(lease)
+
     def _fetch(self, lease: TierLease) -> None:
         if not lease.fetched:
             lease.fetched, lease.abandoned = True, self._abandoned
@@ -443,41 +454,45 @@ class TieredStore(ABC):
             self._bring(lease, away)
 
     def _refresh(self, lease: TierLease) -> Int64s:
-        """Look again for rows without a line, where some came since; positions of those only at home."""
+        """Look for rows without a line, again where some came since; positions of those only at home."""
         slots, cache = lease.slots, self._cache
         if lease.seen != self._version:
-            apart = np.flatnonzero(~_near(slots))
-            apart = apart[apart != lease.padding]
-            if len(apart):
-                keys = lease.keys[apart]
-                found = cache.find(keys)
-                rest = np.flatnonzero(found < 0)
+            apart = absent(slots, lease.padding) if lease.seen < 0 else np.flatnonzero(~_near(slots))
+            keys = lease.keys[apart]
+            found = cache.find(keys)
+            rest = np.flatnonzero(found < 0)
+            if len(rest):
                 found[rest] = np.where(self._home.find(keys[rest]), AWAY, -1)
-                slots[apart] = found
-                cache.pins[found[_near(found)]] += 1
+            add_at(cache.pins, found, 1)
+            slots[apart] = found
+            if lease.padding >= 0:
+                add_at(cache.pins, slots[lease.padding : lease.padding + 1], -1)
+                slots[lease.padding] = -1
             lease.seen = self._version
         return np.flatnonzero(slots == AWAY)
 
     def _ready(self, lease: Lease) -> tuple[Int64s, Int64s]:
         """The lease's lines (-1: absent or away) and the positions of rows that find no line; nothing is arriving."""
         assert isinstance(lease, TierLease)
+        if lease.settled:
+            return lease.slots, _NONE
         begin, n_late = time.monotonic(), -self._n_misses
         self._fetch(lease)
         n_late += self._n_misses
         while True:
             away = self._refresh(lease)
-            lines = lease.slots if len(away) == 0 else np.where(_near(lease.slots), lease.slots, -1)
-            held = lines[lines >= 0]
-            arriving = self._arriving[held]
+            n_arriving = count_at(self._arriving.view(np.uint8), lease.slots)
             if not lease.asked:
-                n_late = max(n_late, len(away) + int(np.count_nonzero(arriving)))
+                n_late = max(n_late, len(away) + n_arriving)
                 self._n_late += n_late
-                self._n_ready += len(held) + len(away) - n_late
+                self._n_ready += int(np.count_nonzero(lease.slots >= 0)) - n_late
                 lease.asked = True
             if len(away) and self._bring(lease, away):
                 continue
-            if not arriving.any():
+            if not n_arriving:
                 self._waited += time.monotonic() - begin
+                lines = lease.slots if len(away) == 0 else np.where(_near(lease.slots), lease.slots, -1)
+                lease.settled = len(away) == len(absent(lines, lease.padding)) == 0
                 return lines, away
             self._arrived.wait()
 
@@ -485,7 +500,7 @@ class TieredStore(ABC):
         """Lines of keys, -1 where there is none; nothing is arriving."""
         while True:
             lines = self._cache.find(keys)
-            if not self._arriving[lines[lines >= 0]].any():
+            if not count_at(self._arriving.view(np.uint8), lines):
                 return lines
             self._arrived.wait()
 
@@ -501,7 +516,7 @@ class TieredStore(ABC):
                 lines, away = self._ready(lease)
             self._metadata.stamp(lines, step, lease.counts)
             if self.layout.metadata:
-                self._cache.dirty[lines[lines >= 0]] = True
+                set_at(self._cache.dirty.view(np.uint8), lines)
             for some, freq, last_step, held in self._stream(lease.keys, away):
                 freq = np.minimum(freq + lease.counts[some], 2**32 - 1)
                 last_step[:] = step
@@ -590,7 +605,7 @@ class TieredStore(ABC):
         with self._whole():
             lines, away = self._ready(lease)
             self._n_skipped += self._lines.apply(rule.code, lines, grads, hyper, lease.keys, seed, step, bad)
-            self._cache.dirty[lines[lines >= 0]] = True
+            set_at(self._cache.dirty.view(np.uint8), lines)
             n_absent = self._metadata.stamp(lines, step) - len(away)
             if len(away):
                 sums = grads.sum() if isinstance(grads, Gradients) else grads
@@ -613,8 +628,8 @@ class TieredStore(ABC):
             self._leases.discard(lease)
             if lease.batch is not None and not self._closed:
                 use = self._window.release(lease.batch)
-                lines = self._cache.find(lease.keys)
-                self._cache.next_use[lines[lines >= 0]] = use[lines >= 0]
+                near = _near(lease.slots)
+                self._cache.next_use[lease.slots[near]] = use[near]
                 lease.batch = None
             lease.fetched = True
 
@@ -794,3 +809,6 @@ class TieredStore(ABC):
                 self._closed = True
                 del self._cache, self._lines
                 self._home.close()
+
+
+_NONE = np.zeros(0, np.int64)
