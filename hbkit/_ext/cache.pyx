@@ -32,6 +32,17 @@ cdef enum:
     QUEUED_ = 3
     AHEAD = 12  # keys whose memory is asked for before their turn
     SAMPLE = 2048
+    SMALL = 256  # lines of a miniature,
+    REMEMBERED = 5  # keys it knows, a line,
+    EPOCH = 2  # and accesses a line after which the best is chosen
+
+
+cdef double CLEARLY = 1.003
+
+
+cdef inline uint64_t _mix(int64_t key) noexcept nogil:
+    """Bits of a key of which any are good: the leading ones of its mix alone are alike in all keys of a rank."""
+    return hb_mix64(<uint64_t>key) * <uint64_t>0x9E3779B97F4A7C15
 
 
 # --- the least of many ------------------------------------------------------------------------------------------
@@ -310,7 +321,7 @@ cdef class History:
         return self.entries.shape[0] * 4 + 63
 
     cdef inline uint32_t *block(self, int64_t key, uint32_t *tag) noexcept nogil:
-        cdef uint64_t mix = hb_mix64(<uint64_t>key)
+        cdef uint64_t mix = _mix(key)
         tag[0] = max(<uint32_t>(mix & 0xFFF), <uint32_t>1)
         return &self.entries[16 * (((mix >> 32) * self.n_blocks) >> 32)]
 
@@ -364,13 +375,142 @@ cdef class History:
                 _put(block, tag, worth[lines[i]], now)
 
 
+cdef class Tuner:
+    """Which half-life gives most hits lately, tried on a sample of the keys.
+
+    Parameters
+    ----------
+    n_lines : int
+        Lines of the cache.
+    half_lives : float64[k]
+        Candidates, in accesses a line.
+    start : int
+        Number of the candidate to begin with.
+
+    Notes
+    -----
+    Each candidate has a miniature of the cache, for a part of the keys and as small a part of the lines (Waldspurger et
+    al., "Cache modeling and optimization using miniature simulations", ATC 2017). A cache that lets go what is worth
+    least holds what is worth more than some limit. So the miniatures share one table of sampled keys, and each has only
+    a number for each key and its limit, which is found anew now and then.
+    """
+
+    cdef const double[::1] half_lives
+    cdef double[::1] now, limit, hits, step
+    cdef double[:, ::1] worth
+    cdef uint32_t[::1] tags
+    cdef int64_t[::1] above
+    cdef uint64_t below, n_blocks
+    cdef int64_t n_lines, n_small, n_kept, clock, best
+    cdef double share_away
+
+    def __cinit__(self, int64_t n_lines, const double[::1] half_lives, int64_t start):
+        self.half_lives, self.best = half_lives, start
+        self.n_lines, self.n_small, self.share_away = n_lines, min(n_lines, SMALL), 0
+        self.below = <uint64_t>(4294967296.0 * self.n_small / n_lines)
+        self.n_blocks = (self.n_small * REMEMBERED + 15) // 16
+        self.tags = np.zeros(self.n_blocks * 16, np.uint32)
+        self.worth = np.zeros((self.n_blocks * 16, len(half_lives)))
+        self.now, self.hits = np.zeros(len(half_lives)), np.zeros(len(half_lives))
+        self.limit, self.above = np.full(len(half_lives), -np.inf), np.zeros(len(half_lives), np.int64)
+        self.step = 1 / (np.asarray(half_lives) * n_lines)
+
+    @property
+    def nbytes(self):
+        """Memory held, in bytes: int."""
+        return self.tags.shape[0] * (sizeof(uint32_t) + self.worth.shape[1] * sizeof(double))
+
+    def access(self, const int64_t[::1] keys, const int64_t[::1] lines):
+        """Try what a batch asks for, which is in these lines or away (-1); the best half-life by now: float."""
+        cdef int64_t i, k, n_away = 0
+        cdef uint64_t mix
+        with nogil:
+            for i in range(keys.shape[0]):
+                n_away += lines[i] < 0
+            # What a batch brings takes lines from what is kept.
+            self.share_away += (min(n_away / <double>self.n_lines, 0.9) - self.share_away) / 16
+            self.n_kept = <int64_t>(self.n_small * (1 - self.share_away) + 0.5)
+            for k in range(self.step.shape[0]):
+                self.now[k] += keys.shape[0] * self.step[k]
+            for i in range(keys.shape[0]):
+                mix = _mix(keys[i])
+                if <uint32_t>mix >= self.below:
+                    continue
+                self.use(mix)
+                if self.clock % (EPOCH * self.n_small) == 0:
+                    self.choose()
+        return self.half_lives[self.best]
+
+    cdef int use(self, uint64_t mix) except -1 nogil:
+        cdef int64_t first = 16 * (((mix >> 32) * self.n_blocks) >> 32), at = first, i, k
+        cdef uint32_t tag = max(<uint32_t>mix, <uint32_t>1)
+        cdef int64_t held, least = INT64_MAX
+        cdef bint known = False
+        for i in range(first, first + 16):
+            if self.tags[i] == tag:
+                at, known = i, True
+                break
+        if not known:  # in the place of a key that as few as possible of the miniatures hold
+            for i in range(first, first + 16):
+                held = -1
+                if self.tags[i]:
+                    held = 0
+                    for k in range(self.step.shape[0]):
+                        held += self.worth[i, k] >= self.limit[k]
+                if held < least or (held == least and self.worth[i, self.best] < self.worth[at, self.best]):
+                    at, least = i, held
+        for k in range(self.step.shape[0]):
+            if self.tags[at] and self.worth[at, k] >= self.limit[k]:
+                self.above[k] -= 1
+                self.hits[k] += known
+            self.worth[at, k] = _plus(self.worth[at, k], self.now[k]) if known else self.now[k]
+            self.above[k] += self.worth[at, k] >= self.limit[k]
+        self.clock += 1
+        self.tags[at] = tag
+        for k in range(self.step.shape[0]):
+            if self.above[k] > self.n_kept + self.n_kept // 32:
+                self.find_limit(k)
+
+    cdef int find_limit(self, int64_t k) except -1 nogil:
+        """Raise a limit so that few less keys than there are lines are worth as much."""
+        cdef int64_t i, m = 0
+        cdef Entry *at = <Entry *>malloc(self.tags.shape[0] * sizeof(Entry))
+        if at == NULL:
+            with gil:
+                raise MemoryError("no memory to compare half-lives")
+        for i in range(self.tags.shape[0]):
+            if self.tags[i] and self.worth[i, k] >= self.limit[k]:
+                at[m] = Entry(-self.worth[i, k], i)
+                m += 1
+        self.above[k] = min(m, self.n_kept - self.n_kept // 32)
+        _select(at, m, self.above[k])
+        self.limit[k] = INFINITY
+        for i in range(self.above[k]):
+            self.limit[k] = min(self.limit[k], -at[i].worth)
+        free(at)
+        return 0
+
+    cdef void choose(self) noexcept nogil:
+        """Change to the candidate of most hits if they are clearly more; what was long ago counts less."""
+        cdef int64_t k, most = self.best
+        for k in range(self.step.shape[0]):
+            if self.hits[k] > self.hits[most]:
+                most = k
+        if self.hits[most] > self.hits[self.best] * CLEARLY:
+            self.best = most
+        for k in range(self.step.shape[0]):
+            self.hits[k] *= 0.9
+
+
 cdef class Sketch:
     """How often keys were seen: a count-min sketch of four bytes a key, all in one cache line, updated conservatively.
 
     Parameters
     ----------
     n_keys : int
-        Keys it is made for; counts halve once ten times as many were added.
+        Keys it is made for.
+    sample : int
+        Counts halve once so many were added.
 
     Source
     ------
@@ -381,9 +521,9 @@ cdef class Sketch:
     cdef uint64_t n_blocks
     cdef int64_t sample, n_added
 
-    def __cinit__(self, int64_t n_keys):
+    def __cinit__(self, int64_t n_keys, int64_t sample):
         self.n_blocks = max(1, (n_keys + 15) // 16)
-        self.sample, self.n_added = 10 * n_keys, 0
+        self.sample, self.n_added = sample, 0
         self.cells = _aligned(self.n_blocks * 64)
 
     @property
@@ -410,8 +550,8 @@ cdef class Sketch:
         with nogil:
             for i in range(n):
                 if i + AHEAD < n:
-                    HB_PREFETCH(self.block(hb_mix64(<uint64_t>keys[i + AHEAD])))
-                mix = hb_mix64(<uint64_t>keys[i])
+                    HB_PREFETCH(self.block(_mix(keys[i + AHEAD])))
+                mix = _mix(keys[i])
                 more = min(self.least(mix) + 1, 255)
                 for j in range(4):
                     cell = self.block(mix) + 16 * j + (mix >> 4 * j & 15)
@@ -428,7 +568,7 @@ cdef class Sketch:
         cdef int64_t[::1] to = out
         cdef int64_t i
         for i in range(keys.shape[0]):
-            to[i] = self.least(hb_mix64(<uint64_t>keys[i]))
+            to[i] = self.least(_mix(keys[i]))
         return out
 
 

@@ -26,7 +26,7 @@ from hbkit._ext.cache import FREE, NEVER, QUEUED, USED, Lines, Window
 from hbkit._ext.index import Index
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Int64s
-from hbkit.store.policy import POLICY_NBYTES, Policy
+from hbkit.store.policy import FIXED_NBYTES, POLICY_NBYTES, Policy
 
 __all__ = ["LINE_NBYTES", "NEVER", "Cache", "Window", "as_nbytes"]
 
@@ -109,7 +109,7 @@ class Cache:
         if not isinstance(self.policy, Policy):
             raise InvalidArgument(f"{self._name} made no Policy", remedy="give a class derived from hbkit.store.Policy")
         self._newcomer = np.zeros(n_lines if self.policy.admit else 0, np.bool_)
-        if self.policy.nbytes > POLICY_NBYTES * n_lines + 4096:
+        if self.policy.nbytes > POLICY_NBYTES * n_lines + FIXED_NBYTES:
             raise InvalidArgument(
                 f"{self._name} holds {self.policy.nbytes} bytes for {n_lines} lines",
                 remedy=f"let it hold at most {POLICY_NBYTES} a line",

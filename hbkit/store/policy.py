@@ -23,17 +23,17 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.cache import History, Sketch
+from hbkit._ext.cache import History, Sketch, Tuner
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Int64s
 
 __all__ = ["LFU", "LRU", "Policy", "TinyLFU", "make_policy"]
 
 Float64s = npt.NDArray[np.float64]
-HALF_LIFE = 30  # accesses a line
+HALF_LIVES = np.array([0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in accesses a line
 GHOSTS = 4  # keys remembered, a line
-SKETCHED = 4  # keys the sketch is made for, a line
-POLICY_NBYTES = 40  # the most a policy may hold, a line
+SKETCHED, SAMPLED = 4, 10  # keys the sketch is made for, a line, and accesses a line after which its counts halve
+POLICY_NBYTES, FIXED_NBYTES = 40, 2**17  # the most a policy may hold: a line, and beside
 Metas = object  # named by tiers that are written for the cache before this one
 
 
@@ -123,16 +123,17 @@ class LFU(Policy):
     def __init__(self, n_lines: int) -> None:
         self.worth = np.zeros(n_lines)
         self._history = History(GHOSTS * n_lines)
-        self._now, self._step = 0.0, 1 / (HALF_LIFE * n_lines)
+        self._tuner = Tuner(n_lines, HALF_LIVES, 3)
+        self._now, self._n_lines = 0.0, n_lines
 
     @property
     def nbytes(self) -> int:
         """See `Policy.nbytes`."""
-        return self.worth.nbytes + int(self._history.nbytes)
+        return self.worth.nbytes + int(self._history.nbytes + self._tuner.nbytes)
 
     def on_access(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_access`."""
-        self._now += len(keys) * self._step
+        self._now += len(keys) / (self._n_lines * self._tuner.access(keys, lines))
         self._history.access(keys, lines, self.worth, self._now)
 
     def on_insert(self, keys: Int64s, lines: Int64s) -> None:
@@ -149,7 +150,7 @@ class TinyLFU(LRU):
 
     def __init__(self, n_lines: int) -> None:
         super().__init__(n_lines)
-        self._sketch = Sketch(SKETCHED * n_lines)
+        self._sketch = Sketch(SKETCHED * n_lines, SAMPLED * n_lines)
 
     @property
     def nbytes(self) -> int:

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbkit._ext.cache import History, Sketch
+from hbkit._ext.cache import History, Sketch, Tuner
 from hbkit.errors import InvalidArgument
 from hbkit.store import LFU, LRU, Policy, TinyLFU, cached_ssd
 from hbkit.store import cache as cache_module
 from hbkit.store.cache import LINE_NBYTES, NEVER, Cache, Window, as_nbytes
-from hbkit.store.policy import HALF_LIFE, make_policy
+from hbkit.store.policy import HALF_LIVES, make_policy
 
 BIG = 2**62  # keys are any 64 bits
 
@@ -172,7 +172,7 @@ def test_lfu_evicts_the_rarest_and_forgets():
     for key in (1, 1, 1, 1, 1, 1, 1, 1, 0, 2, 2, 3):
         use(cache, key)
     assert cache.key[cache.victims(3)].tolist() == [4, 0, 3]
-    for _ in range(5 * HALF_LIFE * 5):  # five half-lives of keys that are not near: eight uses weigh a quarter
+    for _ in range(5 * int(max(HALF_LIVES)) * 5):  # five half-lives or more, of keys that are not near
         cache.access(ints(99), ints(-1))
     for key in (0, 2, 3, 4):
         use(cache, key)
@@ -231,7 +231,7 @@ def test_tinylfu_admits_what_was_seen_more_often():
 
 
 def test_sketch_never_underestimates_before_it_halves_and_then_forgets():
-    sketch, rng, seen = Sketch(3000), np.random.default_rng(0), np.zeros(3000, int)
+    sketch, rng, seen = Sketch(3000, 30_000), np.random.default_rng(0), np.zeros(3000, int)
     for _ in range(9):
         some = rng.permutation(3000)[:1000]
         sketch.add(some)
@@ -241,6 +241,19 @@ def test_sketch_never_underestimates_before_it_halves_and_then_forgets():
     for _ in range(40):
         sketch.add(rng.integers(10_000, BIG, 3000))
     assert sketch.estimate(np.arange(3000)).mean() < 9
+
+
+def test_tuner_follows_what_gives_hits():
+    rng, tuner, away = np.random.default_rng(0), Tuner(1000, HALF_LIVES, 3), np.full(1, -1)
+    law = np.cumsum(np.arange(1, 20_001) ** -1.05)
+    for _ in range(40):  # the same keys are the popular ones for ever
+        keys = np.searchsorted(law, rng.random(1000) * law[-1])
+        best = tuner.access(keys, away.repeat(len(keys)))
+    assert best > 4
+    for i in range(40):  # keys come in bursts and never again
+        keys = rng.integers(0, 600, 1000) + 600 * i
+        best = tuner.access(keys, away.repeat(len(keys)))
+    assert best < 4
 
 
 def answering(**methods):
