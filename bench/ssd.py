@@ -5,7 +5,12 @@
 PYTHON is an interpreter with rocksdict and lmdb (peers/setup.sh kv). All contenders hold the same rows, 8 bytes of key
 and 512 of line (dim 64 with Adagrad), on one file system, each in a process of its own; they take turns within a round,
 and each round begins with another. A figure is the median of the rounds, a ratio the median over rounds of the ratio
-within a round. Takes about 2.6 KiB of disk a row while it runs, and deletes it. Caveats:
+within a round. Takes about 2.6 KiB of disk a row while it runs, and deletes it.
+
+``python bench/ssd.py DIRECTORY --scale 50000000`` measures a table of so many rows of dim 16 with Adagrad instead, in a
+process of its own: memory by its own count and by the system's, and how long it takes to write, commit and open.
+
+Caveats:
 
 - "ceiling" is the disk's own: 4 KiB at random places of hbkit's segment files past the system's cache, at the same
   depth, without looking anything up, verifying or copying.
@@ -113,7 +118,7 @@ class Ceiling(Hbkit):
 
 
 class Threaded:
-    threads = DEPTH
+    threads = DEPTH  # that a batch is read by
 
     def read(self, keys: np.ndarray) -> Any:
         raw = [k.tobytes() for k in keys]
@@ -127,8 +132,8 @@ class Threaded:
 
 
 class RocksDB(Threaded):
-    def __init__(self, path: Path, direct: bool = True, threads: int = DEPTH) -> None:
-        self.path, self.direct, self.threads = path, direct, threads
+    def __init__(self, path: Path, direct: bool = True) -> None:
+        self.path, self.direct = path, direct
         self.open()
 
     def open(self) -> None:
@@ -150,7 +155,7 @@ class RocksDB(Threaded):
         r.set_async_io(True)
         r.fill_cache(False)
         self.db.set_read_options(r)
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.pool = ThreadPoolExecutor(DEPTH)
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -177,8 +182,8 @@ class RocksDB(Threaded):
 
 
 class Lmdb(Threaded):
-    def __init__(self, path: Path, direct: bool = False, threads: int = DEPTH) -> None:
-        self.path, self.threads = path, threads
+    def __init__(self, path: Path, direct: bool = False) -> None:
+        self.path = path
         self.open()
 
     def open(self) -> None:
@@ -186,7 +191,7 @@ class Lmdb(Threaded):
 
         how = {"readahead": False, "writemap": True, "map_async": True, "max_readers": 256}
         self.env = lmdb.open(str(self.path), map_size=2**36, **how)
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.pool = ThreadPoolExecutor(DEPTH)
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -233,7 +238,7 @@ def worker(kind: str, path: str, how: str) -> None:
                 begin = time.perf_counter() - out_of_load
             out = took + time.perf_counter() - begin
         elif act in ("cold", "warm"):
-            seed, n, n_batches = args
+            seed, n, n_batches, store.threads = args
             rng = np.random.default_rng(seed)
             batches = [rng.integers(0, n, BATCH) for _ in range(n_batches)]
             if act == "cold":
@@ -249,7 +254,7 @@ def worker(kind: str, path: str, how: str) -> None:
                 store.read(b)
             out = time.perf_counter() - begin
         elif act == "update":
-            seed, n, n_batches = args
+            seed, n, n_batches, _ = args
             rng, took = np.random.default_rng(seed), 0.0
             for _ in range(n_batches):
                 keys, lines = np.unique(rng.integers(0, n, BATCH)), lines_of(rng, BATCH)
@@ -260,7 +265,7 @@ def worker(kind: str, path: str, how: str) -> None:
             store.sync()
             out = took + time.perf_counter() - begin
         elif act == "buffer":  # rows that were just written
-            seed, n, n_batches = args
+            seed, n, n_batches, _ = args
             rng = np.random.default_rng(seed)
             keys = np.unique(rng.integers(0, n, BATCH))
             store.write(keys, lines_of(rng, len(keys)))
@@ -298,18 +303,79 @@ class Contender:
         self.process.wait()
 
 
-def rounds(title: str, contenders: dict[str, Contender], act: str, n: int, n_rounds: int, n_batches: int) -> None:
+def rounds(
+    title: str, contenders: dict[str, tuple[Contender, int]], act: str, n: int, n_rounds: int, n_batches: int
+) -> None:
     took: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(n_rounds):
         names = list(contenders)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            took[name].append(contenders[name](act, i + 1000, n, n_batches))
+            contender, threads = contenders[name]
+            took[name].append(contender(act, i + 1000, n, n_batches, threads))
     print(f"\n{title}")
     base = np.array(took[next(iter(took))])
     for name, t in took.items():
         rate = BATCH * n_batches / np.array(t)
         ratio = np.median(np.array(t) / base)
-        print(f"  {name:24} {np.median(rate):12,.0f} rows/s  (best {rate.max():12,.0f})   hbkit is {ratio:6.2f} x")
+        print(
+            f"  {name:24} {np.median(rate):12,.0f} rows/s  (best {rate.max():12,.0f})   hbkit is {ratio:6.2f} x",
+            flush=True,
+        )
+
+
+def rss() -> tuple[float, float]:
+    """Memory now and at the most, in MiB."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    now, most = (int(status[k].split()[0]) / 1024 for k in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def scale(path: Path, n: int) -> None:
+    """One large table: written, a quarter of it updated, and opened again; prints as it goes."""
+    from hbkit.store.base import Layout
+    from hbkit.store.home import Home
+
+    layout = Layout("t", 16, np.zeros(16, np.float32), lambda keys: np.zeros((len(keys), 16), np.float32), False)
+    begin_rss, size, rng = rss()[0], 128, np.random.default_rng(0)
+    odd = 0x9E3779B97F4A7C15  # keys are scattered, without an array of them
+
+    def keys_of(first: int, count: int) -> np.ndarray:
+        return (np.arange(first, first + count, dtype=np.uint64) * np.uint64(odd)).view(np.int64)
+
+    def tell(what: str, begin: float, home: Any) -> None:
+        now, most = (m - begin_rss for m in rss())
+        print(
+            f"  {what:10} {time.perf_counter() - begin:7.1f} s   counted {home.nbytes / 2**20:7.1f} MiB"
+            f" ({home.nbytes / n:5.2f} bytes a row), resident {now:7.1f} MiB, at the most {most:7.1f} MiB",
+            flush=True,
+        )
+
+    home, begin, zeros = Home(layout, path), time.perf_counter(), np.zeros(LOAD, np.uint32)
+    lines = np.frombuffer(rng.bytes(LOAD * size), np.uint8).reshape(LOAD, size)
+    for i in range(0, n, LOAD):
+        m = min(LOAD, n - i)
+        home.write(keys_of(i, m), lines[:m], zeros[:m], zeros[:m])
+    tell("write", begin, home)
+    begin = time.perf_counter()
+    home.commit()
+    tell("commit", begin, home)
+    begin = time.perf_counter()
+    for _ in range(max(1, n // 4 // LOAD)):
+        i = int(rng.integers(0, max(1, n - LOAD)))
+        m = min(LOAD, n - i)
+        home.write(keys_of(i, m), lines[:m], zeros[:m], zeros[:m])
+    tell("update", begin, home)
+    begin = time.perf_counter()
+    home.commit()
+    tell("commit", begin, home)
+    home.close()
+    begin = time.perf_counter()
+    home = Home(layout, path)
+    tell("open", begin, home)
+    begin = time.perf_counter()
+    home.commit()
+    tell("commit", begin, home)
+    home.close()
 
 
 def main() -> None:
@@ -321,11 +387,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--scale", type=int)
     args = parser.parse_args()
     root, n = args.directory / "hbkit-bench-ssd", args.rows
     shutil.rmtree(root, ignore_errors=True)
     for kind in KINDS:
         (root / kind).mkdir(parents=True)
+    if args.scale:
+        print(f"{args.scale:,} rows of dim 16 with Adagrad")
+        try:
+            scale(root / "hbkit", args.scale)
+        finally:
+            shutil.rmtree(root)
+        return
     python = {"hbkit": sys.executable, "rocksdb": args.peers, "lmdb": args.peers}
     python = {kind: p for kind, p in python.items() if p}
     try:
@@ -339,41 +413,40 @@ def main() -> None:
             print(f"  {kind:24} {n / took:12,.0f} rows/s   hbkit is {took / base:6.2f} x", flush=True)
             c.close()
 
-        def stores(direct: bool, threads: tuple[int, ...]) -> dict[str, Contender]:
-            out = {"hbkit": Contender(sys.executable, "hbkit", root / "hbkit", direct=direct)}
-            for kind in ("rocksdb", "lmdb"):
-                if kind in python:
-                    for t in threads:
-                        out[f"{kind}, {t} threads"] = Contender(
-                            python[kind], kind, root / kind, direct=direct, threads=t
-                        )
+        def stores(direct: bool, threads: tuple[int, ...]) -> dict[str, tuple[Contender, int]]:
+            out = {}
+            for kind, p in python.items():
+                c = Contender(p, kind, root / kind, direct=direct)
+                for t in threads if kind != "hbkit" else (DEPTH,):
+                    out[f"{kind}, {t} threads" if kind != "hbkit" else kind] = c, t
             return out
 
-        for direct, cold in ((True, True), (False, True), (False, False)):
-            c = stores(direct, (DEPTH, 16) if cold else (1,))
-            if cold and direct:
-                c["ceiling"] = Contender(sys.executable, "ceiling", root / "hbkit")
-            how = "past the system's cache" if direct else "by the system's cache"
-            title = f"cold random rows, {how}" if cold else "rows in the system's cache"
-            rounds(title, c, "cold" if cold else "warm", n, args.rounds, args.batches)
-            if not cold:
-                rounds("rows just written", c, "buffer", n, args.rounds, args.batches)
-            for contender in c.values():
+        def close(stores: dict[str, tuple[Contender, int]]) -> None:
+            for contender in {id(c): c for c, _ in stores.values()}.values():
                 contender.close()
 
-        c = stores(True, (DEPTH,))
-        before = {name: x("stats") for name, x in c.items()}
-        for i in range(max(1, 3 * n // (BATCH * args.batches * 8 * args.rounds))):
-            title = "write-back of random rows, each round durable"
-            rounds(f"{title} ({i + 1})", c, "update", n, args.rounds, args.batches * 8)
-        for name, x in c.items():
+        for direct in (True, False):
+            c = stores(direct, (DEPTH, 16))
+            c["ceiling"] = Contender(sys.executable, "ceiling", root / "hbkit"), DEPTH
+            how = "past the system's cache" if direct else "by the system's cache"
+            rounds(f"cold random rows, {how}", c, "cold", n, args.rounds, args.batches)
+            close(c)
+        c = stores(False, (1, DEPTH))
+        rounds("rows in the system's cache", c, "warm", n, args.rounds, args.batches)
+        close(c)
+        c = stores(True, (1,))
+        rounds("rows just written", c, "buffer", n, args.rounds, args.batches)
+        before = {name: x("stats") for name, (x, _) in c.items()}
+        n_batches = 3 * n // BATCH // args.rounds  # each row three times
+        rounds("write-back of random rows, each round durable", c, "update", n, args.rounds, n_batches)
+        for name, (x, _) in c.items():
             s = x("stats")
             now, then = (stats["on_disk"] / (n * (LINE + 8)) for stats in (s, before[name]))
             print(f"  {name:24} space amplification {now:.2f} (before: {then:.2f})")
             if "given_nbytes" in s:
                 written, given = (s[k] - before[name][k] for k in ("written_nbytes", "given_nbytes"))
                 print(f"  {name:24} write amplification {written / given:.3f}, engine {s['engine']}")
-            x.close()
+        close(c)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
