@@ -23,6 +23,7 @@ cdef extern from "kernels.h" nogil:
 
 cdef enum:
     PAGE = 4096
+    MOST_PAGES = 4
     HEAD = 16  # of a record
     TAIL = 16  # of a block
     FORM = 1
@@ -44,7 +45,10 @@ cdef class Blocks:
     Attributes
     ----------
     record_nbytes, block_nbytes, per_block : int
-        A block is the least multiple of 4 KiB of which records fill three quarters.
+        A block is the least multiple of 4 KiB of which records fill 0.92; or that which they fill best, of those of
+        16 KiB or less; or the least that holds a record.
+    filled : float
+        What part of a block records fill.
 
     Notes
     -----
@@ -53,17 +57,21 @@ cdef class Blocks:
     """
 
     cdef readonly int64_t line_nbytes, record_nbytes, block_nbytes, per_block
+    cdef readonly double filled
     cdef uint64_t nonce
 
     def __init__(self, int64_t line_nbytes, uint64_t nonce):
         if not 0 < line_nbytes < 1 << 30:
             _refuse(f"lines of {line_nbytes} bytes")
         self.line_nbytes, self.record_nbytes, self.nonce = line_nbytes, line_nbytes + HEAD, nonce
-        while self.per_block * self.record_nbytes * 4 < self.block_nbytes * 3 or not self.per_block:
-            self.block_nbytes += PAGE
-            self.per_block = (self.block_nbytes - TAIL) * 8 // (8 * self.record_nbytes + 1)
-            while self.per_block * self.record_nbytes + (self.per_block + 7) // 8 + TAIL > self.block_nbytes:
-                self.per_block -= 1
+        cdef int64_t size = 0, n
+        while not self.per_block or (size < MOST_PAGES * PAGE and self.filled < 0.92):
+            size += PAGE
+            n = (size - TAIL) * 8 // (8 * self.record_nbytes + 1)
+            while n * self.record_nbytes + (n + 7) // 8 + TAIL > size:
+                n -= 1
+            if n * self.record_nbytes > self.filled * size:
+                self.block_nbytes, self.per_block, self.filled = size, n, n * self.record_nbytes / <double>size
 
     cdef inline uint64_t seed(self, int64_t file, int64_t block) noexcept nogil:
         return hb_mix64(hb_mix64(self.nonce ^ <uint64_t>file) ^ <uint64_t>block)

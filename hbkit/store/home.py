@@ -47,9 +47,9 @@ PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and a
 MOST_PART_ROWS = 2**24
 SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
 COLUMN_NBYTES = 2**20  # of what is kept share a checksum
-TAIL = 8  # a checkpoint is written once the log has grown by so many times its size since the last
+TAIL = 16  # a checkpoint is written once the log has grown by so many times its size since the last
 LEAST_TAIL_NBYTES = 4 * 2**20
-SPACE = 1.8  # compaction holds the records of all segments below so many times those that live
+SPACE = 1.8  # compaction holds all segments below about so many times the bytes of the records that live
 SWEEP = 4  # blocks of sparse segments that are gone through for each block written, while there are too many
 STEP_NBYTES = 2**18  # compaction reads at a time, at least
 
@@ -620,7 +620,7 @@ class Home:
             checkpoint, voids = self._checkpoint, log.voids
             row = 20 if self.layout.metadata else 12
             tail = log.written_nbytes - self._tail_nbytes
-            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * row * len(self._places))
+            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * row * len(self._places), log.live_nbytes // 2)
             log.sync()
             if grown:
                 checkpoint, voids = self._write_checkpoint(commit), []

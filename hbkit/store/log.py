@@ -235,9 +235,9 @@ class Log:
             self._metadata[last][: len(held)] = held
 
     def _want_blocks(self) -> int:
-        """Length of the next segment: a sixteenth of what lives, so that small tables are compacted too."""
+        """Length of the next segment: a small part of what lives, so that small tables are compacted too."""
         live = -(-int(self._live.sum()) // self._per_block)
-        return min(self._most_blocks, max(live // 16, len(self._buffer) // self._block_nbytes))
+        return min(self._most_blocks, max(live // 32, len(self._buffer) // self._block_nbytes))
 
     def _no_metadata(self, n_blocks: int) -> npt.NDArray[np.uint32]:
         return np.zeros((n_blocks * self._per_block, 2), np.uint32)
@@ -388,10 +388,11 @@ class Log:
                 del self._metadata[place]
 
     def sparsest(self, most: float) -> int | None:
-        """The segment whose records are dead for the most part, once there are `most` times as many as live."""
+        """The segment whose records are dead for the most part, once all take `most` times the bytes that live."""
         held = self._live + self._tombs
         slots = self._n_blocks * self._per_block
         used = held > 0
+        most = max(1.5, most * self._blocks.filled)
         if slots[used].sum() <= most * held.sum() + 2 * self._per_block * self._want_blocks():
             return None
         used &= np.arange(len(used)) != (-1 if self._active is None else self._active)
