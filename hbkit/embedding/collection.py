@@ -196,11 +196,14 @@ class Staged:
         for request in self._requests.values():
             request.fetch()
 
-    def wait(self) -> None:
-        """Begin the step: return once the rows of the batch are resident, as far as they have room."""
+    def wait(self, since: float | None = None) -> None:
+        """Begin the step: return once the rows of the batch are resident, as far as they have room.
+
+        `since` is when the step could have begun (`time.monotonic`), for ``stats``; now when left out.
+        """
         if self._state == "staged":
             for request in self._requests.values():
-                request.wait()
+                request.wait(since)
 
     def outputs(self) -> dict[str, Float32s | SequenceOutput]:
         """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.

@@ -412,9 +412,9 @@ class Request:
         """Bring the rows near. May run ahead of the step, in another thread."""
         self.table.store.fetch(self._use())
 
-    def wait(self) -> None:
-        """Begin the step: return once the rows are near."""
-        self.table.store.wait(self._use())
+    def wait(self, since: float | None = None) -> None:
+        """Begin the step: return once the rows are near. `since` as in `hbkit.store.base.Store.wait`."""
+        self.table.store.wait(self._use(), since)
 
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""

@@ -229,8 +229,11 @@ class Store(Protocol):
         """
         ...
 
-    def wait(self, lease: Lease) -> None:
-        """`fetch` what was not, and return once it is near. The step begins: what was not near until now was late."""
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """`fetch` what was not, and return once it is near. The step begins.
+
+        What was not near when it could have begun, at `since` of `time.monotonic`, counts as late; now when left out.
+        """
         ...
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:

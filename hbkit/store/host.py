@@ -78,7 +78,7 @@ class HostStore:
     def fetch(self, lease: Lease) -> None:
         """Every row is near in this tier."""
 
-    def wait(self, lease: Lease) -> None:
+    def wait(self, lease: Lease, since: float | None = None) -> None:
         """Every row is near in this tier."""
 
     @contextmanager

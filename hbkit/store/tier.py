@@ -18,6 +18,7 @@ reads, but refuses to commit: the last commit stays what it was.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -168,6 +169,8 @@ class TierLease(Lease):
     seen: int = -1  # the store's version when the slots were right
     batch: int | None = None  # its number in the window
     fetched: bool = False
+    n_brought: int = 0  # rows that were not near when they were fetched
+    done: float = math.inf  # when they were
     asked: bool = False  # by the step
     settled: bool = False  # every key but the padding has a line, and none is arriving
     abandoned: deque[tuple[Int64s, int | None]] | None = None  # where it leaves what it holds if nobody releases it
@@ -437,10 +440,10 @@ class TieredStore(ABC):
         with self._open():
             self._fetch(lease)
 
-    def wait(self, lease: Lease) -> None:
-        """Return once the lease's rows are near, as far as there is room; the step begins."""
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """Return once the lease's rows are near, as far as there is room. The step begins; it could have at `since`."""
         with self._open():
-            self._ready(lease)
+            self._ready(lease, since)
 
     def _fetch(self, lease: TierLease) -> None:
         if not lease.fetched:
@@ -452,6 +455,7 @@ class TieredStore(ABC):
             self._n_hits += int(np.count_nonzero(near))
             self._n_misses += len(away)
             self._bring(lease, away)
+            lease.n_brought, lease.done = len(away), time.monotonic()
 
     def _refresh(self, lease: TierLease) -> Int64s:
         """Look for rows without a line, again where some came since; positions of those only at home."""
@@ -471,19 +475,18 @@ class TieredStore(ABC):
             lease.seen = self._version
         return np.flatnonzero(slots == AWAY)
 
-    def _ready(self, lease: Lease) -> tuple[Int64s, Int64s]:
+    def _ready(self, lease: Lease, since: float | None = None) -> tuple[Int64s, Int64s]:
         """The lease's lines (-1: absent or away) and the positions of rows that find no line; nothing is arriving."""
         assert isinstance(lease, TierLease)
         if lease.settled:
             return lease.slots, _NONE
-        begin, n_late = time.monotonic(), -self._n_misses
+        begin = time.monotonic() if since is None else since
         self._fetch(lease)
-        n_late += self._n_misses
         while True:
             away = self._refresh(lease)
             n_arriving = count_at(self._arriving.view(np.uint8), lease.slots)
             if not lease.asked:
-                n_late = max(n_late, len(away) + n_arriving)
+                n_late = max(lease.n_brought if lease.done > begin else 0, len(away) + n_arriving)
                 self._n_late += n_late
                 self._n_ready += int(np.count_nonzero(lease.slots >= 0)) - n_late
                 lease.asked = True

@@ -20,6 +20,7 @@ from hbkit.embedding import (
     RowWiseAdam,
     Table,
 )
+from hbkit.embedding.table import Request
 from hbkit.store.base import Chunk
 from hbkit.store.policy import make_policy
 from hbkit.store.tier import TieredStore
@@ -167,7 +168,8 @@ def put(table, rng):
 def ahead(table, rng):
     """Batches reserved and some fetched before the first is used; one is closed unused, one is forgotten."""
     batches = [rng.integers(0, 300, 30) for _ in range(5)]
-    requests = [table.request(b) for b in batches]
+    known = rng.random() < 0.5  # to the window
+    requests = [Request(table, [table.part(b)], ahead=known) for b in batches]
     for r in requests[1:4]:
         r.fetch()
     read = []
