@@ -34,12 +34,9 @@ typedef float quad __attribute__((vector_size(16), may_alias));
 
 /* ---- memory: slots are random, so every pass asks for its lines ahead of their use ---- */
 
-INLINE void fetch(const void *p, int64_t nbytes, int write) {
-    for (int64_t i = 0; i < nbytes; i += 64)
-        if (write)
-            __builtin_prefetch((const char *)p + i, 1);
-        else
-            __builtin_prefetch((const char *)p + i);
+/* Into the second-level cache, for reading or writing: the first has too few places for lines on their way. */
+INLINE void fetch(const void *p, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
 /* How many rows ahead: sixteen, or what about 4 KiB hold. */
@@ -129,7 +126,7 @@ INLINE void gather_as(const hb_slabs *s, const int64_t *slots, const int64_t *in
     int64_t d = ahead(width * 4);
     for (int64_t i = 0; i < n; i++) {
         int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
-        if (later >= 0) fetch(hb_row(s, later), width * 4, 0);
+        if (later >= 0) fetch(hb_row(s, later), width * 4);
         if (slot >= 0)
             memcpy(out + i * width, hb_row(s, slot), (size_t)width * sizeof(float));
         else
@@ -148,8 +145,8 @@ static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index
         float *to = out + i * width;
         int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
         if (later >= 0) {
-            fetch(hb_row(s, later), columns * item_nbytes(s), 0);
-            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4, 0);
+            fetch(hb_row(s, later), columns * item_nbytes(s));
+            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4);
         }
         if (slot < 0) {
             memset(to, 0, (size_t)width * sizeof(float));
@@ -170,8 +167,8 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
     for (int64_t i = 0; i < n; i++) {
         const float *from = lines + i * stride;
         if (i + 8 < n) {
-            fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s), 1);
-            fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4, 1);
+            fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s));
+            fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4);
         }
         if (s->dtype == HB_FLOAT32)
             memcpy((float *)hb_row(s, slots[i]) + column, from, (size_t)columns * sizeof(float));
@@ -184,7 +181,7 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
 INLINE void expand_as(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {
     int64_t d = ahead(dim * 4);
     for (int64_t i = 0; i < n; i++) {
-        if (i + d < n) fetch(rows + index[i + d] * dim, dim * 4, 0);
+        if (i + d < n) fetch(rows + index[i + d] * dim, dim * 4);
         memcpy(out + i * dim, rows + index[i] * dim, (size_t)dim * sizeof(float));
     }
 }
@@ -211,7 +208,7 @@ INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4, 0);
+            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4);
             const vec *row = (const vec *)pooled_row(rows, s, slots, inverse[p], dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
@@ -271,7 +268,7 @@ INLINE const float *term(const hb_gradients *g, int64_t p, int64_t dim) {
 
 /* Asks for the gradient of the position that comes `d` later in the order, whatever its segment. */
 INLINE void fetch_term(const hb_gradients *g, int64_t i, int64_t d, int64_t end, int64_t dim) {
-    if (i + d < end) fetch(term(g, g->order[i + d], dim), dim * 4, 0);
+    if (i + d < end) fetch(term(g, g->order[i + d], dim), dim * 4);
 }
 
 enum { TILE = 256 }; /* columns of a block sum held on the stack */
@@ -515,8 +512,8 @@ static void step_any(int64_t rule, float *row, float *state, const float *g, int
 INLINE void fetch_line(const hb_slabs *s, const hb_update *u, int64_t i, int64_t d, int64_t row_nbytes,
                        int64_t state_nbytes) {
     if (i + d < u->g.n_segments && u->slots[i + d] >= 0) {
-        fetch(hb_row(s, u->slots[i + d]), row_nbytes, 1);
-        fetch(hb_state(s, u->slots[i + d]), state_nbytes, 1);
+        fetch(hb_row(s, u->slots[i + d]), row_nbytes);
+        fetch(hb_state(s, u->slots[i + d]), state_nbytes);
     }
 }
 
