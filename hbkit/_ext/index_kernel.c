@@ -48,7 +48,8 @@ enum {
     FIRST_SHIFT = 2, /* the same of an empty index */
     MOST_PARTS = 7,  /* of a shard that may split instead */
     REGION = 32,     /* parts allocated at once at the most: one huge page */
-    GROUP = 256,     /* keys whose buckets are prefetched before any is read */
+    GROUP = 2048,    /* keys looked for before those that went past their home are looked for further on */
+    AHEAD = 64,      /* buckets fetched before the first is read */
 };
 #define MAX_SLOTS 0xFFFFFFFEu
 #define HUGE ((size_t)2 << 20)
@@ -78,7 +79,7 @@ static void let_go(hb_index *t, void *p, size_t nbytes) {
 static inline size_t part_nbytes(const hb_index *t) { return sizeof(hb_bucket) << t->shift; }
 
 static int add_region(hb_index *t) {
-    int64_t n = t->n_parts / 8 < 1 ? 1 : t->n_parts / 8 > REGION ? REGION : t->n_parts / 8;
+    int64_t n = t->shift == SHIFT && t->n_parts >= REGION ? REGION : t->n_parts / 8 < 1 ? 1 : t->n_parts / 8;
     size_t nbytes = (size_t)n * part_nbytes(t);
     if (t->n_parts + n > t->room_idle) {
         int64_t room = t->room_idle ? 2 * t->room_idle + n : 8;
@@ -424,29 +425,39 @@ static int64_t take_free(hb_index *t) {
 
 /* ---- batches ---- */
 
-/* The slots of at most GROUP keys. Buckets are fetched into the second-level cache: the first has too few places for
- * lines on their way. Keys that went past their home wait until the next bucket has been fetched for all of them. No
- * branch depends on whether a key is found or where. `more`: the state from which on a search goes to the next bucket,
- * PASSED, or FULL to reach, for an absent key, the one where it will go. `end`: where each search ended. */
+/* Where the search for a key begins: its bucket, fetched into the second-level cache, as the first has too few places
+ * for lines on their way. */
+static inline hb_bucket *aim(const hb_index *t, uint64_t mix) {
+    const hb_shard *s = shard_of(t, mix);
+    hb_bucket *b = bucket_at(t, s, home_of(t, s, mix));
+    __builtin_prefetch(b, 0, 2);
+    return b;
+}
+
+static inline int64_t slot_in(const hb_bucket *b, int64_t key) {
+    uint32_t found = match(b, (uint64_t)key);
+    return (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
+}
+
+/* The slots of at most GROUP keys, and where each search ended. Keys that went past their home wait until the next
+ * bucket has been fetched for all of them. No branch depends on whether a key is found or where. `more`: the state from
+ * which on a search goes to the next bucket, PASSED, or FULL to reach, for an absent key, the one where it will go. */
 enum { FULL = HB_WAYS, PASSED = 8 };
 static inline void find_group(const hb_index *t, const int64_t *keys, int m, uint32_t more, int64_t *restrict slots,
-                              hb_bucket **end) {
+                              hb_bucket **restrict end) {
     uint64_t h[GROUP];
     int32_t again[GROUP];
     uint32_t pos[GROUP];
     int n = 0, left;
     for (int j = 0; j < m; j++) h[j] = hb_mix64((uint64_t)keys[j]);
+    for (int j = 0; j < m && j < AHEAD; j++) end[j] = aim(t, h[j]);
     for (int j = 0; j < m; j++) {
-        const hb_shard *s = shard_of(t, h[j]);
-        end[j] = bucket_at(t, s, home_of(t, s, h[j]));
-        __builtin_prefetch(end[j], 0, 2);
-    }
-    for (int j = 0; j < m; j++) {
-        uint32_t found = match(end[j], (uint64_t)keys[j]);
-        int64_t slot = end[j]->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))];
-        slots[j] = found ? slot : -1;
+        if (j + AHEAD < m) end[j + AHEAD] = aim(t, h[j + AHEAD]);
+        const hb_bucket *b = end[j];
+        uint32_t found = match(b, (uint64_t)keys[j]);
+        slots[j] = (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
         again[n] = j;
-        n += !found & (end[j]->state >= more);
+        n += !found & (b->state >= more);
     }
     for (int i = 0; i < n; i++) pos[i] = home_of(t, shard_of(t, h[again[i]]), h[again[i]]);
     for (; n; n = left) {
@@ -460,11 +471,9 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         left = 0;
         for (int i = 0; i < n; i++) {
             int j = again[i];
-            uint32_t found = match(end[j], (uint64_t)keys[j]);
-            int64_t slot = end[j]->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))];
-            slots[j] = found ? slot : -1;
+            slots[j] = slot_in(end[j], keys[j]);
             again[left] = j, pos[left] = pos[i];
-            left += !found & (end[j]->state >= more);
+            left += (slots[j] < 0) & (end[j]->state >= more);
         }
     }
 }

@@ -39,8 +39,8 @@ INLINE void fetch(const void *p, int64_t nbytes) {
     for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
-/* How many rows ahead: sixteen, or what about 4 KiB hold. */
-INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 128 ? 32 : row_nbytes <= 256 ? 16 : row_nbytes <= 1024 ? 8 : 2; }
+/* How many rows ahead: 32, or what about 32 KiB hold. */
+INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 1024 ? 32 : row_nbytes <= 16384 ? 32768 / row_nbytes : 2; }
 
 INLINE int64_t item_nbytes(const hb_slabs *s) { return s->dtype == HB_FLOAT32 ? 4 : 2; }
 
@@ -536,12 +536,15 @@ INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim
 
 /* run() of row-wise Adagrad: its roots and quotients, one a row, are taken for several rows at once. */
 INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
-    int64_t d = ahead(dim * 4), n = u->g.n_segments;
+    int64_t d = dim <= 32 ? 2 * HB_TOGETHER : HB_TOGETHER, n = u->g.n_segments;
     const float lr = u->parts[0].hyper[0], eps = u->parts[0].hyper[1], *g[HB_TOGETHER];
     float *sums = u->scratch, step[HB_TOGETHER], none = 0, *total[HB_TOGETHER];
     for (int64_t first = 0; first < n; first += HB_TOGETHER) {
         int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
-        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            fetch_line(s, u, first + k, d, dim * 4, 4);
+            g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        }
         for (int64_t k = 0; k < some; k++) {
             int64_t slot = u->slots[first + k];
             total[k] = slot >= 0 ? hb_state(s, slot) : &none;
@@ -552,11 +555,11 @@ INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
         for (int64_t k = 0; k < HB_TOGETHER; k++) step[k] = lr / (sqrtf(step[k]) + eps);
         for (int64_t k = 0; k < some; k++) {
             int64_t slot = u->slots[first + k];
-            fetch_line(s, u, first + k, d > HB_TOGETHER ? d : HB_TOGETHER, 0, 4);
-            fetch_line(s, u, first + k, d, dim * 4, 0);
             if (slot < 0) continue;
             float *restrict row = hb_row(s, slot);
-            for (int64_t j = 0; j < dim; j++) row[j] -= step[k] * g[k][j];
+            int64_t whole = dim / LANES * LANES;
+            for (int64_t j = 0; j < whole; j += LANES) *(vec *)(row + j) -= step[k] * *(const vec *)(g[k] + j);
+            for (int64_t j = whole; j < dim; j++) row[j] -= step[k] * g[k][j];
         }
     }
 }
@@ -567,12 +570,7 @@ INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
     }
 #define CALL_HB_SGD(dim) run(s, u, HB_SGD, dim); break
 #define CALL_HB_ADAGRAD(dim) run(s, u, HB_ADAGRAD, dim); break
-#define CALL_HB_ROWWISE_ADAGRAD(dim)        \
-    if (dim <= 64)                          \
-        run_rowwise(s, u, dim);             \
-    else                                    \
-        run(s, u, HB_ROWWISE_ADAGRAD, dim); \
-    break
+#define CALL_HB_ROWWISE_ADAGRAD(dim) run_rowwise(s, u, dim); break
 #define CALL_HB_ADAM(dim) run(s, u, HB_ADAM, dim); break
 RUN(run_sgd, HB_SGD)
 RUN(run_adagrad, HB_ADAGRAD)
