@@ -55,6 +55,9 @@ typedef struct {
     /* Distinct keys in unique[1..] by first appearance; returns how many. See dedupe_kernel.c. counts may be NULL. */
     int64_t (*dedupe)(const int64_t *keys, int64_t n, uint32_t *table, int bits, int64_t *unique, void *inverse,
                       int wide, int64_t *counts);
+    /* Of an index whose slots the caller gives, which knows no find_or_insert and erase: see places.pyx. */
+    int (*put)(hb_index *, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before);
+    void (*drop)(hb_index *, const int64_t *keys, int64_t n, int64_t *before);
 } hb_indexers;
 
 enum { HB_PAGE = 1 << 15 }; /* slots of a page of free bits */

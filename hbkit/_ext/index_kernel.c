@@ -596,6 +596,59 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
     return 0;
 }
 
+/* ---- slots that the caller gives (places.pyx): none is handed out or free, so next_slot counts the keys ---- */
+
+static int put_all(hb_index *t, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before) {
+    int64_t done = 0;
+    for (; done < n; done++) {
+        for (int64_t j = done; done % GROUP == 0 && j < done + GROUP && j < n; j++) {
+            uint64_t mix = hb_mix64((uint64_t)keys[j]);
+            const hb_shard *s = shard_of(t, mix);
+            __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 1, 2);
+        }
+        uint64_t key = (uint64_t)keys[done], mix = hb_mix64(key);
+        hb_shard *s = shard_of(t, mix);
+        uint32_t at = home_of(t, s, mix), i;
+        hb_bucket *b = look(t, s, key, &at, &i);
+        before[done] = -1;
+        if (b) {
+            before[done] = b->slots[i];
+            b->slots[i] = (uint32_t)slots[done];
+            continue;
+        }
+        if (s->n >= limit_of(t, s->k, prefix_of(mix, s->depth))) {
+            if (grow(t, mix)) goto failed;
+            s = shard_of(t, mix);
+        }
+        place(t, s, mix, key, (uint32_t)slots[done]);
+        s->n++, t->n++, t->next_slot++;
+    }
+    return 0;
+failed:
+    while (done-- > 0) {
+        uint64_t key = (uint64_t)keys[done], mix = hb_mix64(key);
+        hb_shard *s = shard_of(t, mix);
+        uint32_t at = home_of(t, s, mix), i;
+        if (before[done] < 0) {
+            erase_one(t, key);
+            t->next_slot--;
+        } else {
+            look(t, s, key, &at, &i)->slots[i] = (uint32_t)before[done];
+        }
+    }
+    return -1;
+}
+
+static void drop_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *before) {
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t mix = hb_mix64((uint64_t)keys[i]);
+        before[i] = erase_one(t, (uint64_t)keys[i]);
+        if (before[i] < 0) continue;
+        t->next_slot--;
+        if (roomy(t, shard_of(t, mix))) shrink(t, mix);
+    }
+}
+
 /* ---- all of it ---- */
 
 /* A mix of the keys of directory entry i. */
@@ -731,6 +784,19 @@ static int erase(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots) {
     return rc;
 }
 
+static int put(hb_index *t, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before) {
+    pthread_rwlock_wrlock(t->lock);
+    int rc = put_all(t, keys, n, slots, before);
+    pthread_rwlock_unlock(t->lock);
+    return rc;
+}
+
+static void drop(hb_index *t, const int64_t *keys, int64_t n, int64_t *before) {
+    pthread_rwlock_wrlock(t->lock);
+    drop_all(t, keys, n, before);
+    pthread_rwlock_unlock(t->lock);
+}
+
 static int64_t items(const hb_index *t, int64_t room, int64_t *keys, int64_t *slots) {
     pthread_rwlock_rdlock(t->lock);
     int64_t n = t->n;
@@ -768,4 +834,4 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA)};
+    create, destroy, find, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};

@@ -70,6 +70,8 @@ cdef extern from "index.h" nogil:
         int64_t (*part)(const hb_index *, uint64_t, uint64_t, int64_t, int64_t *) noexcept nogil
         const char *(*validate)(const hb_index *) noexcept nogil
         int64_t (*dedupe)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *) noexcept nogil
+        int (*put)(hb_index *, const int64_t *, int64_t, const int64_t *, int64_t *) noexcept nogil
+        void (*drop)(hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
 
     int HB_PAGE
 

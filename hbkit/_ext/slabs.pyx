@@ -9,8 +9,9 @@ line is one array of floats. In memory rows may be narrower (float16, bfloat16),
 Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the TLB costs as much as one of the cache.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from hbkit._ext.segment import pool, retained
 
 from hbkit._ext.segment cimport Gradients, in_range, splits_fit
 from hbkit.errors import InvalidArgument
+
+cdef extern from "kernels.h" nogil:
+    void *hb_row(const hb_slabs *, int64_t slot)
+    float *hb_state(const hb_slabs *, int64_t slot)
 
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **, size_t, size_t)
@@ -208,6 +213,32 @@ cdef class Slabs:
                 fp = hb_fp_enter()
                 kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
                 hb_fp_leave(fp)
+
+    def pack(self, const int64_t[::1] slots):
+        """Lines as they lie in memory, row then state: uint8[n, line_nbytes]. Slots must be >= 0."""
+        cdef int64_t i, n = slots.shape[0], nbytes = self.line_nbytes
+        out = retained((n, nbytes), np.uint8)
+        cdef uint8_t[:, ::1] to = out
+        self._check(slots, 0)
+        with nogil:
+            for i in range(n):
+                memcpy(&to[i, 0], hb_row(&self.s, slots[i]), self.s.row_stride)
+                if self.apart:
+                    memcpy(&to[i, self.s.row_stride], hb_state(&self.s, slots[i]), self.s.state_stride)
+        return out
+
+    def unpack(self, const int64_t[::1] slots, const uint8_t[:, ::1] lines):
+        """Write lines that `pack` of slabs with the same rows and states gave; slots must be >= 0."""
+        cdef int64_t i, n = slots.shape[0], nbytes = self.line_nbytes
+        if lines.shape[0] != n or lines.shape[1] != nbytes:
+            raise InvalidArgument(f"lines of shape {lines.shape[0], lines.shape[1]} for {n} slots",
+                                  remedy=f"a line has {nbytes} bytes")
+        self._check(slots, 0)
+        with nogil:
+            for i in range(n):
+                memcpy(hb_row(&self.s, slots[i]), &lines[i, 0], self.s.row_stride)
+                if self.apart:
+                    memcpy(hb_state(&self.s, slots[i]), &lines[i, self.s.row_stride], self.s.state_stride)
 
     def fill(self, const int64_t[::1] slots, const int64_t[::1] keys, draws, const float[::1] state):
         """Make new lines: rows drawn for their keys, and `state` beside each.

@@ -153,6 +153,7 @@ class Staged:
         train: bool,
         size: int | None,
         weights: Mapping[str, Any],
+        ahead: bool = False,
     ) -> None:
         self._collection, self._train = collection, train
         inputs = {f: _input(f, batch, weights.get(f)) for f in collection.features}
@@ -176,7 +177,7 @@ class Staged:
                 start, end = end, end + len(self._inputs[feature].keys)
                 self._spans[feature] = slice(start, end)
             if features:
-                self._requests[name] = self._request(table, features)
+                self._requests[name] = self._request(table, features, ahead)
         self._state = "staged"
 
     def _keys(self, table: Table, feature: str) -> Any:
@@ -186,11 +187,14 @@ class Staged:
         except InvalidArgument as e:
             raise InvalidArgument(e.problem, **e.place, feature=feature, remedy=e.remedy) from None
 
-    def _request(self, table: Table, features: Sequence[str]) -> Request:
-        return Request(table, [self._keys(table, f) for f in features])
+    def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Request:
+        return Request(table, [self._keys(table, f) for f in features], ahead)
 
     def wait(self) -> None:
-        """Return once every row of the batch is resident in the nearest tier."""
+        """Return once the rows of the batch are resident in the nearest tier, as far as they have room there."""
+        if self._state == "staged":
+            for request in self._requests.values():
+                request.fetch()
 
     def outputs(self) -> dict[str, Float32s | SequenceOutput]:
         """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Generic, Self, TypeVar
 
@@ -53,6 +54,8 @@ class Lookahead:
 
 
 Step = TypeVar("Step")
+T = TypeVar("T")
+FETCHED = 2  # batches whose rows are near before their step: one is used next, while the other is on its way
 
 
 class Pipeline(Generic[Step]):
@@ -88,7 +91,9 @@ def lookahead(
 ) -> Lookahead:
     """Pairs (batch, `Staged`) in order, staged up to `lookahead` batches before their step.
 
-    Rows are read at the step, after the previous update, so every value of `lookahead` gives the same results.
+    The keys of all of them are known to the tables' stores, which keep near what is used soonest; the rows of the next
+    two are fetched in the background. Rows are read at the step, after the previous update, so every value of
+    `lookahead` gives the same results.
 
     >>> for batch, staged in lookahead(dataset, collection):
     ...     outputs = staged.outputs()
@@ -116,12 +121,36 @@ def lookahead(
     if lookahead < 0:
         raise InvalidArgument(f"lookahead={lookahead}", remedy="give 0 or more batches")
 
-    def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+    depth = min(lookahead, FETCHED)
+
+    def announced(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
         for batch in dataset:
             if getattr(batch, "n_rows", 1) == 0:
                 continue
             prepared = batch if prepare is None else prepare(batch)
-            waiting.add(staged := collection.stage(batch, train, size))
+            waiting.add(staged := Staged(collection, batch, train, size, {}, ahead=lookahead > 0))
             yield prepared, staged
 
-    return Lookahead(pairs, lookahead)
+    def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+        for prepared, staged in behind(announced(waiting), lookahead - depth):
+            staged.wait()
+            yield prepared, staged
+
+    return Lookahead(pairs, depth)
+
+
+def behind(source: Iterator[T], n: int) -> Iterator[T]:
+    """The items of `source`, each given when `n` more were seen; what it raises comes where its item would have."""
+    held: deque[T] = deque()
+    failure: BaseException | None = None
+    while failure is None:
+        try:
+            held.append(next(source))
+        except BaseException as e:
+            failure = e
+        else:
+            if len(held) > n:
+                yield held.popleft()
+    yield from held
+    if not isinstance(failure, StopIteration):
+        raise failure

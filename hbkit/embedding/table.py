@@ -394,12 +394,16 @@ class Request:
         Row of `rows()` that each key reads.
     """
 
-    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary]) -> None:
+    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary], ahead: bool = False) -> None:
         self.table = table
         unique, self.inverse, counts = _distinct(parts or [_NONE])
         padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
-        self._lease = table.store.reserve(unique, counts, padding)
+        self._lease = table.store.reserve(unique, counts, padding, ahead)
         self._open = True
+
+    def fetch(self) -> None:
+        """Bring the rows near. May run ahead of the step, in another thread."""
+        self.table.store.fetch(self._use())
 
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""

@@ -67,12 +67,15 @@ class HostStore:
     def _version(self) -> tuple[int, int]:
         return self._erasures, self._creations
 
-    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Find the rows of distinct keys; nothing moves in this tier."""
         lease = Lease(keys, _NONE, counts, padding)
         with self._lock.shared:
             lease.refresh(self._index, self._version)
         return lease
+
+    def fetch(self, lease: Lease) -> None:
+        """Every row is near in this tier."""
 
     def _insert(self, keys: Int64s) -> Int64s:
         """Slots of keys, with room for lines and metadata made before the index changes."""
@@ -158,6 +161,18 @@ class HostStore:
             n = int(np.count_nonzero(self._index.erase(keys) >= 0))
             self._erasures += n > 0
             return n
+
+    def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether each key has a row: bool[n]."""
+        with self._lock.shared:
+            found: npt.NDArray[np.bool_] = self._index.find(keys) >= 0
+            return found
+
+    def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
+        """Frequency and last step of each key, all of which have rows."""
+        with self._lock.shared:
+            freq, last_step = self._metadata.get(self._index.find(keys))
+            return freq, last_step
 
     def scan(self, since: int | None = None) -> Iterator[Chunk]:
         """All lines, or those stamped after step `since`, in key order.
