@@ -439,12 +439,18 @@ static inline int64_t slot_in(const hb_bucket *b, int64_t key) {
     return (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
 }
 
+static inline void fetch_row(const hb_slabs *rows, int64_t slot) {
+    if (!rows || slot < 0) return;
+    for (int64_t i = 0; i < rows->row_stride && i < rows->dim * 4; i += 64)
+        __builtin_prefetch((const char *)hb_row(rows, slot) + i, 0, 2);
+}
+
 /* The slots of at most GROUP keys, and where each search ended. Keys that went past their home wait until the next
  * bucket has been fetched for all of them. No branch depends on whether a key is found or where. `more`: the state from
  * which on a search goes to the next bucket, PASSED, or FULL to reach, for an absent key, the one where it will go. */
 enum { FULL = HB_WAYS, PASSED = 8 };
 static inline void find_group(const hb_index *t, const int64_t *keys, int m, uint32_t more, int64_t *restrict slots,
-                              hb_bucket **restrict end) {
+                              hb_bucket **restrict end, const hb_slabs *rows) {
     uint64_t h[GROUP];
     int32_t again[GROUP];
     uint32_t pos[GROUP];
@@ -456,6 +462,7 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         const hb_bucket *b = end[j];
         uint32_t found = match(b, (uint64_t)keys[j]);
         slots[j] = (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
+        fetch_row(rows, slots[j]);
         again[n] = j;
         n += !found & (b->state >= more);
     }
@@ -472,6 +479,7 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         for (int i = 0; i < n; i++) {
             int j = again[i];
             slots[j] = slot_in(end[j], keys[j]);
+            fetch_row(rows, slots[j]);
             again[left] = j, pos[left] = pos[i];
             left += (slots[j] < 0) & (end[j]->state >= more);
         }
@@ -481,7 +489,14 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
 static void find_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots) {
     hb_bucket *end[GROUP];
     for (int64_t g = 0; g < n; g += GROUP)
-        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end);
+        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, NULL);
+}
+
+static void find_rows_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots,
+                          const hb_slabs *rows) {
+    hb_bucket *end[GROUP];
+    for (int64_t g = 0; g < n; g += GROUP)
+        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, rows);
 }
 
 /* The bucket that holds key, from bucket *at on, and the place in it; or NULL. */
@@ -532,7 +547,7 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
     memset(is_new, 0, (size_t)n);
     for (int64_t g = 0; g < n; g += GROUP) {
         int m = n - g < GROUP ? (int)(n - g) : GROUP, absent[GROUP], n_absent = 0, moved = 0;
-        find_group(t, keys + g, m, FULL, slots + g, end);
+        find_group(t, keys + g, m, FULL, slots + g, end, NULL);
         for (int j = 0; j < m; j++) {
             absent[n_absent] = j;
             n_absent += slots[g + j] < 0;
@@ -581,7 +596,7 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
     for (int64_t i = 0; i < n; i++)
         if (slots[i] >= 0 && page_for(t, slots[i])) return -1;
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = i; i % GROUP == 0 && j < i + GROUP && j < n; j++) {
+        for (int64_t j = i; i % AHEAD == 0 && j < i + AHEAD && j < n; j++) {
             uint64_t mix = hb_mix64((uint64_t)keys[j]);
             const hb_shard *s = shard_of(t, mix);
             __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 0, 2);
@@ -601,7 +616,7 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
 static int put_all(hb_index *t, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before) {
     int64_t done = 0;
     for (; done < n; done++) {
-        for (int64_t j = done; done % GROUP == 0 && j < done + GROUP && j < n; j++) {
+        for (int64_t j = done; done % AHEAD == 0 && j < done + AHEAD && j < n; j++) {
             uint64_t mix = hb_mix64((uint64_t)keys[j]);
             const hb_shard *s = shard_of(t, mix);
             __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 1, 2);
@@ -770,6 +785,12 @@ static void find(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slo
     pthread_rwlock_unlock(t->lock);
 }
 
+static void find_rows(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, const hb_slabs *rows) {
+    pthread_rwlock_rdlock(t->lock);
+    find_rows_all(t, keys, n, slots, rows);
+    pthread_rwlock_unlock(t->lock);
+}
+
 static int insert(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
     pthread_rwlock_wrlock(t->lock);
     int rc = insert_all(t, keys, n, slots, is_new);
@@ -834,4 +855,4 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};
+    create, destroy, find, find_rows, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};

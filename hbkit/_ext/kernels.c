@@ -193,9 +193,11 @@ static void expand(const float *rows, const int64_t *index, int64_t n, int64_t d
 
 /* ---- sums ---- */
 
-/* Row p of what is pooled: of rows by inverse, or of slots by inverse. */
-INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, int64_t at, int64_t dim) {
+/* Row of value p of what is pooled: of rows by inverse, or of slots by inverse, or of slots. */
+INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
+                               int64_t p, int64_t dim) {
     static const float absent[128];
+    int64_t at = inverse ? inverse[p] : p;
     if (rows) return rows + at * dim;
     return slots[at] >= 0 ? (const float *)hb_row(s, slots[at]) : absent;
 }
@@ -208,8 +210,8 @@ INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4);
-            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse[p], dim);
+            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse, p + d, dim), dim * 4);
+            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse, p, dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
             else
@@ -224,8 +226,8 @@ INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots
 
 #define POOL_WIDE(dim) pool_wide(rows, s, slots, inverse, splits, weight, row_scale, n_out, dim, out)
 
-static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
-                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+INLINE int pool_slots_by(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                         const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
     const float *const rows = NULL;
     if (s->dtype != HB_FLOAT32) return -1;
     switch (s->dim) {
@@ -235,6 +237,12 @@ static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *in
     case 128: POOL_WIDE(128); return 0;
     }
     return -1;
+}
+
+static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+    if (inverse) return pool_slots_by(s, slots, inverse, splits, weight, row_scale, n_out, out);
+    return pool_slots_by(s, slots, NULL, splits, weight, row_scale, n_out, out);
 }
 
 static void pool(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,

@@ -77,6 +77,18 @@ class HostStore:
     def fetch(self, lease: Lease) -> None:
         """Every row is near in this tier."""
 
+    def lookup(self, keys: Int64s, out: Float32s) -> None:
+        """Rows of keys, which may repeat, into ``out[n, dim]``; zeros where a key is absent."""
+        with self._lock.shared:
+            self._slabs.lookup(self._index, keys, out)
+
+    def lookup_pooled(
+        self, keys: Int64s, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
+    ) -> None:
+        """Weighted sums of the rows of ``keys[splits[b]:splits[b + 1]]`` into ``out[b]``, as `pool` gives them."""
+        with self._lock.shared:
+            self._slabs.lookup_pooled(self._index, keys, splits, out, weight, row_scale)
+
     def _insert(self, keys: Int64s) -> Int64s:
         """Slots of keys, with room for lines and metadata made before the index changes."""
         need = self._index.n_slots + len(keys)
