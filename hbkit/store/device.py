@@ -189,7 +189,7 @@ class Below:
         """Frequencies and last steps of rows that were written."""
         return self._store.metadata(keys)
 
-    def part(self, part: Part) -> Int64s:
+    def keys(self, part: Part) -> Int64s:
         """Keys of a part, in the order of their mix."""
         keys = [chunk.key for chunk in self._store.part(part, rows=False)]
         both = np.concatenate([*keys, part.of(self._unwritten)])
@@ -198,7 +198,7 @@ class Below:
 
     def in_order(self) -> Iterator[Int64s]:
         """All keys, ascending."""
-        return iter([np.sort(self.part(Part()))])
+        return iter([np.sort(self.keys(Part()))])
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]], latest_step: int) -> str:
         """Commit the store below."""

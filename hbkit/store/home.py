@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 BUFFER_NBYTES = 4 * 2**20
 PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and are in memory at a time
 MOST_PART_ROWS = 2**24
+SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
 COLUMN_NBYTES = 2**20  # of what is kept share a checksum
 TAIL = 8  # a checkpoint is written once the log has grown by so many times its size since the last
 LEAST_TAIL_NBYTES = 4 * 2**20
@@ -53,14 +54,8 @@ SWEEP = 4  # blocks of sparse segments that are gone through for each block writ
 STEP_NBYTES = 2**18  # compaction reads at a time, at least
 
 ADDED, GONE = 2**32 - 1, 2**32 - 2
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _OTHERS = re.compile(r"(index|kept)-\d+\.hbi|manifest\.json\.new")
 _KEPT_DTYPES = ("<i8", "<u2")
-
-
-def line_nbytes(layout: Layout) -> int:
-    """Bytes of a line: the row in the table's dtype, then float32 state."""
-    return layout.dim * ITEMSIZE[layout.dtype] + 4 * len(layout.initial_state)
 
 
 class Home:
@@ -137,7 +132,7 @@ class Home:
 
     def _open(self, buffer_nbytes: int, segment_nbytes: int, budget: int | None) -> None:
         manifest = self._read_manifest()
-        size, nonce, segments, next_file = line_nbytes(self.layout), int.from_bytes(os.urandom(8)), [], 0
+        size, nonce, segments, next_file = self.layout.line_nbytes, int.from_bytes(os.urandom(8)), [], 0
         if manifest:
             have = manifest["lines"]
             want = self._lines()
@@ -414,8 +409,13 @@ class Home:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: index, metadata, and buffers, of which a read and compaction use one each."""
-        return int(self._places.nbytes) + self._log.nbytes + 2 * self._log.buffer_nbytes
+        """Memory held, in bytes: index, metadata, and buffers."""
+        return int(self._places.nbytes) + self._log.nbytes - self._log.buffer_nbytes + self.buffers_nbytes
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of buffers: for what is to be written, and for a read and compaction as much each."""
+        return 3 * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is such a row, of each key: bool[n]."""
@@ -541,6 +541,16 @@ class Home:
         """Keys of a part in the order of their mix, or all: int64[m]. Passes over their shards of the index alone."""
         return (part or Part()).of(self._places)
 
+    def in_order(self) -> Iterator[Int64s]:
+        """All keys, ascending, `SORTED_ROWS` or a few more at a time: each piece takes a pass over the index."""
+        counts = np.zeros(1 << 16, np.int64)  # by leading bits
+        for keys in self._parts():
+            counts += np.bincount((keys >> 48) + (1 << 15), minlength=1 << 16)
+        piece = np.cumsum(counts) // SORTED_ROWS
+        for i in np.unique(piece[counts > 0]):
+            found = [keys[piece[(keys >> 48) + (1 << 15)] == i] for keys in self._parts()]
+            yield np.sort(np.concatenate(found))
+
     def latest_step(self) -> int:
         """Largest step that a line here was stamped with, 0 for none."""
         return self._latest
@@ -589,8 +599,10 @@ class Home:
         """What the last commit was given to keep, as it was when this home was opened."""
         return self._kept
 
-    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None, latest_step: int = 0) -> str:
         """Make everything up to now durable, and the columns of `keep` (int64 or uint16) beside it; its id.
+
+        `latest_step` of the table, where it is larger than that of any line.
 
         Raises
         ------
@@ -605,6 +617,7 @@ class Home:
             if self._n_added:
                 raise InvalidArgument(f"{self._n_added} rows have no line yet", remedy="write them before a commit")
             log, commit = self._log, self.n_commits + 1
+            self._latest = max(self._latest, latest_step)
             log.flush()
             checkpoint, voids = self._checkpoint, log.voids
             row = 20 if self.layout.metadata else 12
@@ -716,7 +729,7 @@ class Home:
                 "rows": len(self._places),
                 "index_nbytes": self._places.nbytes,
                 "metadata_nbytes": log.nbytes - log.buffer_nbytes,
-                "buffer_nbytes": 3 * log.buffer_nbytes,
+                "buffer_nbytes": self.buffers_nbytes,
                 "disk_nbytes": log.disk_nbytes + checkpoint,
                 "live_nbytes": log.live_nbytes,
                 "space_amplification": (log.disk_nbytes + checkpoint) / max(1, log.live_nbytes),

@@ -41,8 +41,11 @@ from hbkit.store.cache import Cache, Window
 from hbkit.store.policy import Policy
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+UInt32s: TypeAlias = npt.NDArray[np.uint32]
 AWAY = 1 << 40  # a lease's slot for a row that is only at home
-GROWTH = 1.25  # each time the index outgrows its share of the budget, the cache gives it room for so many times the rows
+GROWTH = (
+    1.25  # each time the index outgrows its share of the budget, the cache gives it room for so many times the rows
+)
 
 
 class Lines(Protocol):
@@ -103,19 +106,19 @@ class Home(Protocol):
         """Forget rows; how many there were."""
         ...
 
-    def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
+    def read(self, keys: Int64s) -> tuple[Bytes, UInt32s, UInt32s]:
         """Lines, frequencies and last steps of rows that were written; beside any other call."""
         ...
 
-    def write(self, keys: Int64s, lines: Bytes, freq: Int64s, last_step: Int64s) -> None:
+    def write(self, keys: Int64s, lines: Bytes, freq: UInt32s, last_step: UInt32s) -> None:
         """Lines of distinct rows, new or in place of what there was; all or none."""
         ...
 
-    def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
+    def metadata(self, keys: Int64s) -> tuple[UInt32s, UInt32s]:
         """Frequencies and last steps of rows that were written."""
         ...
 
-    def part(self, part: Part) -> Int64s:
+    def keys(self, part: Part) -> Int64s:
         """Keys of a part, in the order of their mix."""
         ...
 
@@ -296,8 +299,11 @@ class TieredStore(ABC):
     def _write_back(self, lines: Int64s) -> None:
         for part in _parts(len(lines), self._scratch_lines):
             some = lines[part]
-            self._home.write(self._cache.key[some], self._lines.pack(some), *self._metadata.get(some))
+            self._write_home(self._cache.key[some], self._lines.pack(some), *self._metadata.get(some))
             self._cache.dirty[some] = False
+
+    def _write_home(self, keys: Int64s, lines: Bytes, freq: Int64s, last_step: Int64s) -> None:
+        self._home.write(keys, lines, freq.astype(np.uint32), last_step.astype(np.uint32))
 
     def _bring(self, lease: TierLease, wanted: Int64s) -> bool:
         """Give lines to the lease's rows at positions `wanted`, which are only at home, as far as there is room; whether
@@ -448,8 +454,9 @@ class TieredStore(ABC):
             if self.layout.metadata:
                 self._cache.dirty[lines[lines >= 0]] = True
             for some, freq, last_step, held in self._stream(lease.keys, away):
-                freq, last_step[:] = freq + lease.counts[some], step
-                self._home.write(lease.keys[some], held.pack(np.arange(len(some))), freq, last_step)
+                freq = np.minimum(freq + lease.counts[some], 2**32 - 1)
+                last_step[:] = step
+                self._write_home(lease.keys[some], held.pack(np.arange(len(some))), freq, last_step)
             return len(new)
 
     def _make(self, lease: Lease, new: Int64s) -> None:
@@ -471,7 +478,7 @@ class TieredStore(ABC):
                     zeros, scratch = np.zeros(len(some) - n, np.int64), np.arange(len(some) - n)
                     self._scratch.reserve(len(scratch))
                     self._scratch.scatter(scratch, values[n:])
-                    self._home.write(some[n:], self._scratch.pack(scratch), zeros, zeros)
+                    self._write_home(some[n:], self._scratch.pack(scratch), zeros, zeros)
                     lease.slots[new[part][n:]] = AWAY
         except BaseException:
             self._erase(keys)
@@ -485,7 +492,7 @@ class TieredStore(ABC):
             lines, freq, last_step = self._home.read(keys[some])
             self._scratch.reserve(len(some))
             self._scratch.unpack(np.arange(len(some)), lines)
-            yield some, freq, last_step, self._scratch
+            yield some, freq.astype(np.int64), last_step.astype(np.int64), self._scratch
 
     def _gather(self, lines: Int64s, away: Int64s, keys: Int64s, out: Float32s) -> None:
         self._lines.gather(lines, out)
@@ -542,7 +549,7 @@ class TieredStore(ABC):
                     keys, at = lease.keys[some], np.arange(len(some))
                     self._n_skipped += held.apply(rule.code, at, sums[some], hyper, keys, seed, step, bad)
                     last_step[:] = step
-                    self._home.write(keys, held.pack(at), freq, last_step)
+                    self._write_home(keys, held.pack(at), freq, last_step)
             ignored = n_absent - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
@@ -603,7 +610,7 @@ class TieredStore(ABC):
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
         """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
         with self._open():
-            return self._chunks(iter([self._home.part(part)]), lines=rows)
+            return self._chunks(iter([self._home.keys(part)]), lines=rows)
 
     def _chunks(self, pieces: Iterator[Int64s], lines: bool, since: int | None = None) -> Iterator[Chunk]:
         for keys in pieces:
@@ -647,7 +654,7 @@ class TieredStore(ABC):
                 at = np.arange(len(away))
                 self._scratch.reserve(len(at))
                 self._scratch.scatter(at, values[away])
-                self._home.write(keys[away], self._scratch.pack(at), freq[part][away], last_step[part][away])
+                self._write_home(keys[away], self._scratch.pack(at), freq[part][away], last_step[part][away])
                 self._lines.scatter(lines[near], values[near])
                 self._metadata.put(lines[near], freq[part][near], last_step[part][near])
                 self._cache.dirty[lines[near]] = True
@@ -683,7 +690,8 @@ class TieredStore(ABC):
     def stats(self) -> dict[str, Any]:
         """What the tier holds and has done.
 
-        Rows; bytes held (``index_nbytes``: of the home); hits and misses of `fetch`; of the rows that steps asked for,
+        Rows; bytes held (of the home; ``cache_nbytes``: to know which lines are whose; ``window_nbytes``: of
+        batches announced); hits and misses of `fetch`; of the rows that steps asked for,
         ``ready_rows`` were near when the batch was waited for and ``late_rows`` were not; ``waited_s`` seconds; rows
         that streamed past the cache; keys ignored.
         """
@@ -694,7 +702,8 @@ class TieredStore(ABC):
                 "rows": len(self._home),
                 "index_nbytes": self._home.nbytes,
                 "lines_nbytes": self._lines.nbytes,
-                "metadata_nbytes": self._metadata.nbytes + self._cache.nbytes,
+                "metadata_nbytes": 0,
+                "cache_nbytes": self._metadata.nbytes + self._cache.nbytes + self._arriving.nbytes,
                 "window_nbytes": self._window.nbytes,
                 "cache_lines": self._cache.n_lines,
                 "hits": self._n_hits,

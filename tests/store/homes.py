@@ -1,4 +1,5 @@
-"""A home of rows in a dict, and a store over it: what a tier does is tested apart from any disk or device."""
+"""A home of rows in a dict, and a store over it: what a tier does is tested apart from any disk or device. And acts on
+tables, for tests that hold one tier against another."""
 
 import threading
 import time
@@ -7,6 +8,19 @@ import numpy as np
 
 from hbkit._ext.batch import mixed
 from hbkit._ext.slabs import Slabs
+from hbkit.embedding import (
+    SGD,
+    Adagrad,
+    Adam,
+    CountAdmission,
+    Ftrl,
+    IdleSteps,
+    MaxRows,
+    RowWiseAdagrad,
+    RowWiseAdam,
+    Table,
+)
+from hbkit.store.base import Chunk
 from hbkit.store.policy import make_policy
 from hbkit.store.tier import TieredStore
 
@@ -65,7 +79,7 @@ class DictHome:
         rows = [self.rows[int(k)] for k in keys]
         return np.array([r[1] for r in rows], np.int64), np.array([r[2] for r in rows], np.int64)
 
-    def part(self, part):
+    def keys(self, part):
         keys = np.array(sorted(self.rows), np.int64)
         mix = mixed(keys)
         held = (mix >= np.uint64(part.first)) & (mix <= np.uint64(max(part.last - 1, 0))) & (part.first < part.last)
@@ -126,3 +140,68 @@ class DictPlace:
         return DictStore(layout, *self.args)
 
 
+OPTIMIZERS = [SGD(), SGD(momentum=0.9), Adagrad(), RowWiseAdagrad(), Adam(), RowWiseAdam(), Ftrl()]
+FIELDS = ("key", "freq", "last_step", "row", "state")
+
+
+def contents(store, since=None):
+    """Everything a store holds, as bytes."""
+    chunks = list(store.scan(since))
+    return [b"".join(np.ascontiguousarray(getattr(c, field)).tobytes() for c in chunks) for field in FIELDS]
+
+
+def step(table, rng, n_keys=200, n=60):
+    """One random training batch; the bytes that it read."""
+    keys = rng.zipf(1.4, n) % n_keys
+    rows = table.lookup(keys, train=True)
+    table.update(keys, rng.standard_normal((n, table.dim)).astype(np.float32))
+    return rows.tobytes()
+
+
+def put(table, rng):
+    keys = rng.permutation(400)[:50] - 100
+    row, state = rng.random((50, table.dim)), rng.random((50, table.store.layout.width - table.dim))
+    table.store.put(Chunk(keys, keys + 100, np.full(50, table.step), row, state))
+
+
+def ahead(table, rng):
+    """Batches reserved and some fetched before the first is used; one is closed unused, one is forgotten."""
+    batches = [rng.integers(0, 300, 30) for _ in range(5)]
+    requests = [table.request(b) for b in batches]
+    for r in requests[1:4]:
+        r.fetch()
+    read = []
+    for r in requests[:3]:
+        r.create(True, table.step + 1)
+        rows = r.rows()
+        read.append(rows.tobytes())
+        grads = rng.standard_normal((len(r.inverse), table.dim)).astype(np.float32)
+        r.update(grads + rows[r.inverse], None, None, table.step + 1)
+        table.step += 1
+        r.close()
+    requests[4].close()
+    return read
+
+
+ACTS = {
+    "step": step,
+    "lookup": lambda t, rng: t.lookup(rng.integers(0, 500, 20)).tobytes(),
+    "counted": lambda t, rng: t.lookup(rng.integers(0, 500, 20), train=True).tobytes(),
+    "update": lambda t, rng: t.update(rng.integers(0, 500, 20), np.ones((20, t.dim), np.float32)),
+    "nonfinite": lambda t, rng: t.update(rng.integers(0, 200, 9), np.where(rng.random((9, t.dim)) < 0.1, np.nan, 1)),
+    "big": lambda t, rng: step(t, rng, 3000, 900),
+    "ahead": ahead,
+    "erase": lambda t, rng: t.store.erase(np.concatenate([rng.integers(0, 300, 20)] * 2)),
+    "evict": lambda t, rng: t.evict(),
+    "put": put,
+    "commit": lambda t, rng: t.commit() and None,
+}
+
+
+def any_table(store, optimizer, dim, dtype, metadata, min_count):
+    """A table with as much going on as one can have."""
+    return Table(
+        "t", dim, dtype=dtype, optimizer=optimizer, store=store, padding_key=3, default=0.25, nonfinite="skip",
+        admission=CountAdmission(min_count) if min_count else None, metadata=metadata,
+        eviction=[IdleSteps(3), MaxRows(2000)] if metadata else (),
+    )  # fmt: skip

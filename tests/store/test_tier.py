@@ -5,85 +5,13 @@ import time
 
 import numpy as np
 import pytest
+from homes import ACTS, OPTIMIZERS, DictPlace, any_table, contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit import errors
-from hbkit.embedding import (
-    SGD,
-    Adagrad,
-    Adam,
-    Collection,
-    CountAdmission,
-    Ftrl,
-    IdleSteps,
-    MaxRows,
-    RowWiseAdagrad,
-    RowWiseAdam,
-    Table,
-    lookahead,
-)
+from hbkit.embedding import SGD, Adam, Collection, Constant, Table, lookahead
 from hbkit.store import host_memory
-from hbkit.store.base import Chunk
-
-from homes import DictPlace
-
-OPTIMIZERS = [SGD(), SGD(momentum=0.9), Adagrad(), RowWiseAdagrad(), Adam(), RowWiseAdam(), Ftrl()]
-FIELDS = ("key", "freq", "last_step", "row", "state")
-
-
-def contents(store, since=None):
-    """Everything a store holds, as bytes."""
-    chunks = list(store.scan(since))
-    return [b"".join(np.ascontiguousarray(getattr(c, field)).tobytes() for c in chunks) for field in FIELDS]
-
-
-def step(table, rng, n_keys=200, n=60):
-    """One random training batch; the bytes that it read."""
-    keys = rng.zipf(1.4, n) % n_keys
-    rows = table.lookup(keys, train=True)
-    table.update(keys, rng.standard_normal((n, table.dim)).astype(np.float32))
-    return rows.tobytes()
-
-
-def put(table, rng):
-    keys = rng.permutation(400)[:50] - 100
-    row, state = rng.random((50, table.dim)), rng.random((50, table.store.layout.width - table.dim))
-    table.store.put(Chunk(keys, keys + 100, np.full(50, table.step), row, state))
-
-
-def ahead(table, rng):
-    """Batches reserved and some fetched before the first is used; one is closed unused, one is forgotten."""
-    batches = [rng.integers(0, 300, 30) for _ in range(5)]
-    requests = [table.request(b) for b in batches]
-    for r in requests[1:4]:
-        r.fetch()
-    read = []
-    for r in requests[:3]:
-        r.create(True, table.step + 1)
-        rows = r.rows()
-        read.append(rows.tobytes())
-        grads = rng.standard_normal((len(r.inverse), table.dim)).astype(np.float32)
-        r.update(grads + rows[r.inverse], None, None, table.step + 1)
-        table.step += 1
-        r.close()
-    requests[4].close()
-    return read
-
-
-ACTS = {
-    "step": step,
-    "lookup": lambda t, rng: t.lookup(rng.integers(0, 500, 20)).tobytes(),
-    "counted": lambda t, rng: t.lookup(rng.integers(0, 500, 20), train=True).tobytes(),
-    "update": lambda t, rng: t.update(rng.integers(0, 500, 20), np.ones((20, t.dim), np.float32)),
-    "nonfinite": lambda t, rng: t.update(rng.integers(0, 200, 9), np.where(rng.random((9, t.dim)) < 0.1, np.nan, 1)),
-    "big": lambda t, rng: step(t, rng, 3000, 900),
-    "ahead": ahead,
-    "erase": lambda t, rng: t.store.erase(np.concatenate([rng.integers(0, 300, 20)] * 2)),
-    "evict": lambda t, rng: t.evict(),
-    "put": put,
-    "commit": lambda t, rng: t.commit() and None,
-}
 
 
 @settings(max_examples=60)
@@ -99,14 +27,10 @@ ACTS = {
     min_count=st.sampled_from([None, 2]),
 )
 def test_tier_equals_host(seed, acts, lines, policy, optimizer, dim, dtype, metadata, min_count):
-    def table(store):
-        return Table(
-            "t", dim, dtype=dtype, optimizer=optimizer, store=store, padding_key=3, default=0.25, nonfinite="skip",
-            admission=CountAdmission(min_count) if min_count else None, metadata=metadata,
-            eviction=[IdleSteps(3), MaxRows(2000)] if metadata else (),
-        )  # fmt: skip
-
-    ours, theirs = table(DictPlace(lines, policy)), table(host_memory())
+    ours, theirs = (
+        any_table(store, optimizer, dim, dtype, metadata, min_count)
+        for store in (DictPlace(lines, policy), host_memory())
+    )
     mine, other = np.random.default_rng(seed), np.random.default_rng(seed)
     for act in acts:
         assert ACTS[act](ours, mine) == ACTS[act](theirs, other)
@@ -236,7 +160,7 @@ def test_tier_only_changed_rows_are_written_home():
 
 
 def test_tier_threads_look_up_and_update_at_once():
-    t = Table("t", 4, optimizer=SGD(lr=1.0), store=DictPlace(40, delay=0.0002))
+    t = Table("t", 4, optimizer=SGD(lr=1.0), initializer=Constant(0.0), store=DictPlace(40, delay=0.0002))
     t.lookup(np.arange(300), train=True)
     first = t.lookup(np.arange(300))
     failures = []
