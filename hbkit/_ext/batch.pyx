@@ -27,6 +27,15 @@ def absent(const int64_t[::1] slots, int64_t padding=-1):
     return out
 
 
+def n_absent(const int64_t[::1] slots):
+    """How many slots are below 0: int."""
+    cdef int64_t i, m = 0
+    with nogil:
+        for i in range(slots.shape[0]):
+            m += slots[i] < 0
+    return m
+
+
 def find_key(const int64_t[::1] keys, int64_t key):
     """Position of the first `key` among keys, -1 where there is none: int."""
     cdef int64_t i, found = -1

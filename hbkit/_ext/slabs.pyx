@@ -7,6 +7,8 @@ line is one array of floats. In memory rows may be narrower (float16, bfloat16),
     more                                row state row state row state ...      an update touches one place
 
 Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the TLB costs as much as one of the cache.
+But for the first few they are cut from regions of sixteen, so that the ends of chunks lie in huge pages too; what is
+not handed out yet of a region is address space, not memory.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -38,6 +40,8 @@ cdef size_t HUGE = 2 << 20
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 cdef int64_t TILE = 64       # lines that are drawn at once
 cdef int64_t NEAR = 1 << 17  # bytes of rows found before they are read: they wait in the second-level cache
+cdef int64_t REGION = 16     # chunks of a region, once there are FEW
+cdef int64_t FEW = 4
 cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
 ROW_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BAD = ("apply", "raise", "skip")
@@ -77,7 +81,8 @@ cdef class Slabs:
     cdef hb_slabs s
     cdef readonly int64_t width
     cdef bint divided, apart
-    cdef int64_t n_chunks
+    cdef int64_t n_chunks, n_regions, n_last, left  # chunks; regions; chunks of the last one, and those left of it
+    cdef void **regions
     cdef readonly str row_dtype
 
     def __cinit__(self, int64_t width, int64_t chunk_nbytes=1 << 22, dim=None, str row_dtype="float32"):
@@ -107,8 +112,9 @@ cdef class Slabs:
 
     def __dealloc__(self):
         cdef int64_t i
-        for i in range(self.n_chunks):
-            free(self.s.chunks[i])
+        for i in range(self.n_regions):
+            free(self.regions[i])
+        free(self.regions)
         free(self.s.chunks)
 
     @property
@@ -129,19 +135,32 @@ cdef class Slabs:
     def reserve(self, int64_t n_lines):
         """Make room for slots 0..n_lines-1. MemoryError leaves the lines as they were."""
         cdef char **grown
-        cdef void *chunk
         cdef size_t nbytes = self.line_nbytes << self.s.shift
         while self.capacity < n_lines:
+            if self.left == 0:
+                self._add_region(nbytes, REGION if nbytes >= HUGE and self.n_chunks >= FEW else 1)
             grown = <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
             if grown == NULL:
                 raise MemoryError(f"no memory for {n_lines} lines")
             self.s.chunks = grown
-            if posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
-                raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
-            if nbytes >= HUGE:
-                madvise(chunk, nbytes, MADV_HUGEPAGE)
-            self.s.chunks[self.n_chunks] = <char *>chunk
+            self.s.chunks[self.n_chunks] = <char *>self.regions[self.n_regions - 1] + (self.n_last - self.left) * nbytes
             self.n_chunks += 1
+            self.left -= 1
+
+    cdef int _add_region(self, size_t nbytes, int64_t n) except -1:
+        cdef void **grown = <void **>realloc(self.regions, (self.n_regions + 1) * sizeof(void *))
+        cdef void *region
+        if grown == NULL:
+            raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
+        self.regions = grown
+        if posix_memalign(&region, HUGE if nbytes >= HUGE else 64, n * nbytes) != 0:
+            raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
+        if nbytes >= HUGE:
+            madvise(region, n * nbytes, MADV_HUGEPAGE)
+        self.regions[self.n_regions] = region
+        self.n_regions += 1
+        self.left = self.n_last = n
+        return 0
 
     cdef int _outside(self, const int64_t *slots, int64_t n, int64_t least) noexcept nogil:
         cdef int64_t i

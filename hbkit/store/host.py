@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent
+from hbkit._ext.batch import absent, n_absent
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients
@@ -111,6 +111,7 @@ class HostStore:
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
             self._metadata.stamp(lease.slots, step, lease.counts)
+            lease.stamped = step, lease.version
         return n_new
 
     def _make(self, lease: Lease, missing: Int64s, admission: Filter | None) -> int:
@@ -160,7 +161,9 @@ class HostStore:
             self._n_skipped += self._slabs.apply(
                 rule.code, lease.slots, grads, hyper, lease.keys, self.layout.seed, step, bad
             )
-            ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
+            if lease.stamped != (step, lease.version):  # as `create` left it, else
+                self._metadata.stamp(lease.slots, step)
+            ignored = n_absent(lease.slots) - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
 
