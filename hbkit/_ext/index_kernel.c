@@ -131,7 +131,7 @@ static inline uint32_t prefix_of(uint64_t mix, uint32_t depth) { return (uint32_
 static inline uint64_t places(const hb_index *t, uint32_t k) { return ((uint64_t)HB_WAYS * k) << t->shift; }
 
 static uint32_t limit_of(const hb_index *t, uint32_t k, uint32_t prefix) {
-    uint64_t limit = places(t, k) * (26 + (prefix & 3)) / 32; /* 0.81 to 0.91 */
+    uint64_t limit = places(t, k) * (52 * 64 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, for neighbours far apart */
     return limit < UINT32_MAX ? (uint32_t)limit : UINT32_MAX;
 }
 
@@ -542,11 +542,13 @@ static int64_t erase_one(hb_index *t, uint64_t key) {
 }
 
 static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
+    enum { LOT = 256 }; /* their buckets stay in the first-level cache until keys are put there */
     int64_t next_slot = t->next_slot, done = 0;
-    hb_bucket *end[GROUP];
+    hb_bucket *end[LOT];
     memset(is_new, 0, (size_t)n);
-    for (int64_t g = 0; g < n; g += GROUP) {
-        int m = n - g < GROUP ? (int)(n - g) : GROUP, absent[GROUP], n_absent = 0, moved = 0;
+    for (int64_t g = 0; g < n; g += LOT) {
+        int m = n - g < LOT ? (int)(n - g) : LOT, absent[LOT], n_absent = 0;
+        uint64_t moved = 0; /* a bit for the keys, by the top of their mix, whose shard has grown meanwhile */
         find_group(t, keys + g, m, FULL, slots + g, end, NULL);
         for (int j = 0; j < m; j++) {
             absent[n_absent] = j;
@@ -558,7 +560,7 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
             hb_shard *s = shard_of(t, mix);
             hb_bucket *b = end[absent[a]];
             /* It was absent when the group began, and b had room. If b has room still, the key is in b or nowhere. */
-            if (RARELY(moved || used(b) == HB_WAYS || match(b, key))) {
+            if (RARELY(moved >> (mix >> 58) & 1 || used(b) == HB_WAYS || match(b, key))) {
                 uint32_t at = home_of(t, s, mix), i;
                 if ((b = look(t, s, key, &at, &i))) {
                     slots[done] = b->slots[i];
@@ -567,9 +569,9 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
             }
             if (t->n_free == 0 && t->next_slot == MAX_SLOTS) goto failed;
             if (RARELY(s->n >= limit_of(t, s->k, prefix_of(mix, s->depth)))) {
+                moved |= s->depth < 6 || t->shift < SHIFT ? ~(uint64_t)0 : (uint64_t)1 << (mix >> 58);
                 if (grow(t, mix)) goto failed;
                 s = shard_of(t, mix);
-                moved = 1;
             }
             slots[done] = t->n_free ? take_free(t) : t->next_slot++;
             place(t, s, mix, key, (uint32_t)slots[done]);
