@@ -121,14 +121,26 @@ static void narrow_row(int dtype, const float *from, const uint16_t *noise, int6
 
 INLINE int64_t slot_at(const int64_t *slots, const int64_t *index, int64_t i) { return slots[index ? index[i] : i]; }
 
+/* A row on its way into the cache, NULL where there is none. */
+INLINE const float *coming(const hb_slabs *s, int64_t slot, int64_t nbytes) {
+    if (slot < 0) return NULL;
+    const float *row = hb_row(s, slot);
+    fetch(row, nbytes);
+    return row;
+}
+
+enum { COMING = 32 }; /* at the most; a power of two */
+
 INLINE void gather_as(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
                       float *restrict out) {
-    int64_t d = ahead(width * 4);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
-        if (later >= 0) fetch(hb_row(s, later), width * 4);
-        if (slot >= 0)
-            memcpy(out + i * width, hb_row(s, slot), (size_t)width * sizeof(float));
+    const float *rows[COMING];
+    int64_t d = ahead(width * 4), i = 0;
+    for (; i < d && i < n; i++) rows[i & (COMING - 1)] = coming(s, slot_at(slots, index, i), width * 4);
+    for (i = 0; i < n; i++) {
+        const float *row = rows[i & (COMING - 1)];
+        if (i + d < n) rows[(i + d) & (COMING - 1)] = coming(s, slot_at(slots, index, i + d), width * 4);
+        if (row)
+            memcpy(out + i * width, row, (size_t)width * sizeof(float));
         else
             memset(out + i * width, 0, (size_t)width * sizeof(float));
     }
@@ -193,25 +205,29 @@ static void expand(const float *rows, const int64_t *index, int64_t n, int64_t d
 
 /* ---- sums ---- */
 
-/* Row of value p of what is pooled: of rows by inverse, or of slots by inverse, or of slots. */
+/* Row of value p of what is pooled, on its way: of rows by inverse, or of slots by inverse, or of slots. */
 INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
                                int64_t p, int64_t dim) {
     static const float absent[128];
     int64_t at = inverse ? inverse[p] : p;
-    if (rows) return rows + at * dim;
-    return slots[at] >= 0 ? (const float *)hb_row(s, slots[at]) : absent;
+    const float *row = rows ? rows + at * dim : coming(s, slots[at], dim * 4);
+    if (rows) fetch(row, dim * 4);
+    return row ? row : absent;
 }
 
 INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
                       const int64_t *splits, const float *weight, const float *row_scale, int64_t n_out, int64_t dim,
                       float *restrict out) {
-    int64_t end = splits[n_out], d = ahead(dim * 4);
+    const float *at[COMING];
+    int64_t begin = splits[0], end = splits[n_out], d = ahead(dim * 4);
+    for (int64_t p = begin; p < begin + d && p < end; p++)
+        at[p & (COMING - 1)] = pooled_row(rows, s, slots, inverse, p, dim);
     for (int64_t b = 0; b < n_out; b++) {
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse, p + d, dim), dim * 4);
-            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse, p, dim);
+            const vec *row = (const vec *)at[p & (COMING - 1)];
+            if (p + d < end) at[(p + d) & (COMING - 1)] = pooled_row(rows, s, slots, inverse, p + d, dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
             else
