@@ -11,7 +11,7 @@ But for the first few they are cut from regions of sixteen, so that the ends of 
 not handed out yet of a region is address space, not memory.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
@@ -38,6 +38,7 @@ cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
 
 cdef size_t HUGE = 2 << 20
+cdef uintptr_t PAGE = 4096
 cdef int MADV_DONTNEED = 4
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 cdef int64_t TILE = 64       # lines that are drawn at once
@@ -139,24 +140,32 @@ cdef class Slabs:
         cdef char **grown
         cdef size_t nbytes = self.line_nbytes << self.s.shift
         cdef int64_t had = self.capacity
-        while self.capacity < n_lines:
-            if self.left == 0:
-                self._add_region(nbytes, REGION if nbytes >= HUGE and self.n_chunks >= FEW else 1, had)
-            grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
-            if grown == NULL:
-                self.trim(had)
-                raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
-            self.s.chunks = grown
-            self.s.chunks[self.n_chunks] = <char *>self.regions[self.n_regions - 1] + (self.n_last - self.left) * nbytes
-            self.n_chunks += 1
-            self.left -= 1
+        try:
+            while self.capacity < n_lines:
+                if self.left == 0:
+                    self._add_region(nbytes, self._region_of(self.n_chunks))
+                grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
+                if grown == NULL:
+                    raise MemoryError(f"no memory for {n_lines} lines")
+                self.s.chunks = grown
+                grown[self.n_chunks] = <char *>self.regions[self.n_regions - 1] + (self.n_last - self.left) * nbytes
+                self.n_chunks += 1
+                self.left -= 1
+        except MemoryError:
+            self.trim(had)
+            raise
 
-    cdef int _add_region(self, size_t nbytes, int64_t n, int64_t had) except -1:
+    cdef int64_t _region_of(self, int64_t chunk) noexcept:
+        """Chunks of the region that a chunk lies in."""
+        return REGION if <size_t>self.line_nbytes << self.s.shift >= HUGE and chunk >= FEW else 1
+
+    cdef int _add_region(self, size_t nbytes, int64_t n) except -1:
         cdef void **grown = NULL if fails() else <void **>realloc(self.regions, (self.n_regions + 1) * sizeof(void *))
         cdef void *region
-        self.regions = self.regions if grown == NULL else grown
-        if grown == NULL or fails() or posix_memalign(&region, HUGE if nbytes >= HUGE else 64, n * nbytes) != 0:
-            self.trim(had)
+        if grown == NULL:
+            raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
+        self.regions = grown
+        if fails() or posix_memalign(&region, HUGE if nbytes >= HUGE else 64, n * nbytes) != 0:
             raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
         if nbytes >= HUGE:
             madvise(region, n * nbytes, MADV_HUGEPAGE)
@@ -173,18 +182,22 @@ cdef class Slabs:
         return n and most >= <uint64_t>((self.n_chunks << self.s.shift) - least)
 
     def trim(self, int64_t n_lines):
-        """Let go of the chunks that only hold slots from n_lines on, and of the regions that only hold such chunks."""
+        """Let go of the chunks that only hold slots from n_lines on, and of the regions that have no others."""
         cdef size_t nbytes = self.line_nbytes << self.s.shift
-        while self.n_chunks and (self.n_chunks - 1) << self.s.shift >= n_lines:
+        cdef uintptr_t begin, end
+        while True:
+            if self.n_regions and self.left == self.n_last:
+                self.n_regions -= 1
+                free(self.regions[self.n_regions])
+                self.left, self.n_last = 0, self._region_of(self.n_chunks - 1)
+            if self.n_chunks == 0 or (self.n_chunks - 1) << self.s.shift < n_lines:
+                break
             self.n_chunks -= 1
             self.left += 1
-            if nbytes >= HUGE:  # its pages go at once
-                madvise(self.s.chunks[self.n_chunks], nbytes, MADV_DONTNEED)
-        while self.n_regions and self.left >= self.n_last:
-            self.left -= self.n_last
-            self.n_regions -= 1
-            free(self.regions[self.n_regions])
-            self.n_last = REGION if nbytes >= HUGE and self.n_chunks + self.left > FEW else 1
+            if nbytes >= HUGE:  # its pages go at once, its region perhaps later
+                begin = (<uintptr_t>self.s.chunks[self.n_chunks] + PAGE - 1) // PAGE * PAGE
+                end = (<uintptr_t>self.s.chunks[self.n_chunks] + nbytes) // PAGE * PAGE
+                madvise(<void *>begin, end - begin, MADV_DONTNEED)
 
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1:
         cdef int bad = 0
