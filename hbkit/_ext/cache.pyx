@@ -103,6 +103,13 @@ cdef void _sort(Entry *at, int64_t low, int64_t high) noexcept nogil:
             high = j
 
 
+cdef inline bint _all_above(const double *worth, double limit) noexcept nogil:
+    cdef int i, n = 0
+    for i in range(8):
+        n += worth[i] > limit
+    return n == 8
+
+
 cdef class Lines:
     """Views of a cache's arrays, to choose among its lines.
 
@@ -155,7 +162,7 @@ cdef class Lines:
         return self._least(worth, first, last, n)
 
     cdef _least(self, const double[::1] worth, int64_t first, int64_t last, int64_t n):
-        cdef int64_t m, line, stride = max(1, (last - first) // SAMPLE), rank
+        cdef int64_t m, line, end, stride = max(1, (last - first) // SAMPLE), rank
         cdef bint known = worth is None
         cdef double w, limit = INFINITY
         cdef Entry *at = <Entry *>malloc(max(last - first, 1) * sizeof(Entry))
@@ -181,12 +188,17 @@ cdef class Lines:
                             for line in range(1, rank):
                                 limit = max(limit, at[line].worth)
                 while True:
-                    m = 0
-                    for line in range(first, last):
-                        w = -<double>self.next_use[line] if known else worth[line]
-                        if not w > limit and self.offered(line, known):
-                            at[m] = Entry(w, line)
-                            m += 1
+                    m, line = 0, first
+                    while line < last:
+                        end = min(line + 8, last)
+                        if not known and end - line == 8 and _all_above(&worth[line], limit):
+                            line = end  # as most are
+                        while line < end:
+                            w = -<double>self.next_use[line] if known else worth[line]
+                            if not w > limit and self.offered(line, known):
+                                at[m] = Entry(w, line)
+                                m += 1
+                            line += 1
                     if m >= n or limit == INFINITY:
                         break
                     limit = INFINITY
