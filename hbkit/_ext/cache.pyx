@@ -413,12 +413,11 @@ cdef class Tuner:
     cdef uint32_t[::1] tags
     cdef int64_t[::1] above
     cdef uint64_t below, n_blocks
-    cdef int64_t n_lines, n_small, n_kept, clock, best
-    cdef double share_away
+    cdef int64_t n_lines, n_small, n_kept, n_passed, clock, best
 
     def __cinit__(self, int64_t n_lines, const double[::1] half_lives, int64_t start):
         self.half_lives, self.best = half_lives, start
-        self.n_lines, self.n_small, self.share_away = n_lines, min(n_lines, SMALL), 0
+        self.n_lines, self.n_small = n_lines, min(n_lines, SMALL)
         self.below = <uint64_t>(4294967296.0 * self.n_small / n_lines)
         self.n_blocks = (self.n_small * REMEMBERED + 15) // 16
         self.tags = np.zeros(self.n_blocks * 16, np.uint32)
@@ -432,22 +431,20 @@ cdef class Tuner:
         """Memory held, in bytes: int."""
         return self.tags.shape[0] * (sizeof(uint32_t) + self.worth.shape[1] * sizeof(double))
 
-    def access(self, const int64_t[::1] keys, const int64_t[::1] lines):
-        """Try what a batch asks for, which is in these lines or away (-1); the best half-life by now: float."""
-        cdef int64_t i, k, n_away = 0
+    def access(self, const int64_t[::1] keys, int64_t n_used):
+        """Try what a batch asks for, as `n_used` lines hold a key; the best half-life by now: float."""
+        cdef int64_t i, k
         cdef uint64_t mix
+        self.n_kept = max(1, self.n_small * n_used // self.n_lines)
         with nogil:
             for i in range(keys.shape[0]):
-                n_away += lines[i] < 0
-            # What a batch brings takes lines from what is kept.
-            self.share_away += (min(n_away / <double>self.n_lines, 0.9) - self.share_away) / 16
-            self.n_kept = <int64_t>(self.n_small * (1 - self.share_away) + 0.5)
-            for k in range(self.step.shape[0]):
-                self.now[k] += keys.shape[0] * self.step[k]
-            for i in range(keys.shape[0]):
+                self.n_passed += 1
                 mix = _mix(keys[i])
                 if <uint32_t>mix >= self.below:
                     continue
+                for k in range(self.step.shape[0]):  # one after the other, so that no two are worth the same
+                    self.now[k] += self.n_passed * self.step[k]
+                self.n_passed = 0
                 self.use(mix)
                 if self.clock % (EPOCH * self.n_small) == 0:
                     self.choose()
