@@ -46,11 +46,11 @@ BUFFER_NBYTES = 4 * 2**20
 PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and are in memory at a time
 MOST_PART_ROWS = 2**24
 COLUMN_NBYTES = 2**20  # of what is kept share a checksum
-TAIL = 16  # a checkpoint is written once the log has grown by so many times its size since the last
+TAIL = 12  # a checkpoint is written once the log has grown by so many times its size since the last
 LEAST_TAIL_NBYTES = 4 * 2**20
 SPACE = 1.8  # compaction holds all segments below about so many times the bytes of the records that live
 SWEEP = 4  # blocks of sparse segments that are gone through for each block written, while there are too many
-STEP_NBYTES = 2**18  # compaction reads at a time, at least
+STEP_NBYTES = 2**20  # compaction reads at a time
 
 ADDED, GONE = 2**32 - 1, 2**32 - 2
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -157,7 +157,8 @@ class Home:
             self._fitting(segments), next_file,
         )  # fmt: skip
         weakref.finalize(self, self._log.close)
-        self._step_blocks = max(1, min(STEP_NBYTES, buffer_nbytes) // self._blocks.block_nbytes)
+        self._most_blocks = max(1, buffer_nbytes // self._blocks.block_nbytes)  # that are in memory at a time
+        self._step_blocks = max(1, min(STEP_NBYTES // self._blocks.block_nbytes, self._most_blocks))
         self._clean()
         self._log.clear()
         self._kept = self._read_kept()
@@ -189,8 +190,8 @@ class Home:
         self._log.voids = [(file, first, last) for file, first, last in manifest["voids"]]
         for place, file, n_blocks in sorted(manifest["segments"], key=lambda s: s[1]):
             first = 0 if file > from_file else from_block if file == from_file else n_blocks
-            for at in range(first, n_blocks, self._step_blocks):
-                n = min(self._step_blocks, n_blocks - at)
+            for at in range(first, n_blocks, self._most_blocks):
+                n = min(self._most_blocks, n_blocks - at)
                 self._tail_nbytes -= n * self._blocks.block_nbytes
                 n_gone -= self._replay(place, at, n, voids.get(file, []))
         if n_gone or len(self._places) != manifest["n_rows"]:
@@ -678,8 +679,8 @@ class Home:
             self._use()
             for place, _, _ in self._log.segments():
                 n_blocks = self._log.on_disk(place)
-                for first in range(0, n_blocks, self._step_blocks):
-                    self._log.records(place, first, min(self._step_blocks, n_blocks - first))
+                for first in range(0, n_blocks, self._most_blocks):
+                    self._log.records(place, first, min(self._most_blocks, n_blocks - first))
             return len(self._places) - self._n_added
 
     def validate(self) -> None:
@@ -728,6 +729,7 @@ class Home:
         """Let go of memory, files and the lock; what was not committed is discarded. Idempotent."""
         with self._lock:
             self._closed = True
+            self._places = Places()
             if hasattr(self, "_log"):
                 self._log.close()
             self._unlock()

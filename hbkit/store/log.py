@@ -33,6 +33,7 @@ SLOTS = 2**20  # records of a segment at the most, so that there are addresses f
 N_ADDRESSES = 2**32 - 2  # the last two have a meaning of their own, see home.py
 GAP_NBYTES = 16_384  # what lies between two wanted blocks is read too when it is less: another read costs more
 RUN_NBYTES = 2**20  # the most that one read asks for
+PIECE_NBYTES = 2**18  # a long read is so many at once
 OPEN_FILES = 256
 SPARE_NBYTES = 2**25  # left free on the file system: so much a commit can always write
 RESTORE = "restore the directory from a copy or a snapshot"
@@ -539,9 +540,10 @@ class Log:
         """All records of blocks that are on disk, verified."""
         size, file = self._block_nbytes, int(self._file[place])
         out = aligned(n_blocks * size)
-        handle = np.array([self._opened(place)], np.int32)
-        offset, length = np.array([first * size]), np.array([n_blocks * size])
-        self._read(handle, np.array([file]), offset, length, out)
+        begins = np.arange(0, n_blocks, max(1, PIECE_NBYTES // size))
+        lengths = np.diff(begins, append=n_blocks) * size
+        handles = np.full(len(begins), self._opened(place), np.int32)
+        self._read(handles, np.full(len(begins), file), (first + begins) * size, lengths, out)
         bad, *found = self._blocks.parse(out, n_blocks, file, first)
         if bad >= 0:
             raise self._corrupt(file, (first + bad) * size, "rows do not match their checksum")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 from pathlib import Path
 
@@ -284,3 +285,11 @@ def test_faults_in_the_last_sync_of_a_commit_keep_both():
         home.verify()
         assert state(home) in states
         home.close()
+
+
+def test_faults_last_commit_survives_fifty_kills(tmp_path):
+    path = Path(__file__).parents[2] / "bench" / "crash.py"  # which does a thousand
+    spec = importlib.util.spec_from_file_location("crash", path)
+    crash = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(crash)
+    assert crash.kills(tmp_path, 50, seed=0, seconds=0.3) > 20
