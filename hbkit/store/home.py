@@ -37,7 +37,7 @@ from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
-from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s
+from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s
 
 FORMAT = "hbkit-ssd"
 VERSION = 2
@@ -72,7 +72,7 @@ class Home:
     directory : Path
         Made if need be; a table found in it goes on from its last commit.
     buffer_nbytes : int
-        Of what is to be written; a read takes about as much, and compaction too.
+        Of what is to be written; a read takes twice as much, compaction once.
     segment_nbytes : int
         The most that a segment file may have.
     disk_budget : int, optional
@@ -411,8 +411,8 @@ class Home:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: index, metadata, and buffers, of which a read and compaction use one each."""
-        return int(self._places.nbytes) + self._log.nbytes + 2 * self._log.buffer_nbytes
+        """Memory held, in bytes: index, metadata, and buffers: one, and what a read and compaction take."""
+        return int(self._places.nbytes) + self._log.nbytes + (READ + 1) * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is such a row, of each key: bool[n]."""
@@ -709,7 +709,7 @@ class Home:
                 "rows": len(self._places),
                 "index_nbytes": self._places.nbytes,
                 "metadata_nbytes": log.nbytes - log.buffer_nbytes,
-                "buffer_nbytes": 3 * log.buffer_nbytes,
+                "buffer_nbytes": (READ + 2) * log.buffer_nbytes,
                 "disk_nbytes": log.disk_nbytes + checkpoint,
                 "live_nbytes": log.live_nbytes,
                 "space_amplification": (log.disk_nbytes + checkpoint) / max(1, log.live_nbytes),

@@ -33,6 +33,7 @@ SLOTS = 2**20  # records of a segment at the most, so that there are addresses f
 N_ADDRESSES = 2**32 - 2  # the last two have a meaning of their own, see home.py
 GAP_NBYTES = 16_384  # what lies between two wanted blocks is read too when it is less: another read costs more
 RUN_NBYTES = 2**20  # the most that one read asks for
+READ = 2  # a read takes as many times the memory of the buffer, so that its queue seldom runs dry
 PIECE_NBYTES = 2**18  # a long read is so many at once
 OPEN_FILES = 256
 SPARE_NBYTES = 2**25  # left free on the file system: so much a commit can always write
@@ -75,7 +76,7 @@ class Log:
     metadata : bool
         Whether frequency and last step of every record are held in memory too.
     buffer_nbytes : int
-        Of what is to be written; about as much is used by each read.
+        Of what is to be written.
     segment_nbytes : int
         The most that a segment may have. Small tables have smaller ones.
     budget : int or None
@@ -422,15 +423,14 @@ class Log:
                 self.disk.close(self._handles.pop(old))
 
     def _opened(self, place: int) -> int:
-        path = self.path(int(self._file[place]))
         try:
             return self._handle(place)
         except FileNotFoundError:
-            raise Corrupt("the segment is missing", file=path, offset=0, remedy=RESTORE) from None
+            raise self._corrupt(int(self._file[place]), 0, "the segment is missing") from None
         except StorageError:
             raise
         except OSError as e:
-            raise storage_error(e, "open a segment", path) from e
+            raise storage_error(e, "open a segment", self.path(int(self._file[place]))) from e
 
     def hold(
         self, addresses: Int64s, which: Int64s, keys: Int64s, freq: UInt32s, last_step: UInt32s, lines: Bytes
@@ -505,7 +505,7 @@ class Log:
         ends = np.append(begins[1:], n)
         n_blocks = block[ends - 1] - block[begins] + 1
         after = np.cumsum(n_blocks)
-        lots = np.flatnonzero(np.diff(after // max(1, len(self._buffer) // size), prepend=-1, append=-1))
+        lots = np.flatnonzero(np.diff(after // max(1, READ * len(self._buffer) // size), prepend=-1, append=-1))
         for a, b in pairwise(lots.tolist()):
             runs, some = slice(a, b), slice(int(begins[a]), int(ends[b - 1]))
             places = held.places[begins[runs]]

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import random
-import re
+import signal
 import threading
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hbkit._ext.places import Places
 from hbkit.store import home as module
 from hbkit.store import log
 from hbkit.store.base import Layout, Part
-from hbkit.store.disk import Disk
+from hbkit.store.disk import Disk, aligned
 from hbkit.store.home import Home, line_nbytes
 
 
@@ -583,5 +583,27 @@ def test_disk_names_the_read_that_failed(tmp_path):
         disk.close(handle)
 
 
-def test_segment_names_are_ordered():
-    assert re.fullmatch(log._NAME, "segment-00000012.hbs") and re.fullmatch(log._NAME, "segment-123456789.hbs")
+def test_disk_goes_on_after_signals_and_short_writes(tmp_path, monkeypatch):
+    real, disk = os.pwrite, Disk()
+    data = np.random.default_rng(0).integers(0, 256, 2**22, np.uint8)
+    handle = disk.open(tmp_path / "x", create=True)
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", lambda fd, part, at: real(fd, part[: len(part) // 2 + 1], at))
+        disk.write(handle, data, 0)
+    signals = []
+    old = signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for direct in (False, True):
+            reader = disk.open(tmp_path / "x", direct=direct)
+            for _ in range(10):
+                out = aligned(len(data))
+                n = len(data) // 4096
+                disk.read(np.full(n, reader, np.int32), np.arange(n) * 4096, np.full(n, 4096), out)
+                assert np.array_equal(out, data)
+            disk.close(reader)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    disk.close(handle)
+    assert signals
