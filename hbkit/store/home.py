@@ -112,7 +112,7 @@ class Home:
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self._kept_entry: dict[str, Any] = {"file": None, "columns": {}, "checks": []}
         self._checkpoint: dict[str, Any] | None = None
-        self._n_added = self._latest = self.n_commits = 0
+        self._n_added = self._latest = self.n_commits = self._n_tries = 0
         self._appended_nbytes = self._written_nbytes = 0  # given to write; written besides segments
         self._debt = 0  # blocks that compaction may go through now
         self._victim: tuple[int, int, int] | None = None  # place, file, next block
@@ -603,12 +603,15 @@ class Home:
             self._use()
             if self._n_added:
                 raise InvalidArgument(f"{self._n_added} rows have no line yet", remedy="write them before a commit")
-            log, commit = self._log, self.n_commits + 1
+            log = self._log
+            # A commit that failed may be the last one for all that is known: its files are not written again.
+            self._n_tries += 1
+            commit = self.n_commits + self._n_tries
             log.flush()
             checkpoint, voids = self._checkpoint, log.voids
-            row = 20 if self.layout.metadata else 12
+            size = (20 if self.layout.metadata else 12) * len(self._places)
             tail = log.written_nbytes - self._tail_nbytes
-            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * row * len(self._places), log.live_nbytes // 2)
+            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * size, log.live_nbytes // 2) and log.has_room(size)
             log.sync()
             if grown:
                 checkpoint, voids = self._write_checkpoint(commit), []
@@ -633,7 +636,7 @@ class Home:
                     "kept": kept,
                 }
             )
-            self.n_commits, self._checkpoint, self._kept_entry = commit, checkpoint, kept
+            self.n_commits, self._n_tries, self._checkpoint, self._kept_entry = commit, 0, checkpoint, kept
             if grown:
                 self._tail_nbytes = log.written_nbytes
                 log.voids = []

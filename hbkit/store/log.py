@@ -337,12 +337,17 @@ class Log:
                 file=self.path(file),
                 remedy=f"evict rows, or give a disk_budget of more than {self._budget} bytes",
             )
-        with named("ask for the free space", self._directory):
-            free = self.disk.free(self._directory)
-        if free < nbytes + SPARE_NBYTES:
+        if not self.has_room(nbytes):
             raise StorageError(
-                f"cannot write rows: {free} bytes are left on the disk", file=self.path(file), remedy="free some space"
+                f"cannot write rows: fewer than {SPARE_NBYTES} bytes would be left on the disk",
+                file=self.path(file),
+                remedy="free some space",
             )
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the file system has room for so much, and a commit after that."""
+        with named("ask for the free space", self._directory):
+            return self.disk.free(self._directory) >= nbytes + SPARE_NBYTES
 
     def sync(self) -> None:
         """Make all records durable."""
