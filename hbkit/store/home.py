@@ -37,7 +37,7 @@ from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
-from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s
+from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
 
 FORMAT = "hbkit-ssd"
 VERSION = 2
@@ -107,6 +107,7 @@ class Home:
     ) -> None:
         self.layout, self._directory, self._disk = layout, directory, disk or Disk()
         self._lock = threading.RLock()
+        self._read_ended = threading.Condition(self._lock)
         self._closed = False
         self._places = Places()
         self._kept: dict[str, npt.NDArray[Any]] = {}
@@ -167,7 +168,7 @@ class Home:
         self._log.resume()
 
     def _fitting(self, segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        slots = 2**20 // self._blocks.per_block * self._blocks.per_block or self._blocks.per_block
+        slots = slots_of(self._blocks)
         if any(n * self._blocks.per_block > slots or (place + 1) * slots > GONE for place, _, n in segments):
             raise self._corrupt("the manifest lists a segment that is too long", MANIFEST)
         return segments
@@ -515,6 +516,7 @@ class Home:
             finally:
                 with self._lock:
                     self._log.release(held)
+                    self._read_ended.notify_all()
 
     def metadata(self, keys: Int64s) -> tuple[UInt32s, UInt32s]:
         """Frequency and last step of rows, from memory where they are held there, else from disk; 0 where there is no
@@ -734,6 +736,7 @@ class Home:
             self._closed = True
             self._places = Places()
             if hasattr(self, "_log"):
+                self._read_ended.wait_for(lambda: not self._log.reading)  # a file's number may soon be another's
                 self._log.close()
             self._unlock()
 

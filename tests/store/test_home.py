@@ -242,6 +242,27 @@ def test_home_reads_beside_writes_and_compaction(tmp_path):
     home.close()
 
 
+def test_home_close_waits_for_reads(tmp_path):
+    for _ in range(5):
+        twin = Twin(tmp_path, layout(60, 60, metadata=False), buffer_nbytes=2**16)
+        keys, closed, found = np.arange(20_000), threading.Event(), []
+        twin.write(keys, np.random.default_rng(0))
+        twin.commit()
+        want = twin.home.read(keys)[0]
+
+        def reader(home=twin.home, keys=keys, found=found):
+            with contextlib.suppress(errors.Closed):
+                while True:
+                    found.append(home.read(keys)[0])
+
+        thread = threading.Thread(target=reader)
+        thread.start()
+        closed.wait(0.02)
+        twin.home.close()
+        thread.join()
+        assert all(np.array_equal(f, want) for f in found)
+
+
 def test_home_space_and_writes_stay_bounded(tmp_path):
     rng = np.random.default_rng(0)
     home = Home(layout(64, 64), tmp_path, buffer_nbytes=2**17, segment_nbytes=2**19)
