@@ -385,6 +385,8 @@ class Home:
     def _write_kept(self, keep: Mapping[str, npt.NDArray[Any]], commit: int) -> dict[str, Any]:
         """Write columns, unless they are those of the last commit; their entry in the manifest."""
         arrays = {k: np.ascontiguousarray(c, c.dtype.newbyteorder("<")) for k, c in keep.items()}
+        if any(c.dtype.str not in _KEPT_DTYPES or c.ndim != 1 for c in arrays.values()):
+            raise InvalidArgument("what is to be kept is no column of int64 or uint16", remedy="give such columns")
         pieces = [
             flat[at : at + COLUMN_NBYTES]
             for flat in (c.view(np.uint8) for c in arrays.values())

@@ -152,6 +152,21 @@ def test_home_read_of_an_absent_key_is_an_error(tmp_path):
         home.read(np.array([1]))
 
 
+def test_home_keeps_columns_of_some_dtypes_alone(tmp_path):
+    home = Home(layout(), tmp_path)
+    for bad in (np.zeros(3), np.zeros((2, 2), np.int64), np.zeros(2, object)):
+        with pytest.raises(errors.InvalidArgument, match="kept"):
+            home.commit({"x": bad})
+    keep = {"a": np.arange(3), "b": np.arange(5, dtype=np.uint16), "c": np.zeros(0, np.int64)}
+    home.commit(keep)
+    home.close()
+    home = Home(layout(), tmp_path)
+    assert {k: (v.dtype.str, v.tolist()) for k, v in home.kept().items()} == {
+        k: (v.dtype.str, v.tolist()) for k, v in keep.items()
+    }
+    home.close()
+
+
 def test_home_has_one_writer(tmp_path):
     home = Home(layout(), tmp_path)
     with pytest.raises(errors.Locked, match="LOCK"):
