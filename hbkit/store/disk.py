@@ -141,7 +141,10 @@ class Disk:
         """
         at = np.cumsum(lengths) - lengths
         if self.engine == "io_uring":
-            ring = self._rings.pop() if self._rings else ext.Ring()
+            try:
+                ring = self._rings.pop()
+            except IndexError:  # others are reading too
+                ring = ext.Ring()
             error, i = ring.read(handles, offsets, lengths, at, out)
             self._rings.append(ring)
         else:

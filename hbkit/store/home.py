@@ -37,7 +37,7 @@ from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
-from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s
+from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
 
 FORMAT = "hbkit-ssd"
 VERSION = 2
@@ -47,11 +47,11 @@ PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and a
 MOST_PART_ROWS = 2**24
 SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
 COLUMN_NBYTES = 2**20  # of what is kept share a checksum
-TAIL = 16  # a checkpoint is written once the log has grown by so many times its size since the last
+TAIL = 12  # a checkpoint is written once the log has grown by so many times its size since the last
 LEAST_TAIL_NBYTES = 4 * 2**20
 SPACE = 1.8  # compaction holds all segments below about so many times the bytes of the records that live
 SWEEP = 4  # blocks of sparse segments that are gone through for each block written, while there are too many
-STEP_NBYTES = 2**18  # compaction reads at a time, at least
+STEP_NBYTES = 2**20  # compaction reads at a time
 
 ADDED, GONE = 2**32 - 1, 2**32 - 2
 _OTHERS = re.compile(r"(index|kept)-\d+\.hbi|manifest\.json\.new")
@@ -67,7 +67,7 @@ class Home:
     directory : Path
         Made if need be; a table found in it goes on from its last commit.
     buffer_nbytes : int
-        Of what is to be written; a read takes about as much, and compaction too.
+        Of what is to be written; a read takes twice as much, compaction once.
     segment_nbytes : int
         The most that a segment file may have.
     disk_budget : int, optional
@@ -102,12 +102,13 @@ class Home:
     ) -> None:
         self.layout, self._directory, self._disk = layout, directory, disk or Disk()
         self._lock = threading.RLock()
+        self._read_ended = threading.Condition(self._lock)
         self._closed = False
         self._places = Places()
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self._kept_entry: dict[str, Any] = {"file": None, "columns": {}, "checks": []}
         self._checkpoint: dict[str, Any] | None = None
-        self._n_added = self._latest = self.n_commits = 0
+        self._n_added = self._latest = self.n_commits = self._n_tries = 0
         self._appended_nbytes = self._written_nbytes = 0  # given to write; written besides segments
         self._debt = 0  # blocks that compaction may go through now
         self._victim: tuple[int, int, int] | None = None  # place, file, next block
@@ -152,7 +153,8 @@ class Home:
             self._fitting(segments), next_file,
         )  # fmt: skip
         weakref.finalize(self, self._log.close)
-        self._step_blocks = max(1, min(STEP_NBYTES, buffer_nbytes) // self._blocks.block_nbytes)
+        self._most_blocks = max(1, buffer_nbytes // self._blocks.block_nbytes)  # that are in memory at a time
+        self._step_blocks = max(1, min(STEP_NBYTES // self._blocks.block_nbytes, self._most_blocks))
         self._clean()
         self._log.clear()
         self._kept = self._read_kept()
@@ -161,7 +163,7 @@ class Home:
         self._log.resume()
 
     def _fitting(self, segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        slots = 2**20 // self._blocks.per_block * self._blocks.per_block or self._blocks.per_block
+        slots = slots_of(self._blocks)
         if any(n * self._blocks.per_block > slots or (place + 1) * slots > GONE for place, _, n in segments):
             raise self._corrupt("the manifest lists a segment that is too long", MANIFEST)
         return segments
@@ -184,8 +186,8 @@ class Home:
         self._log.voids = [(file, first, last) for file, first, last in manifest["voids"]]
         for place, file, n_blocks in sorted(manifest["segments"], key=lambda s: s[1]):
             first = 0 if file > from_file else from_block if file == from_file else n_blocks
-            for at in range(first, n_blocks, self._step_blocks):
-                n = min(self._step_blocks, n_blocks - at)
+            for at in range(first, n_blocks, self._most_blocks):
+                n = min(self._most_blocks, n_blocks - at)
                 self._tail_nbytes -= n * self._blocks.block_nbytes
                 n_gone -= self._replay(place, at, n, voids.get(file, []))
         if n_gone or len(self._places) != manifest["n_rows"]:
@@ -378,6 +380,8 @@ class Home:
     def _write_kept(self, keep: Mapping[str, npt.NDArray[Any]], commit: int) -> dict[str, Any]:
         """Write columns, unless they are those of the last commit; their entry in the manifest."""
         arrays = {k: np.ascontiguousarray(c, c.dtype.newbyteorder("<")) for k, c in keep.items()}
+        if any(c.dtype.str not in _KEPT_DTYPES or c.ndim != 1 for c in arrays.values()):
+            raise InvalidArgument("what is to be kept is no column of int64 or uint16", remedy="give such columns")
         pieces = [
             flat[at : at + COLUMN_NBYTES]
             for flat in (c.view(np.uint8) for c in arrays.values())
@@ -409,9 +413,14 @@ class Home:
         return int(self._places.nbytes) + self._log.nbytes - self._log.buffer_nbytes + self.buffers_nbytes
 
     @property
+    def buffer_nbytes(self) -> int:
+        """Bytes of the buffer for what is to be written."""
+        return self._log.buffer_nbytes
+
+    @property
     def buffers_nbytes(self) -> int:
-        """Bytes of buffers: for what is to be written, and for a read and compaction as much each."""
-        return 3 * self._log.buffer_nbytes
+        """Bytes of buffers: for what is to be written, and what a read and compaction take."""
+        return (READ + 2) * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is such a row, of each key: bool[n]."""
@@ -514,6 +523,7 @@ class Home:
             finally:
                 with self._lock:
                     self._log.release(held)
+                    self._read_ended.notify_all()
 
     def metadata(self, keys: Int64s) -> tuple[UInt32s, UInt32s]:
         """Frequency and last step of rows, from memory where they are held there, else from disk; 0 where there is no
@@ -614,13 +624,16 @@ class Home:
             self._use()
             if self._n_added:
                 raise InvalidArgument(f"{self._n_added} rows have no line yet", remedy="write them before a commit")
-            log, commit = self._log, self.n_commits + 1
+            log = self._log
+            # A commit that failed may be the last one for all that is known: its files are not written again.
+            self._n_tries += 1
+            commit = self.n_commits + self._n_tries
             self._latest = max(self._latest, latest_step)
             log.flush()
             checkpoint, voids = self._checkpoint, log.voids
-            row = 20 if self.layout.metadata else 12
+            size = (20 if self.layout.metadata else 12) * len(self._places)
             tail = log.written_nbytes - self._tail_nbytes
-            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * row * len(self._places), log.live_nbytes // 2)
+            grown = tail >= max(LEAST_TAIL_NBYTES, TAIL * size, log.live_nbytes // 2) and log.has_room(size)
             log.sync()
             if grown:
                 checkpoint, voids = self._write_checkpoint(commit), []
@@ -645,7 +658,7 @@ class Home:
                     "kept": kept,
                 }
             )
-            self.n_commits, self._checkpoint, self._kept_entry = commit, checkpoint, kept
+            self.n_commits, self._n_tries, self._checkpoint, self._kept_entry = commit, 0, checkpoint, kept
             if grown:
                 self._tail_nbytes = log.written_nbytes
                 log.voids = []
@@ -691,8 +704,8 @@ class Home:
             self._use()
             for place, _, _ in self._log.segments():
                 n_blocks = self._log.on_disk(place)
-                for first in range(0, n_blocks, self._step_blocks):
-                    self._log.records(place, first, min(self._step_blocks, n_blocks - first))
+                for first in range(0, n_blocks, self._most_blocks):
+                    self._log.records(place, first, min(self._most_blocks, n_blocks - first))
             return len(self._places) - self._n_added
 
     def validate(self) -> None:
@@ -741,7 +754,9 @@ class Home:
         """Let go of memory, files and the lock; what was not committed is discarded. Idempotent."""
         with self._lock:
             self._closed = True
+            self._places = Places()
             if hasattr(self, "_log"):
+                self._read_ended.wait_for(lambda: not self._log.reading)  # a file's number may soon be another's
                 self._log.close()
             self._disk.rest()
             self._unlock()

@@ -15,7 +15,8 @@ Not thread-safe but for `fetch`: the home's lock orders calls.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +34,19 @@ SLOTS = 2**20  # records of a segment at the most, so that there are addresses f
 N_ADDRESSES = 2**32 - 2  # the last two have a meaning of their own, see home.py
 GAP_NBYTES = 16_384  # what lies between two wanted blocks is read too when it is less: another read costs more
 RUN_NBYTES = 2**20  # the most that one read asks for
+READ = 2  # a read takes as many times the memory of the buffer, so that its queue seldom runs dry
+PIECE_NBYTES = 2**18  # a long read is so many at once
 OPEN_FILES = 256
 SPARE_NBYTES = 2**25  # left free on the file system: so much a commit can always write
 RESTORE = "restore the directory from a copy or a snapshot"
 
 UInt32s = npt.NDArray[np.uint32]
 _NAME = re.compile(r"segment-(\d{8,})\.hbs")
+
+
+def slots_of(blocks: Blocks) -> int:
+    """Addresses of a place: as many records as a segment may have at the most."""
+    return int(max(1, SLOTS // blocks.per_block) * blocks.per_block)
 
 
 class Held(NamedTuple):
@@ -74,7 +82,7 @@ class Log:
     metadata : bool
         Whether frequency and last step of every record are held in memory too.
     buffer_nbytes : int
-        Of what is to be written; about as much is used by each read.
+        Of what is to be written.
     segment_nbytes : int
         The most that a segment may have. Small tables have smaller ones.
     budget : int or None
@@ -105,7 +113,7 @@ class Log:
         self.disk, self._directory, self._blocks, self._budget = disk, directory, blocks, budget
         self._block_nbytes, self._per_block = blocks.block_nbytes, blocks.per_block
         self._most_blocks = max(1, min(segment_nbytes // blocks.block_nbytes, SLOTS // blocks.per_block))
-        self.slots = max(1, SLOTS // self._per_block) * self._per_block
+        self.slots = slots_of(blocks)
         n_places = max((place for place, _, _ in committed), default=-1) + 1
         self._file, self._n_blocks, self._target, self._live, self._tombs, self._pins = (
             np.full(n_places, fill, np.int64) for fill in (-1, 0, 0, 0, 0, 0)
@@ -122,6 +130,7 @@ class Log:
         self._first = self._filled = 0  # the buffer's first block in its segment; records in the buffer
         self.voids: list[tuple[int, int, int]] = []  # file, first and last slot: records of writes that failed
         self.read_nbytes = self.written_nbytes = self.n_reads = self.n_waiting = 0
+        self._counting = threading.Lock()
         for place, file, n_blocks in committed:
             with named("find a segment", self.path(file)):
                 size = disk.size(self.path(file))
@@ -335,12 +344,17 @@ class Log:
                 file=self.path(file),
                 remedy=f"evict rows, or give a disk_budget of more than {self._budget} bytes",
             )
-        with named("ask for the free space", self._directory):
-            free = self.disk.free(self._directory)
-        if free < nbytes + SPARE_NBYTES:
+        if not self.has_room(nbytes):
             raise StorageError(
-                f"cannot write rows: {free} bytes are left on the disk", file=self.path(file), remedy="free some space"
+                f"cannot write rows: fewer than {SPARE_NBYTES} bytes would be left on the disk",
+                file=self.path(file),
+                remedy="free some space",
             )
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the file system has room for so much, and a commit after that."""
+        with named("ask for the free space", self._directory):
+            return self.disk.free(self._directory) >= nbytes + SPARE_NBYTES
 
     def sync(self) -> None:
         """Make all records durable."""
@@ -421,15 +435,14 @@ class Log:
                 self.disk.close(self._handles.pop(old))
 
     def _opened(self, place: int) -> int:
-        path = self.path(int(self._file[place]))
         try:
             return self._handle(place)
         except FileNotFoundError:
-            raise Corrupt("the segment is missing", file=path, offset=0, remedy=RESTORE) from None
+            raise self._corrupt(int(self._file[place]), 0, "the segment is missing") from None
         except StorageError:
             raise
         except OSError as e:
-            raise storage_error(e, "open a segment", path) from e
+            raise storage_error(e, "open a segment", self.path(int(self._file[place]))) from e
 
     def hold(
         self, addresses: Int64s, which: Int64s, keys: Int64s, freq: UInt32s, last_step: UInt32s, lines: Bytes
@@ -476,6 +489,11 @@ class Log:
             raise
         return Held(which[far], slots[far], place[far], pinned, self._file.copy(), handles), left
 
+    @property
+    def reading(self) -> bool:
+        """Whether somebody reads."""
+        return bool(self._pins.any())
+
     def release(self, held: Held) -> None:
         """The records were read."""
         self._pins[held.pinned] -= 1
@@ -504,7 +522,7 @@ class Log:
         ends = np.append(begins[1:], n)
         n_blocks = block[ends - 1] - block[begins] + 1
         after = np.cumsum(n_blocks)
-        lots = np.flatnonzero(np.diff(after // max(1, len(self._buffer) // size), prepend=-1, append=-1))
+        lots = np.flatnonzero(np.diff(after // max(1, READ * len(self._buffer) // size), prepend=-1, append=-1))
         for a, b in pairwise(lots.tolist()):
             runs, some = slice(a, b), slice(int(begins[a]), int(ends[b - 1]))
             places = held.places[begins[runs]]
@@ -522,26 +540,29 @@ class Log:
         return Corrupt(problem, file=self.path(file), offset=offset, remedy=RESTORE)
 
     def _read(self, handles: Any, files: Int64s, offsets: Int64s, lengths: Int64s, out: Bytes) -> None:
-        self.n_waiting += len(handles)
+        with self._counting:
+            self.n_waiting += len(handles)
         try:
             self.disk.read(handles, offsets, lengths, out)
-            self.n_reads += len(handles)
-            self.read_nbytes += len(out)
         except OSError as e:
             i = getattr(e, "request", 0)
             if isinstance(e, EndOfFile):
                 raise self._corrupt(int(files[i]), int(offsets[i]), "the segment ends before a row") from None
             raise storage_error(e, f"read rows at {int(offsets[i])}", self.path(int(files[i]))) from e
         finally:
-            self.n_waiting -= len(handles)
+            with self._counting:
+                self.n_waiting -= len(handles)
+                self.n_reads += len(handles)
+                self.read_nbytes += len(out)
 
     def records(self, place: int, first: int, n_blocks: int) -> Records:
         """All records of blocks that are on disk, verified."""
         size, file = self._block_nbytes, int(self._file[place])
         out = aligned(n_blocks * size)
-        handle = np.array([self._opened(place)], np.int32)
-        offset, length = np.array([first * size]), np.array([n_blocks * size])
-        self._read(handle, np.array([file]), offset, length, out)
+        begins = np.arange(0, n_blocks, max(1, PIECE_NBYTES // size))
+        lengths = np.diff(begins, append=n_blocks) * size
+        handles = np.full(len(begins), self._opened(place), np.int32)
+        self._read(handles, np.full(len(begins), file), (first + begins) * size, lengths, out)
         bad, *found = self._blocks.parse(out, n_blocks, file, first)
         if bad >= 0:
             raise self._corrupt(file, (first + bad) * size, "rows do not match their checksum")
@@ -562,24 +583,26 @@ class Log:
         """Blocks of a segment that are on disk."""
         return self._first if place == self._active else int(self._n_blocks[place])
 
+    def _by_place(self, addresses: Int64s) -> Iterator[tuple[int, Int64s, Int64s]]:
+        """Places, which of the addresses lie in each, and their slots there."""
+        place, slot = np.divmod(addresses, self.slots)
+        order = np.argsort(place, kind="stable")
+        for some in np.split(order, np.flatnonzero(np.diff(place[order])) + 1) if len(order) else []:
+            yield int(place[some[0]]), some, slot[some]
+
     def metadata(self, addresses: Int64s) -> tuple[UInt32s, UInt32s]:
         """Frequency and last step of records, where they are held in memory."""
         assert self._metadata is not None
         out = np.empty((len(addresses), 2), np.uint32)
-        place, slot = np.divmod(addresses, self.slots)
-        for p in np.unique(place).tolist():
-            some = place == p
-            out[some] = self._metadata[p][slot[some]]
+        for place, some, slots in self._by_place(addresses):
+            out[some] = self._metadata[place][slots]
         return out[:, 0], out[:, 1]
 
     def put_metadata(self, addresses: Int64s, freq: UInt32s, last_step: UInt32s) -> None:
         """Set frequency and last step of records, where they are held in memory."""
-        if self._metadata is None:
-            return
-        place, slot = np.divmod(addresses, self.slots)
-        for p in np.unique(place).tolist():
-            some = place == p
-            self._metadata[p][slot[some], 0], self._metadata[p][slot[some], 1] = freq[some], last_step[some]
+        if self._metadata is not None:
+            for place, some, slots in self._by_place(addresses):
+                self._metadata[place][slots, 0], self._metadata[place][slots, 1] = freq[some], last_step[some]
 
     def validate(self, live: Int64s) -> None:
         """Recount against the records that live, by place; AssertionError where they disagree. For tests."""

@@ -18,9 +18,9 @@ from hbkit.store.log import SEGMENT_NBYTES
 from hbkit.store.policy import FIXED_NBYTES, Policy, make_policy
 from hbkit.store.tier import Lines, TieredStore
 
-BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; home holds three
+BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; all of the home's buffers are some times as large
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
-BUFFERS, SCRATCH = 16, 8  # they are no larger than such a part of the budget
+BUFFERS, SCRATCH = 32, 8  # they are no larger than such a part of the budget
 LEAST_LINES = 16  # a cache has at least so many
 FEW_NBYTES = 24_000 + FIXED_NBYTES  # of index, cache and policy, however few rows they hold
 SETTLED = 2**20  # rows from which on the index takes about as many bytes a row as it does now
@@ -139,7 +139,9 @@ class SsdStore(TieredStore):
         if n_lines < 1:
             least = rows + LEAST_LINES * self._line_nbytes + FEW_NBYTES
             # The buffers grow with the budget, up to a size.
-            least = min(least + 3 * BUFFER_NBYTES + SCRATCH_NBYTES, least * 16 // 11 + home.buffers_nbytes)
+            n = home.buffers_nbytes // home.buffer_nbytes
+            share = n / BUFFERS + 1 / SCRATCH
+            least = min(least + n * BUFFER_NBYTES + SCRATCH_NBYTES, int(least / (1 - share)) + home.buffers_nbytes)
             raise BudgetExceeded(
                 f"host_budget of {self._budget} bytes has no room for a cache beside an index of {n_rows} rows",
                 table=self.layout.table,

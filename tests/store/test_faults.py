@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 from pathlib import Path
 
@@ -254,9 +255,10 @@ def test_faults_rows_that_could_not_be_synced_are_never_committed():
     home.close()
 
 
-def test_faults_in_the_last_sync_of_a_commit_keep_both():
+def test_faults_in_the_last_sync_of_a_commit_keep_both(monkeypatch):
     """Whether the manifest's new name is durable is not known then: what either commit needs must stay."""
-    for seed in range(20):
+    monkeypatch.setattr(module, "LEAST_TAIL_NBYTES", 1)
+    for n in range(60):
         disk = MemoryDisk()
         home, states = opened(disk), []
         for i in range(10):
@@ -278,9 +280,26 @@ def test_faults_in_the_last_sync_of_a_commit_keep_both():
             home.commit()
         for i in range(20, 40):
             act(home, i)
-        home.close()
-        disk.lose_power(seeded(seed))
+        states.append(state(home))
+        disk.calls = 0
+
+        def off(call, name, n=n):
+            if call >= n:
+                raise PowerLoss
+
+        disk.fault = off
+        with contextlib.suppress(PowerLoss):
+            home.commit()
+        disk.lose_power(seeded(n))
         home = opened(disk)
         home.verify()
         assert state(home) in states
         home.close()
+
+
+def test_faults_last_commit_survives_fifty_kills(tmp_path):
+    path = Path(__file__).parents[2] / "bench" / "crash.py"  # which does a thousand
+    spec = importlib.util.spec_from_file_location("crash", path)
+    crash = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(crash)
+    assert crash.kills(tmp_path, 50, seed=0, seconds=0.3) > 20

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import random
-import re
+import signal
 import threading
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hbkit._ext.places import Places
 from hbkit.store import home as module
 from hbkit.store import log
 from hbkit.store.base import Layout, Part
-from hbkit.store.disk import Disk
+from hbkit.store.disk import Disk, aligned
 from hbkit.store.home import Home
 
 
@@ -152,6 +152,21 @@ def test_home_read_of_an_absent_key_is_an_error(tmp_path):
         home.read(np.array([1]))
 
 
+def test_home_keeps_columns_of_some_dtypes_alone(tmp_path):
+    home = Home(layout(), tmp_path)
+    for bad in (np.zeros(3), np.zeros((2, 2), np.int64), np.zeros(2, object)):
+        with pytest.raises(errors.InvalidArgument, match="kept"):
+            home.commit({"x": bad})
+    keep = {"a": np.arange(3), "b": np.arange(5, dtype=np.uint16), "c": np.zeros(0, np.int64)}
+    home.commit(keep)
+    home.close()
+    home = Home(layout(), tmp_path)
+    assert {k: (v.dtype.str, v.tolist()) for k, v in home.kept().items()} == {
+        k: (v.dtype.str, v.tolist()) for k, v in keep.items()
+    }
+    home.close()
+
+
 def test_home_has_one_writer(tmp_path):
     home = Home(layout(), tmp_path)
     with pytest.raises(errors.Locked, match="LOCK"):
@@ -240,6 +255,27 @@ def test_home_reads_beside_writes_and_compaction(tmp_path):
     assert home.stats()["compacted_segments"] > 5
     home.validate()
     home.close()
+
+
+def test_home_close_waits_for_reads(tmp_path):
+    for _ in range(5):
+        twin = Twin(tmp_path, layout(60, 60, metadata=False), buffer_nbytes=2**16)
+        keys, closed, found = np.arange(20_000), threading.Event(), []
+        twin.write(keys, np.random.default_rng(0))
+        twin.commit()
+        want = twin.home.read(keys)[0]
+
+        def reader(home=twin.home, keys=keys, found=found):
+            with contextlib.suppress(errors.Closed):
+                while True:
+                    found.append(home.read(keys)[0])
+
+        thread = threading.Thread(target=reader)
+        thread.start()
+        closed.wait(0.02)
+        twin.home.close()
+        thread.join()
+        assert all(np.array_equal(f, want) for f in found)
 
 
 def test_home_space_and_writes_stay_bounded(tmp_path):
@@ -583,5 +619,27 @@ def test_disk_names_the_read_that_failed(tmp_path):
         disk.close(handle)
 
 
-def test_segment_names_are_ordered():
-    assert re.fullmatch(log._NAME, "segment-00000012.hbs") and re.fullmatch(log._NAME, "segment-123456789.hbs")
+def test_disk_goes_on_after_signals_and_short_writes(tmp_path, monkeypatch):
+    real, disk = os.pwrite, Disk()
+    data = np.random.default_rng(0).integers(0, 256, 2**22, np.uint8)
+    handle = disk.open(tmp_path / "x", create=True)
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", lambda fd, part, at: real(fd, part[: len(part) // 2 + 1], at))
+        disk.write(handle, data, 0)
+    signals = []
+    old = signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for direct in (False, True):
+            reader = disk.open(tmp_path / "x", direct=direct)
+            for _ in range(10):
+                out = aligned(len(data))
+                n = len(data) // 4096
+                disk.read(np.full(n, reader, np.int32), np.arange(n) * 4096, np.full(n, 4096), out)
+                assert np.array_equal(out, data)
+            disk.close(reader)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    disk.close(handle)
+    assert signals
