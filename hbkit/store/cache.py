@@ -107,7 +107,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes, at most `LINE_NBYTES` a line and a few KiB; the lines themselves not counted."""
+        """Memory held, in bytes, at most `LINE_NBYTES` a line and `FIXED_NBYTES`; of lines not the rows."""
         arrays = (self.key, self.dirty, self.pins, self.next_use, self._state, self._newcomer, self._queue)
         return sum(a.nbytes for a in arrays) + int(self._index.nbytes) + self.policy.nbytes
 
@@ -204,11 +204,11 @@ class Cache:
         new = np.flatnonzero(self._newcomer)
         new = new[(self._state[new] == USED) & (self.pins[new] == 0) & (self.next_use[new] == NEVER)][: len(found)]
         old, rest = found[: len(new)], found[len(new) :]
-        wins = self._ask("admit", self.policy.admit, self.key[new], self.key[old])
+        wins = self._ask("admit", self.policy.admit, self.key[new], new.copy(), self.key[old], old.copy())
         if not (isinstance(wins, np.ndarray) and wins.dtype == np.bool_ and wins.shape == new.shape):
             raise self._wrong("admit", f"gave no bool[{len(new)}]")
         self._newcomer[new[wins]] = False
-        self._queue = np.concatenate([old[~wins], self._queue])
+        self._lines.mark(old[~wins], USED)
         return np.concatenate([old[wins], rest, new[~wins]])
 
     def remove(self, lines: Int64s) -> None:
