@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct hb_slabs; /* kernels.h */
+
 enum { HB_WAYS = 5 };
 
 /* One cache line. The first state % 8 places are taken; state / 8 keys lie further on, since this bucket was full. */
@@ -46,8 +48,12 @@ typedef struct {
     int (*create)(hb_index *, int64_t capacity); /* the struct is zeros, but for countdown */
     void (*destroy)(hb_index *);
     void (*find)(const hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
+    /* find, and the rows of the slots on their way into the cache. */
+    void (*find_rows)(const hb_index *, const int64_t *keys, int64_t n, int64_t *slots, const struct hb_slabs *rows);
     int (*insert)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new);
     int (*erase)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
+    /* Undo the last change, an insert before which next_slot was as given. */
+    void (*take_back)(hb_index *, const int64_t *keys, int64_t n, const uint8_t *is_new, int64_t next_slot);
     int64_t (*items)(const hb_index *, int64_t room, int64_t *keys, int64_t *slots); /* how many; none if no room */
     /* Keys whose mix lies in [first, last], both included; passes over their shards alone. */
     int64_t (*part)(const hb_index *, uint64_t first, uint64_t last, int64_t room, int64_t *keys);
@@ -55,6 +61,9 @@ typedef struct {
     /* Distinct keys in unique[1..] by first appearance; returns how many. See dedupe_kernel.c. counts may be NULL. */
     int64_t (*dedupe)(const int64_t *keys, int64_t n, uint32_t *table, int bits, int64_t *unique, void *inverse,
                       int wide, int64_t *counts);
+    /* Of an index whose slots the caller gives, which knows no find_or_insert and erase: see places.pyx. */
+    int (*put)(hb_index *, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before);
+    void (*drop)(hb_index *, const int64_t *keys, int64_t n, int64_t *before);
 } hb_indexers;
 
 enum { HB_PAGE = 1 << 15 }; /* slots of a page of free bits */

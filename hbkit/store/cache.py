@@ -80,19 +80,32 @@ class Cache:
     def __init__(self, n_lines: int, policy: Callable[[int], Policy]) -> None:
         if n_lines < 1:
             raise InvalidArgument(f"a cache of {n_lines} lines", remedy="give it at least one")
-        self.n_lines = n_lines
-        self._index = Index(n_lines)
-        self.key = np.zeros(n_lines, np.int64)
-        self.dirty = np.zeros(n_lines, np.bool_)
-        self.pins = np.zeros(n_lines, np.int32)
-        self.next_use = np.full(n_lines, NEVER, np.int64)
-        self._state = np.zeros(n_lines, np.uint8)
-        self._lines = Lines(self._state, self.pins, self.next_use)
-        self._queue = np.zeros(0, np.int64)
-        self._hand = 0
+        self._index = Index()
+        self.key = np.zeros(0, np.int64)
+        self.dirty = np.zeros(0, np.bool_)
+        self.pins = np.zeros(0, np.int32)
+        self.next_use = np.zeros(0, np.int64)
+        self._state = np.zeros(0, np.uint8)
+        self._make_policy = policy
         self._name = getattr(policy, "__name__", type(policy).__name__)
         self._ours = getattr(policy, "__module__", "") == Policy.__module__
-        self.policy = self._ask("", policy, n_lines)
+        self.resize(n_lines)
+
+    def resize(self, n_lines: int) -> None:
+        """Have `n_lines`, none of those beyond being in use. The policy begins anew, with the keys that are near."""
+        keys, lines = self._index.items()
+        if n_lines <= lines.max(initial=0):
+            raise InvalidArgument(f"{n_lines} lines, of which {lines.max()} is in use", remedy="remove it before")
+        self.n_lines = n_lines
+        for name, rest in (("key", 0), ("dirty", 0), ("pins", 0), ("next_use", NEVER), ("_state", FREE)):
+            old = getattr(self, name)
+            new = np.full(n_lines, rest, old.dtype) if rest else np.zeros(n_lines, old.dtype)
+            new[: len(old)] = old[:n_lines]
+            setattr(self, name, new)
+        self._state[self._state == QUEUED] = USED
+        self._lines = Lines(self._state, self.pins, self.next_use)
+        self._queue, self._hand = np.zeros(0, np.int64), 0
+        self.policy = self._ask("", self._make_policy, n_lines)
         if not isinstance(self.policy, Policy):
             raise InvalidArgument(f"{self._name} made no Policy", remedy="give a class derived from hbkit.store.Policy")
         self._newcomer = np.zeros(n_lines if self.policy.admit else 0, np.bool_)
@@ -101,6 +114,7 @@ class Cache:
                 f"{self._name} holds {self.policy.nbytes} bytes for {n_lines} lines",
                 remedy=f"let it hold at most {POLICY_NBYTES} a line",
             )
+        self._tell("on_insert", keys, lines)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -110,6 +124,11 @@ class Cache:
         """Memory held, in bytes, at most `LINE_NBYTES` a line and `FIXED_NBYTES`; of lines not the rows."""
         arrays = (self.key, self.dirty, self.pins, self.next_use, self._state, self._newcomer, self._queue)
         return sum(a.nbytes for a in arrays) + int(self._index.nbytes) + self.policy.nbytes
+
+    def keys(self) -> Int64s:
+        """Keys that are near: int64[n]."""
+        keys: Int64s = self._index.items()[0]
+        return keys
 
     def find(self, keys: Int64s) -> Int64s:
         """Line of each key, -1 where it is not near: int64[n]."""
