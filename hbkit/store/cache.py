@@ -31,7 +31,6 @@ from hbkit.store.policy import FIXED_NBYTES, POLICY_NBYTES, Policy
 __all__ = ["LINE_NBYTES", "NEVER", "Cache", "Window", "as_nbytes"]
 
 REGION, SHARE = 1 << 16, 64
-WAYS = 1  # used by tiers that are written for the cache before this one
 # key, next use, pins, dirty, state, newcomer; the index; the policy; a slab's pointer.
 LINE_NBYTES = 8 + 8 + 4 + 1 + 1 + 1 + 24 + POLICY_NBYTES + 8
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

@@ -34,7 +34,6 @@ HALF_LIVES = np.array([0.15, 0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in ac
 GHOSTS = 4  # keys remembered, a line
 SKETCHED, SAMPLED = 4, 10  # keys the sketch is made for, a line, and accesses a line after which its counts halve
 POLICY_NBYTES, FIXED_NBYTES = 24, 2**17  # the most a policy may hold: a line, and beside
-Metas = object  # named by tiers that are written for the cache before this one
 
 
 class Policy(ABC):
@@ -96,8 +95,8 @@ class Policy(ABC):
         return lines[np.argsort(self.worth[lines], kind="stable")[:n]]
 
     admit: Callable[[Int64s, Int64s, Int64s, Int64s], npt.NDArray[np.bool_]] | None = None
-    """``admit(keys, lines, others, their_lines) -> bool[n]``: whether each newcomer in ``lines[n]`` is worth more than the
-    key that would go for it; if not, the newcomer goes. None admits all, and spares the question."""
+    """``admit(keys, lines, others, their_lines) -> bool[n]``: whether each newcomer in ``lines[n]`` is worth more than
+    the key that would go for it; if not, the newcomer goes. None admits all, and spares the question."""
 
 
 class LRU(Policy):
