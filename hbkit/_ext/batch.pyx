@@ -1,6 +1,6 @@
 """Passes over a batch between its keys and its rows, that would each be several in NumPy."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 import numpy as np
 
@@ -25,6 +25,34 @@ def absent(const int64_t[::1] slots, int64_t padding=-1):
                     to[m] = i
                     m += 1
     return out
+
+
+def add_at(int32_t[::1] numbers, const int64_t[::1] slots, int32_t by):
+    """``numbers[slot] += by`` for each slot; those that are none are skipped."""
+    cdef int64_t i, n = numbers.shape[0]
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                numbers[slots[i]] += by
+
+
+def set_at(uint8_t[::1] flags, const int64_t[::1] slots):
+    """Set the flag of each slot; those that are none are skipped."""
+    cdef int64_t i, n = flags.shape[0]
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                flags[slots[i]] = 1
+
+
+def count_at(const uint8_t[::1] flags, const int64_t[::1] slots):
+    """How many slots have their flag set: int; those that are none are skipped."""
+    cdef int64_t i, n = flags.shape[0], found = 0
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                found += flags[slots[i]] != 0
+    return found
 
 
 def find_key(const int64_t[::1] keys, int64_t key):

@@ -33,14 +33,15 @@ cdef inline int _cells(uint64_t key, int n_hashes, uint64_t per_shard, uint64_t 
     return n
 
 
-def add(uint16_t[::1] counters, const int64_t[::1] keys, const int64_t[::1] counts, int64_t n_hashes):
+def add(uint16_t[::1] counters, const int64_t[::1] keys, const int64_t[::1] counts, uint16_t[:, ::1] before):
     """Add counts to distinct keys, then estimate each.
 
     Parameters
     ----------
     counters : uint16[1024 * m]  IN, OUT
     keys, counts : int64[n]  IN
-        Counts may be negative, to take back what was added; a counter that is full stays so.
+    before : uint16[n, number of hashes]  OUT
+        What `take_back` wants.
 
     Returns
     -------
@@ -48,11 +49,11 @@ def add(uint16_t[::1] counters, const int64_t[::1] keys, const int64_t[::1] coun
         The least of each key's counters, after all were added: never below what was added, but where 65,535 stands
         for that and more.
     """
-    cdef int64_t n = keys.shape[0], i, least, total
+    cdef int64_t n = keys.shape[0], i, least, n_hashes = before.shape[1]
     cdef uint64_t per_shard = counters.shape[0] // N_SHARDS
     cdef uint64_t cells[MOST_HASHES]
     cdef int k, n_cells
-    if counts.shape[0] != n or per_shard < 1 or not 1 <= n_hashes <= MOST_HASHES:
+    if counts.shape[0] != n or before.shape[0] != n or per_shard < 1 or not 1 <= n_hashes <= MOST_HASHES:
         raise InvalidArgument(f"{counts.shape[0]} counts for {n} keys", remedy="give one a key, and 1,024 counters")
     out = np.empty(n, np.int64)
     cdef int64_t[::1] to = out
@@ -60,9 +61,8 @@ def add(uint16_t[::1] counters, const int64_t[::1] keys, const int64_t[::1] coun
         for i in range(n):
             n_cells = _cells(<uint64_t>keys[i], <int>n_hashes, per_shard, cells)
             for k in range(n_cells):
-                if counters[cells[k]] < MOST:
-                    total = counters[cells[k]] + counts[i]
-                    counters[cells[k]] = <uint16_t>(0 if total < 0 else MOST if total > MOST else total)
+                before[i, k] = counters[cells[k]]
+                counters[cells[k]] = <uint16_t>min(counters[cells[k]] + max(counts[i], 0), MOST)
         for i in range(n):
             n_cells = _cells(<uint64_t>keys[i], <int>n_hashes, per_shard, cells)
             least = MOST
@@ -70,3 +70,17 @@ def add(uint16_t[::1] counters, const int64_t[::1] keys, const int64_t[::1] coun
                 least = min(least, <int64_t>counters[cells[k]])
             to[i] = least
     return out
+
+
+def take_back(uint16_t[::1] counters, const int64_t[::1] keys, const uint16_t[:, ::1] before):
+    """Undo the last `add` of these keys, which gave `before`. It needs no memory."""
+    cdef int64_t i
+    cdef uint64_t per_shard = counters.shape[0] // N_SHARDS
+    cdef uint64_t cells[MOST_HASHES]
+    cdef int k
+    if before.shape[0] != keys.shape[0] or per_shard < 1 or not 1 <= before.shape[1] <= MOST_HASHES:
+        raise InvalidArgument(f"{before.shape[0]} counters for {keys.shape[0]} keys", remedy="give those of the add")
+    with nogil:
+        for i in range(keys.shape[0] - 1, -1, -1):  # the last first, since keys share counters
+            for k in range(_cells(<uint64_t>keys[i], <int>before.shape[1], per_shard, cells)):
+                counters[cells[k]] = before[i, k]

@@ -48,6 +48,8 @@ typedef struct {
     void (*find)(const hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
     int (*insert)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new);
     int (*erase)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
+    /* Undo the last change, an insert before which next_slot was as given. */
+    void (*take_back)(hb_index *, const int64_t *keys, int64_t n, const uint8_t *is_new, int64_t next_slot);
     int64_t (*items)(const hb_index *, int64_t room, int64_t *keys, int64_t *slots); /* how many; none if no room */
     /* Keys whose mix lies in [first, last], both included; passes over their shards alone. */
     int64_t (*part)(const hb_index *, uint64_t first, uint64_t last, int64_t room, int64_t *keys);

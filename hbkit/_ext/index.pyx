@@ -10,32 +10,13 @@ import numpy as np
 
 from hbkit._ext import pool
 from hbkit._ext.isa cimport HB_PAGE, hb_index, hb_mix64, kernels
+from hbkit._ext.pool cimport countdown
 from hbkit.errors import InvalidArgument
 
 MAX_SLOTS = 0xFFFFFFFE
-cdef int64_t _countdown = 0
-
-
-def fail_allocation(int64_t nth):
-    """For tests: the nth allocation from now on that an index or `dedupe` makes fails; 0 lets all succeed.
-
-    Returns
-    -------
-    left : int
-        How many allocations the failure that was asked for before was still away; 0 if it has come.
-    """
-    global _countdown
-    left, _countdown = _countdown, nth
-    return left
-
 
 cdef _take(int64_t n, dtype):
     """An array of n elements from the shared pool, of any content."""
-    global _countdown
-    if _countdown > 0:
-        _countdown -= 1
-        if _countdown == 0:
-            raise MemoryError(f"no memory for an array of {n} elements (a test asked for this)")
     if n == 0:
         return np.empty(0, dtype)
     return np.frombuffer(pool.shared.take(n * np.dtype(dtype).itemsize), dtype)
@@ -85,7 +66,7 @@ cdef class Index:
 
     def __cinit__(self, int64_t capacity=0):
         memset(&self.index, 0, sizeof(hb_index))
-        self.index.countdown = &_countdown
+        self.index.countdown = countdown()
         if kernels().index.create(&self.index, max(capacity, 0)) != 0:
             raise MemoryError(f"no memory for an index of {capacity} keys")
 
@@ -156,6 +137,25 @@ cdef class Index:
         if failed:
             raise MemoryError(f"the index of {self.index.n} keys cannot take {n} more")
         return out, is_new
+
+    def take_back(self, const int64_t[::1] keys, is_new, int64_t n_slots):
+        """Undo the last `find_or_insert`, if nothing was erased since. It needs no memory, so it never fails.
+
+        Parameters
+        ----------
+        keys : int64[n]
+            What was inserted.
+        is_new : bool[n]
+            What the insert gave.
+        n_slots : int
+            `n_slots` before the insert.
+        """
+        cdef const uint8_t[::1] new = is_new.view(np.uint8)
+        if new.shape[0] != keys.shape[0]:
+            raise InvalidArgument(f"{new.shape[0]} marks for {keys.shape[0]} keys", remedy="give those of the insert")
+        if keys.shape[0]:
+            with nogil:
+                kernels().index.take_back(&self.index, &keys[0], keys.shape[0], &new[0], n_slots)
 
     def erase(self, const int64_t[::1] keys, out=None):
         """Remove keys; absent ones are left out.

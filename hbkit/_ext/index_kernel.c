@@ -517,6 +517,21 @@ static int64_t erase_one(hb_index *t, uint64_t key) {
     return slot;
 }
 
+/* Undo an insert before which next_slot was as given. The last slots first: those that were new are given back as if
+ * they had never been, the others are free again. So it needs no memory, but to let go of some. */
+static void take_back_all(hb_index *t, const int64_t *keys, int64_t n, const uint8_t *is_new, int64_t next_slot) {
+    while (n-- > 0)
+        if (is_new[n]) {
+            uint64_t mix = hb_mix64((uint64_t)keys[n]);
+            int64_t slot = erase_one(t, (uint64_t)keys[n]);
+            if (slot >= next_slot)
+                t->next_slot--;
+            else
+                free_slot(t, slot);
+            if (roomy(t, shard_of(t, mix))) shrink(t, mix);
+        }
+}
+
 static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
     int64_t next_slot = t->next_slot, done = 0;
     hb_bucket *end[GROUP];
@@ -555,15 +570,8 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
         }
     }
     return 0;
-failed: /* the last slots first: the new ones are given back as if they had never been, the others are free again */
-    while (done-- > 0)
-        if (is_new[done]) {
-            int64_t slot = erase_one(t, (uint64_t)keys[done]);
-            if (slot >= next_slot)
-                t->next_slot--;
-            else
-                free_slot(t, slot);
-        }
+failed:
+    take_back_all(t, keys, done, is_new, next_slot);
     return -1;
 }
 
@@ -788,6 +796,12 @@ static void drop(hb_index *t, const int64_t *keys, int64_t n, int64_t *before) {
     pthread_rwlock_unlock(t->lock);
 }
 
+static void take_back(hb_index *t, const int64_t *keys, int64_t n, const uint8_t *is_new, int64_t next_slot) {
+    pthread_rwlock_wrlock(t->lock);
+    take_back_all(t, keys, n, is_new, next_slot);
+    pthread_rwlock_unlock(t->lock);
+}
+
 static int64_t items(const hb_index *t, int64_t room, int64_t *keys, int64_t *slots) {
     pthread_rwlock_rdlock(t->lock);
     int64_t n = t->n;
@@ -825,4 +839,4 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, insert, erase, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};
+    create, destroy, find, insert, erase, take_back, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};

@@ -66,6 +66,7 @@ cdef extern from "index.h" nogil:
         void (*find)(const hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
         int (*insert)(hb_index *, const int64_t *, int64_t, int64_t *, uint8_t *) noexcept nogil
         int (*erase)(hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
+        void (*take_back)(hb_index *, const int64_t *, int64_t, const uint8_t *, int64_t) noexcept nogil
         int64_t (*items)(const hb_index *, int64_t, int64_t *, int64_t *) noexcept nogil
         int64_t (*part)(const hb_index *, uint64_t, uint64_t, int64_t, int64_t *) noexcept nogil
         const char *(*validate)(const hb_index *) noexcept nogil

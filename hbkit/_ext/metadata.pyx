@@ -9,6 +9,7 @@ from libc.stdlib cimport free, realloc
 
 import numpy as np
 
+from hbkit._ext.pool cimport fails
 from hbkit.errors import InvalidArgument
 
 cdef extern from *:
@@ -74,11 +75,21 @@ cdef class Metadata:
         if n_slots <= self.n:
             return
         if self.kept:
-            grown = <Pair *>realloc(self.at, n_slots * sizeof(Pair))
+            grown = NULL if fails() else <Pair *>realloc(self.at, n_slots * sizeof(Pair))
             if grown == NULL:
                 raise MemoryError(f"no memory for the metadata of {n_slots} rows")
             self.at = grown
         self.n = n_slots
+
+    def trim(self, int64_t n_slots):
+        """Let go of the room for slots from n_slots on."""
+        cdef Pair *less
+        if n_slots >= self.n:
+            return
+        self.n = n_slots
+        if self.kept:
+            less = <Pair *>realloc(self.at, max(n_slots, 1) * sizeof(Pair))
+            self.at = self.at if less == NULL else less
 
     cdef int _check(self, const int64_t[::1] slots, int64_t n, int64_t least) except -1:
         cdef int64_t i, bad = 0

@@ -5,8 +5,8 @@ taken from a pool. A `Buffer` offers the buffer protocol; NumPy (``np.frombuffer
 alive, and its memory goes back to the pool when the last of them lets go, in whatever order.
 """
 
-from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from cpython.buffer cimport PyBuffer_FillInfo
 
 from hbkit.errors import InvalidArgument
@@ -21,6 +21,40 @@ DEF_ALIGN = 64
 cdef size_t LEAST = 4096
 cdef size_t HUGE = 2 << 20  # blocks from here on ask for huge pages: decoding into them is a tenth faster
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
+
+
+cdef int64_t _countdown = 0
+
+
+cdef int64_t *countdown() noexcept nogil:
+    return &_countdown
+
+
+cdef bint fails() noexcept nogil:
+    """Whether the allocation that is about to be made is the one that a test wants to fail."""
+    global _countdown
+    if _countdown > 0:
+        _countdown -= 1
+        return _countdown == 0
+    return False
+
+
+cdef void *allocate(size_t nbytes) noexcept nogil:
+    """`malloc`, but that a test may let it fail."""
+    return NULL if fails() else malloc(nbytes)
+
+
+def fail_allocation(int64_t nth):
+    """For tests: the nth allocation from now on fails, of those of pools, indexes, slabs and metadata; 0: none does.
+
+    Returns
+    -------
+    left : int
+        How many allocations the failure that was asked for before was still away; 0 if it has come.
+    """
+    global _countdown
+    left, _countdown = _countdown, nth
+    return left
 
 
 cdef class Buffer:
@@ -74,6 +108,8 @@ cdef class Pool:
             capacity *= 2
         cdef Buffer buffer = Buffer.__new__(Buffer)
         buffer.pool = self
+        if fails():
+            raise MemoryError(f"no memory for a buffer of {capacity} bytes (a test asked for this)")
         blocks = self.idle.get((capacity, align))
         if blocks:
             buffer.data = <void *><uintptr_t>blocks.pop()

@@ -9,8 +9,9 @@ line is one array of floats. In memory rows may be narrower (float16, bfloat16),
 Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the TLB costs as much as one of the cache.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
 
 import numpy as np
 
@@ -19,8 +20,13 @@ from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_ente
 from hbkit._ext.random import KINDS
 from hbkit._ext.segment import pool, retained
 
+from hbkit._ext.pool cimport allocate, fails
 from hbkit._ext.segment cimport Gradients, in_range, splits_fit
 from hbkit.errors import InvalidArgument
+
+cdef extern from "kernels.h" nogil:
+    void *hb_row(const hb_slabs *, int64_t slot)
+    float *hb_state(const hb_slabs *, int64_t slot)
 
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **, size_t, size_t)
@@ -124,17 +130,23 @@ cdef class Slabs:
         cdef char **grown
         cdef void *chunk
         cdef size_t nbytes = self.line_nbytes << self.s.shift
+        cdef int64_t had = self.capacity
         while self.capacity < n_lines:
-            grown = <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
-            if grown == NULL:
-                raise MemoryError(f"no memory for {n_lines} lines")
-            self.s.chunks = grown
-            if posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
+            grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
+            self.s.chunks = self.s.chunks if grown == NULL else grown
+            if grown == NULL or fails() or posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
+                self.trim(had)
                 raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
             if nbytes >= HUGE:
                 madvise(chunk, nbytes, MADV_HUGEPAGE)
             self.s.chunks[self.n_chunks] = <char *>chunk
             self.n_chunks += 1
+
+    def trim(self, int64_t n_lines):
+        """Let go of the chunks that only hold slots from n_lines on."""
+        while self.n_chunks and (self.n_chunks - 1) << self.s.shift >= n_lines:
+            self.n_chunks -= 1
+            free(self.s.chunks[self.n_chunks])
 
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1:
         cdef int64_t i, end = self.n_chunks << self.s.shift
@@ -209,6 +221,32 @@ cdef class Slabs:
                 kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
                 hb_fp_leave(fp)
 
+    def pack(self, const int64_t[::1] slots):
+        """Lines as they lie in memory, row then state: uint8[n, line_nbytes]. Slots must be >= 0."""
+        cdef int64_t i, n = slots.shape[0], nbytes = self.line_nbytes
+        out = retained((n, nbytes), np.uint8)
+        cdef uint8_t[:, ::1] to = out
+        self._check(slots, 0)
+        with nogil:
+            for i in range(n):
+                memcpy(&to[i, 0], hb_row(&self.s, slots[i]), self.s.row_stride)
+                if self.apart:
+                    memcpy(&to[i, self.s.row_stride], hb_state(&self.s, slots[i]), self.s.state_stride)
+        return out
+
+    def unpack(self, const int64_t[::1] slots, const uint8_t[:, ::1] lines):
+        """Write lines that `pack` of slabs with the same rows and states gave; slots must be >= 0."""
+        cdef int64_t i, n = slots.shape[0], nbytes = self.line_nbytes
+        if lines.shape[0] != n or lines.shape[1] != nbytes:
+            raise InvalidArgument(f"lines of shape {lines.shape[0], lines.shape[1]} for {n} slots",
+                                  remedy=f"a line has {nbytes} bytes")
+        self._check(slots, 0)
+        with nogil:
+            for i in range(n):
+                memcpy(hb_row(&self.s, slots[i]), &lines[i, 0], self.s.row_stride)
+                if self.apart:
+                    memcpy(hb_state(&self.s, slots[i]), &lines[i, self.s.row_stride], self.s.state_stride)
+
     def fill(self, const int64_t[::1] slots, const int64_t[::1] keys, draws, const float[::1] state):
         """Make new lines: rows drawn for their keys, and `state` beside each.
 
@@ -235,8 +273,8 @@ cdef class Slabs:
                 raise InvalidArgument(f"{kind!r} in columns {column} to {column + count}",
                                       remedy=f"a row has {w} columns; initializers are {', '.join(KINDS)}")
             columns.append((KINDS[kind], column, count))
-        d = <hb_draw *>malloc((n_draws + 1) * sizeof(hb_draw))
-        lines = <float *>malloc(TILE * self.width * sizeof(float))
+        d = <hb_draw *>allocate((n_draws + 1) * sizeof(hb_draw))
+        lines = <float *>allocate(TILE * self.width * sizeof(float))
         try:
             if d == NULL or lines == NULL:
                 raise MemoryError("no memory for new lines")
@@ -342,9 +380,9 @@ cdef class Slabs:
         u.slots, u.n_parts, u.skip = &slots[0], len(slices), bad == "skip"
         u.keys = &keys[0] if keys is not None and n else NULL
         u.seed, u.step = seed, <uint32_t>(<uint64_t>step)
-        parts = <hb_part *>malloc((len(slices) + 1) * sizeof(hb_part))
-        h = <float *>malloc((len(slices) + 1) * HB_HYPER * sizeof(float))
-        u.scratch = malloc(HB_SCRATCH(dim))
+        parts = <hb_part *>allocate((len(slices) + 1) * sizeof(hb_part))
+        h = <float *>allocate((len(slices) + 1) * HB_HYPER * sizeof(float))
+        u.scratch = allocate(HB_SCRATCH(dim))
         try:
             if parts == NULL or h == NULL or u.scratch == NULL:
                 raise MemoryError("no memory for an update")

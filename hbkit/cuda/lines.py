@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -41,10 +43,30 @@ class DeviceLines:
         self._lines = device.empty((n_lines, width), np.float32)
         self.nbytes = n_lines * width * 4
 
-    def gather(self, slots: Int64s, out: Float32s) -> None:
-        """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1."""
+    def reserve(self, n_lines: int) -> None:
+        """All lines are there from the beginning."""
+
+    def trim(self, n_lines: int) -> None:
+        """No memory is given back."""
+
+    def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
+        """Lines as bytes: uint8[n, 4 * width]."""
+        lines = np.empty((len(slots), self._width), np.float32)
+        self.gather(slots, lines)
+        return lines.view(np.uint8)
+
+    def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
+        """Write lines that `pack` gave."""
+        self.scatter(slots, np.ascontiguousarray(lines).view(np.float32))
+
+    def gather(self, slots: Int64s, out: Float32s, index: Int64s | None = None) -> None:
+        """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
+
+        With `index`, of line ``slots[index[i]]``.
+        """
         from hbkit.cuda import kernels
 
+        slots = slots if index is None else slots[index]
         for first in range(0, len(slots), self._batch):
             some = slots[first : first + self._batch]
             rows = self._device.empty((len(some), out.shape[1]), np.float32)
@@ -62,17 +84,31 @@ class DeviceLines:
             )
             self._device.sync()
 
-    def apply(self, rule: int, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
-        """One optimizer step on distinct slots; -1 is skipped. grads: float32[n, dim].
+    def apply(
+        self, rule: Any, slots: Int64s, grads: Any, hyper: Float32s, keys: Int64s, seed: int, step: int, bad: str
+    ) -> int:
+        """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`, in float32.
 
         Raises
         ------
         Unsupported
-            There is no kernel for this optimizer.
+            There is no kernel for this optimizer, or the row is divided into columns that have one each.
         """
         from hbkit.cuda import kernels
 
+        if not isinstance(grads, np.ndarray):
+            grads = grads.sum()
+        left_out = 0
+        if bad == "skip":
+            skipped = (slots >= 0) & ~np.isfinite(grads).all(axis=1)
+            slots, left_out = np.where(skipped, -1, slots), int(np.count_nonzero(skipped))
         dim = grads.shape[1]
+        if not isinstance(rule, int):
+            raise Unsupported(
+                f"no CUDA kernel for named columns, here {len(rule)}",
+                device=self._device.name,
+                remedy="give the table one optimizer and no columns, or keep it in host_memory() or cached_ssd()",
+            )
         if rule == SGD:
             kernel, n_state = (kernels.momentum, dim) if hyper[1] != 0 else (kernels.sgd, 0)
         elif rule == ADAGRAD:
@@ -102,6 +138,7 @@ class DeviceLines:
             n = len(some) if kernel is kernels.rowwise_adagrad else part.size
             self._device.launch(kernel, n, self._lines, self._device.send(some), self._device.send(part), packed)
             self._device.sync()
+        return left_out
 
 
 def segment_sum(

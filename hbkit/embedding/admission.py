@@ -8,6 +8,7 @@ it depends neither on the tier nor on how far ahead a batch was staged. Snapshot
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,15 +75,19 @@ class CountAdmission:
 
 
 class CountFilter:
-    """Exact counts of the keys that wait."""
+    """Exact counts of the keys that wait.
+
+    A key with count 0 is as good as absent: its entry could not be erased for lack of memory.
+    """
 
     def __init__(self, min_count: int) -> None:
         self._min_count = min_count
         self._index = Index()
         self._counts = np.zeros(0, np.uint32)
+        self._pending: Any = None  # what `keep` and `undo` need
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(np.count_nonzero(self._counts))
 
     @property
     def nbytes(self) -> int:
@@ -91,32 +96,42 @@ class CountFilter:
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
         """See `hbkit.store.base.Filter`."""
-        if (need := self._index.n_slots + len(keys)) > len(self._counts):  # before the index changes
-            grown = np.zeros(need + need // 2, np.uint32)
-            grown[: len(self._counts)] = self._counts
-            self._counts = grown
+        n_slots, table = self._index.n_slots, self._counts
+        if (need := n_slots + len(keys)) > len(table):
+            table = np.zeros(need + need // 2, np.uint32)
+            table[: len(self._counts)] = self._counts
         slots, is_new = self._index.find_or_insert(keys)
-        totals = np.where(is_new, 0, self._counts[slots]) + counts
-        self._counts[slots] = np.minimum(totals, 2**32 - 1)
-        admitted: npt.NDArray[np.bool_] = totals >= self._min_count
+        try:
+            totals = np.where(is_new, 0, table[slots]) + counts
+            admitted: npt.NDArray[np.bool_] = totals >= self._min_count
+            totals = np.where(admitted, 0, np.minimum(totals, 2**32 - 1)).astype(np.uint32)
+            self._pending = (keys, is_new, n_slots, table, slots, totals, keys[admitted])
+        except BaseException:
+            self._index.take_back(keys, is_new, n_slots)
+            raise
         return admitted
 
-    def retract(self, keys: Int64s, counts: Int64s) -> None:
+    def keep(self) -> None:
         """See `hbkit.store.base.Filter`."""
-        slots = self._index.find(keys)
-        left = self._counts[slots] - counts
-        self._counts[slots] = left
-        self._index.erase(keys[left == 0])
+        _, _, _, self._counts, slots, totals, admitted = self._pending
+        self._pending = None
+        self._counts[slots] = totals
+        with suppress(MemoryError):
+            self._index.erase(admitted)
 
-    def forget(self, keys: Int64s) -> None:
+    def undo(self) -> None:
         """See `hbkit.store.base.Filter`."""
-        self._index.erase(keys)
+        keys, is_new, n_slots = self._pending[:3]
+        self._pending = None
+        self._index.take_back(keys, is_new, n_slots)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Waiting keys, ascending, and their counts."""
         keys, slots = self._index.items()
+        counts = self._counts[slots].astype(np.int64)
         order = np.argsort(keys)
-        return {"key": keys[order], "count": self._counts[slots[order]].astype(np.int64)}
+        order = order[counts[order] > 0]
+        return {"key": keys[order], "count": counts[order]}
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """See `Filter.load_state`."""
@@ -202,6 +217,7 @@ class BloomFilter:
     def __init__(self, rule: BloomAdmission) -> None:
         self._min_count, self._n_hashes = rule.min_count, rule.n_hashes
         self._counters = np.zeros(1024 * rule.shard_counters(), np.uint16)
+        self._pending: Any = None  # what `undo` needs
 
     @property
     def nbytes(self) -> int:
@@ -210,15 +226,23 @@ class BloomFilter:
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
         """See `hbkit.store.base.Filter`."""
-        admitted: npt.NDArray[np.bool_] = bloom.add(self._counters, keys, counts, self._n_hashes) >= self._min_count
+        self._pending = keys, np.empty((len(keys), self._n_hashes), np.uint16)
+        estimates = bloom.add(self._counters, keys, counts, self._pending[1])
+        try:
+            admitted: npt.NDArray[np.bool_] = estimates >= self._min_count
+        except BaseException:
+            self.undo()
+            raise
         return admitted
 
-    def retract(self, keys: Int64s, counts: Int64s) -> None:
-        """See `hbkit.store.base.Filter`; counters that are full stay so."""
-        bloom.add(self._counters, keys, -counts, self._n_hashes)
+    def keep(self) -> None:
+        """See `hbkit.store.base.Filter`. Keys that have rows share their counters with others, which stay."""
+        self._pending = None
 
-    def forget(self, keys: Int64s) -> None:
-        """Others share the counters: they stay."""
+    def undo(self) -> None:
+        """See `hbkit.store.base.Filter`."""
+        bloom.take_back(self._counters, *self._pending)
+        self._pending = None
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The counters."""

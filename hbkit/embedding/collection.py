@@ -85,6 +85,9 @@ class Collection:
         for feature, how in self.pooling.items():
             if how not in POOLINGS:
                 raise InvalidArgument(f"pooling {how!r}", feature=feature, remedy="use sum, mean, sqrtn or None")
+        # The features of each table that has some, in their declared order.
+        by_table = {name: [f for f, t in self.features.items() if t == name] for name in self.tables}
+        self._by_table = {name: features for name, features in by_table.items() if features}
         self._training: Staged | None = None
 
     @property
@@ -122,7 +125,7 @@ class Collection:
     def lookup(
         self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
     ) -> dict[str, Float32s | SequenceOutput]:
-        """Outputs of a batch, read only: absent keys read zeros and nothing changes."""
+        """Outputs of a batch, read only: absent keys read their table's default and nothing changes."""
         staged = self.stage(batch, train=False, weights=weights)
         try:
             return staged.outputs()
@@ -153,6 +156,7 @@ class Staged:
         train: bool,
         size: int | None,
         weights: Mapping[str, Any],
+        ahead: bool = False,
     ) -> None:
         self._collection, self._train = collection, train
         inputs = {f: _input(f, batch, weights.get(f)) for f in collection.features}
@@ -169,14 +173,12 @@ class Staged:
         # One request a table: the keys of all its features, in their declared order.
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
-        for name, table in collection.tables.items():
-            features = [f for f, t in collection.features.items() if t == name]
+        for name, features in collection._by_table.items():
             end = 0
             for feature in features:
                 start, end = end, end + len(self._inputs[feature].keys)
                 self._spans[feature] = slice(start, end)
-            if features:
-                self._requests[name] = self._request(table, features)
+            self._requests[name] = self._request(collection.tables[name], features, ahead)
         self._state = "staged"
 
     def _keys(self, table: Table, feature: str) -> Any:
@@ -186,11 +188,22 @@ class Staged:
         except InvalidArgument as e:
             raise InvalidArgument(e.problem, **e.place, feature=feature, remedy=e.remedy) from None
 
-    def _request(self, table: Table, features: Sequence[str]) -> Request:
-        return Request(table, [self._keys(table, f) for f in features])
+    def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Request:
+        return Request(table, [self._keys(table, f) for f in features], ahead)
 
-    def wait(self) -> None:
-        """Return once every row of the batch is resident in the nearest tier."""
+    def fetch(self) -> None:
+        """Make the rows of the batch resident in the nearest tier, as far as they have room there. May run ahead."""
+        for request in self._requests.values():
+            request.fetch()
+
+    def wait(self, since: float | None = None) -> None:
+        """Begin the step: return once the rows of the batch are resident, as far as they have room.
+
+        `since` is when the step could have begun (`time.monotonic`), for ``stats``; now when left out.
+        """
+        if self._state == "staged":
+            for request in self._requests.values():
+                request.wait(since)
 
     def outputs(self) -> dict[str, Float32s | SequenceOutput]:
         """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.
@@ -199,6 +212,8 @@ class Staged:
         ------
         Closed
             This batch was read or closed before, or an earlier training batch was neither applied nor closed.
+        MemoryError
+            Each table is as it was or has counted the batch and made its rows; which, is not said. Close the batch.
         """
         c = self._collection
         if self._state != "staged":
@@ -209,9 +224,9 @@ class Staged:
                     "the previous batch has neither been applied nor closed", remedy="call its apply() or close() first"
                 )
             c._training = self
-        self._state = "read"
+        self._state, step = "read", c.step + 1
         for request in self._requests.values():
-            request.create(self._train, c.step + 1)
+            request.create(self._train, step)
         return {f: self._output(f, self._requests[t]) for f, t in c.features.items()}
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
@@ -280,12 +295,11 @@ class Staged:
                 if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
                     raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
         for name, request in self._requests.items():
-            features = [f for f, t in c.features.items() if t == name]
-            used = [f for f in features if f in parts]
+            used = [f for f in c._by_table[name] if f in parts]
             if used:
                 checked = len(c.tables) > 1
                 # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
-                touched = request if used == features else self._request(c.tables[name], used)
+                touched = request if used == c._by_table[name] else self._request(c.tables[name], used)
                 touched.update(*_join([parts[f] for f in used]), step, finite=checked)
                 touched.close()
         self.close()

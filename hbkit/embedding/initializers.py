@@ -5,13 +5,15 @@ So a row is the same whatever the order, rank or machine it is first seen on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.random import initialize, mix64
-from hbkit.errors import InvalidArgument
+from hbkit.errors import InvalidArgument, Unsupported
 from hbkit.store.base import Float32s, Int64s
 
 __all__ = ["Constant", "Initializer", "Normal", "TruncatedNormal", "Uniform"]
@@ -87,3 +89,33 @@ class Constant(Initializer):
 
     def _parameters(self) -> tuple[str, float, float, int]:
         return "constant", self.value, 0.0, 0
+
+
+def named(config: Mapping[str, Any]) -> Initializer:
+    """The initializer that a snapshot describes by the name of its class and its fields.
+
+    Raises
+    ------
+    Unsupported
+        It is none of this module's.
+    InvalidArgument
+        Its fields are others, or no numbers.
+    """
+    kinds = {kind.__name__: kind for kind in (Constant, Normal, TruncatedNormal, Uniform)}
+    name, values = config["name"], {k: v for k, v in config.items() if k != "name"}
+    if name not in kinds:
+        raise Unsupported(f"initializer {name!r:.40}", remedy=f"use one of {', '.join(kinds)}")
+    types = {f.name: int if f.name == "seed" else (int, float) for f in fields(kinds[name])}
+    if values.keys() != types.keys() or any(
+        isinstance(v, bool) or not isinstance(v, types[k]) or not abs(v) < 2**128 for k, v in values.items()
+    ):
+        raise InvalidArgument(f"{name} of {values!r:.80}", remedy=f"give finite numbers as {', '.join(types)}")
+    return kinds[name](**values)
+
+
+Default: TypeAlias = "Float32s | Initializer"
+
+
+def default_rows(default: Default, table: str, keys: Int64s, dim: int) -> Float32s:
+    """What keys without a row read, be it a row or drawn for each key: float32[n, dim], not to be written to."""
+    return default(table, keys, dim) if isinstance(default, Initializer) else np.broadcast_to(default, (len(keys), dim))

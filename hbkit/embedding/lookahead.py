@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
-from hbkit.data.ahead import prefetch
+from hbkit.data.ahead import in_order, prefetch
 from hbkit.embedding.collection import Collection, Staged
 from hbkit.errors import InvalidArgument
 
@@ -29,10 +32,11 @@ class Lookahead:
         return self
 
     def __next__(self) -> tuple[Any, Staged]:
+        asked = time.monotonic()
         with self._lock:
             prepared, staged = next(self._pairs)
             self._waiting.discard(staged)
-        staged.wait()
+        staged.wait(asked)
         return prepared, staged
 
     def close(self) -> None:
@@ -53,6 +57,8 @@ class Lookahead:
 
 
 Step = TypeVar("Step")
+T = TypeVar("T")
+FETCHERS = 2  # batches whose rows are on their way at once: while the last rows of one come, the disk has others to do
 
 
 class Pipeline(Generic[Step]):
@@ -88,7 +94,9 @@ def lookahead(
 ) -> Lookahead:
     """Pairs (batch, `Staged`) in order, staged up to `lookahead` batches before their step.
 
-    Rows are read at the step, after the previous update, so every value of `lookahead` gives the same results.
+    The keys of all of them are known to the tables' stores, which keep near what is used soonest; the rows of the next
+    three are fetched in the background. Rows are read at the step, after the previous update, so every value of
+    `lookahead` gives the same results.
 
     >>> for batch, staged in lookahead(dataset, collection):
     ...     outputs = staged.outputs()
@@ -116,12 +124,38 @@ def lookahead(
     if lookahead < 0:
         raise InvalidArgument(f"lookahead={lookahead}", remedy="give 0 or more batches")
 
-    def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+    fetchers = min(FETCHERS, max(0, lookahead - 1))
+
+    def announced(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
         for batch in dataset:
             if getattr(batch, "n_rows", 1) == 0:
                 continue
             prepared = batch if prepare is None else prepare(batch)
-            waiting.add(staged := collection.stage(batch, train, size))
+            waiting.add(staged := Staged(collection, batch, train, size, {}, ahead=lookahead > 0))
             yield prepared, staged
 
-    return Lookahead(pairs, lookahead)
+    def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+        jobs = (partial(fetched, item) for item in behind(announced(waiting), lookahead - 1 - fetchers))
+        return in_order(jobs, fetchers)
+
+    def fetched(item: tuple[Any, Staged] | Exception) -> tuple[Any, Staged]:
+        if isinstance(item, Exception):
+            raise item
+        if lookahead:
+            item[1].fetch()
+        return item
+
+    return Lookahead(pairs, min(lookahead, 1))
+
+
+def behind(source: Iterator[T], n: int) -> Iterator[T | Exception]:
+    """The items of `source`, each given when `n` more were seen; and what it raises, where its next item would be."""
+    held: deque[T | Exception] = deque()
+    try:
+        for item in source:
+            held.append(item)
+            if len(held) > n:
+                yield held.popleft()
+    except Exception as e:
+        held.append(e)
+    yield from held

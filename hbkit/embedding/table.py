@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.embedding.admission import Admission
 from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
 from hbkit.embedding.eviction import Eviction
-from hbkit.embedding.initializers import Initializer, Normal, stream
+from hbkit.embedding.initializers import Default, Initializer, Normal, default_rows, stream
 from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
@@ -38,7 +38,7 @@ class Table:
         Floats of a row; may be left out where `columns` say it.
     dtype : "float32", "float16" or "bfloat16"
         Type in which rows are held; lookups give float32. Updates are computed in float32 and rounded stochastically,
-        as a function of table, key, step and column; optimizer state is float32. Narrow rows lie in `host_memory` only.
+        as a function of table, key, step and column; optimizer state is float32. Not on a device yet.
     key_dtype : "int64", "uint64" or "int32"
         How keys are given and shown. There is no reserved key.
     initializer : Initializer
@@ -132,7 +132,8 @@ class Table:
         self.eviction = tuple(eviction)
         self.padding_key = padding_key
         self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
-        self._default = _default(default, name, self.dim)
+        self.default = _checked(default, name, self.dim)
+        self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
         self._n_evicted = 0
@@ -237,6 +238,9 @@ class Table:
         ------
         InvalidArgument
             `grads` has another shape than [n, dim], or holds NaN or infinities and the table's policy is to raise.
+        MemoryError
+            Nothing was updated. But if it comes from the sweep of `evict_every`, the update is done and counted in
+            `step`, and that part of the keys waits for its next turn.
         """
         g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
@@ -267,6 +271,10 @@ class Table:
             As of which step; the table's own when left out.
         part : (i, n)
             Look only at the i-th of n equal parts of all keys, 0 <= i < n.
+
+        Notes
+        -----
+        Rows go in chunks of at most 65,536, each whole or not at all: where this raises, later chunks are still there.
         """
         at, n = self.step if step is None else step, 0
         if not 0 <= part[0] < part[1]:
@@ -282,8 +290,9 @@ class Table:
                 if gone.any():
                     if self.on_evict is not None:
                         self.on_evict(Chunk._make(column[gone] for column in chunk))
-                    n += self.store.erase(chunk.key[gone])
-        self._n_evicted += n
+                    went = self.store.erase(chunk.key[gone])
+                    self._n_evicted += went
+                    n += went
         return n
 
     def commit(self) -> str:
@@ -316,20 +325,17 @@ class Table:
         return f"Table({self.name!r}, dim={self.dim}, rows={len(self)})"
 
 
-Default: TypeAlias = Callable[[Int64s], Float32s]
-
-
-def _default(default: float | npt.ArrayLike | Initializer, table: str, dim: int) -> Default | None:
+def _checked(default: float | npt.ArrayLike | Initializer, table: str, dim: int) -> Default | None:
     """What keys without a row read, None for zeros."""
     if isinstance(default, Initializer):
-        return partial(default, table, dim=dim)
+        return default
     row = np.asarray(default)
     if row.dtype.kind not in "iuf" or row.shape not in ((), (dim,)) or not np.isfinite(row).all():
         raise InvalidArgument(
             f"default {default!r:.80}", table=table, remedy=f"give a finite number, {dim} of them, or an Initializer"
         )
     row = np.broadcast_to(row.astype(np.float32), dim)
-    return None if not row.any() else lambda keys: np.broadcast_to(row, (len(keys), dim))
+    return row if row.any() else None
 
 
 def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
@@ -394,26 +400,45 @@ class Request:
         Row of `rows()` that each key reads.
     """
 
-    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary]) -> None:
+    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary], ahead: bool = False) -> None:
         self.table = table
         unique, self.inverse, counts = _distinct(parts or [_NONE])
         padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
-        self._lease = table.store.reserve(unique, counts, padding)
+        self._lease = table.store.reserve(unique, counts, padding, ahead)
         self._open = True
+        self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
+
+    def fetch(self) -> None:
+        """Bring the rows near. May run ahead of the step, in another thread."""
+        self.table.store.fetch(self._use())
+
+    def wait(self, since: float | None = None) -> None:
+        """Begin the step: return once the rows are near. `since` as in `hbkit.store.base.Store.wait`."""
+        self.table.store.wait(self._use(), since)
 
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""
         if train:
-            self.table.store.create(self._use(), step, self.table.admission)
+            lease = self._use()
+            if self.table._default is not None:  # first: to read what was made must need no memory
+                self._room = self._make_room()
+            self.table.store.create(lease, step, self.table.admission)
+
+    def _make_room(self) -> tuple[Float32s, Float32s, npt.NDArray[np.bool_]]:
+        """For rows of the distinct keys; what each reads where it has none; and for which have none."""
+        keys, table = self._lease.keys, self.table
+        default = np.zeros((1, table.dim), np.float32) if table._default is None else table._default(keys)
+        return retained((len(keys), table.dim)), default, np.empty((len(keys), 1), np.bool_)
 
     def rows(self) -> Float32s:
         """Rows of the distinct keys: float32[u, dim]."""
-        lease, table = self._use(), self.table
-        out: Float32s = retained((len(lease.keys), table.dim))
-        table.store.gather(lease, out)
-        if table._default is not None:
-            absent = _ext.absent(lease.slots, lease.padding)
-            out[absent] = table._default(lease.keys[absent])
+        lease = self._use()
+        out, default, absent = self._room or self._make_room()
+        self.table.store.gather(lease, out)
+        np.less(lease.slots[:, None], _ZERO, out=absent)
+        if lease.padding >= 0:
+            absent[lease.padding] = False
+        np.copyto(out, default, where=absent)
         return out
 
     def take(self, index: Int64s, out: Float32s) -> None:
@@ -482,4 +507,4 @@ def nonfinite_gradient(of: str, **place: object) -> InvalidArgument:
     )
 
 
-_NONE = np.zeros(0, np.int64)
+_NONE, _ZERO = np.zeros(0, np.int64), np.zeros((), np.int64)

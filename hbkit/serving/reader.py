@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.index import Index
-from hbkit.errors import Closed, UnknownColumn
-from hbkit.snapshot.files import local
+from hbkit.embedding.initializers import Initializer, named
+from hbkit.errors import Closed, Corrupt, InvalidArgument, UnknownColumn, Unsupported
+from hbkit.snapshot.files import RESTORE, local
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.store.base import Float32s
@@ -36,6 +38,8 @@ class Reader:
         A file is missing, damaged or hostile.
     StorageError
         The disk cannot be read.
+    Unsupported
+        The snapshot is of a newer hbkit, or a table's default is drawn by an initializer that hbkit does not know.
 
     Notes
     -----
@@ -54,7 +58,7 @@ class Reader:
         self._held: _Held | None = _Held(History(self._root), None)
 
     def lookup(self, table: str, keys: npt.ArrayLike) -> Float32s:
-        """Rows of keys: float32[n, dim], the caller's own; absent keys read zeros.
+        """Rows of keys: float32[n, dim], the caller's own; absent keys read the default that the table had.
 
         Parameters
         ----------
@@ -155,8 +159,15 @@ class _Rows:
         keys = history.check_rows(chain, name)
         self._index = Index(len(keys))
         self._index.find_or_insert(keys)  # slots are 0..n-1 in this order
-        # One row more than keys: an absent key's slot is -1, and the last row is zeros.
-        self._rows = np.zeros((len(keys) + 1, self._entry.dim), np.float32)
+        # Two rows more than keys: zeros for the padding key and, since an absent key's slot is -1, the default last.
+        self._rows = np.zeros((len(keys) + 2, self._entry.dim), np.float32)
+        self._drawn: Initializer | None = None
+        default, key = self._entry.default, self._entry.padding_key
+        if isinstance(default, dict):
+            self._drawn = self._initializer(default, str(history.root))
+        elif default is not None:
+            self._rows[-1] = default
+        self._padding = None if key is None else as_keys([key], self._entry.key_dtype, name)[0]
         for _, lines in history.replay(chain, name):
             if lines is not None:  # a key erased and not made again is not among the keys
                 slots = self._index.find(lines.key)
@@ -164,4 +175,25 @@ class _Rows:
                 self._rows[slots[there]] = lines.row[there]
 
     def lookup(self, keys: npt.ArrayLike) -> Float32s:
-        return np.take(self._rows, self._index.find(as_keys(keys, self._entry.key_dtype, self._name)), axis=0)
+        held = as_keys(keys, self._entry.key_dtype, self._name)
+        slots = self._index.find(held)
+        if self._padding is not None:
+            slots[held == self._padding] = len(self._rows) - 2
+        rows = np.take(self._rows, slots, axis=0)
+        if self._drawn is not None:
+            absent = np.flatnonzero(slots < 0)
+            rows[absent] = self._drawn(self._name, held[absent], self._entry.dim)
+        return rows
+
+    def _initializer(self, config: dict[str, Any], file: str) -> Initializer:
+        try:
+            return named(config)
+        except InvalidArgument as e:
+            raise Corrupt(e.problem, file=file, table=self._name, remedy=RESTORE) from e
+        except Unsupported as e:
+            raise Unsupported(
+                f"the default is drawn by {config['name']!r:.40}",
+                file=file,
+                table=self._name,
+                remedy=f"{e.remedy}, and save again",
+            ) from e

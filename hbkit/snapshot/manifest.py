@@ -11,16 +11,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.errors import Corrupt, InvalidArgument, Unsupported
 from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry
-from hbkit.store.keys import KEY_DTYPES
+from hbkit.store.keys import KEY_DTYPES, as_keys
 
-VERSION = 1
+VERSION = 2  # 1 has neither default nor padding_key
 MAX_NBYTES = 64 << 20
 MAX_WIDTH = 1 << 20
 
@@ -52,6 +52,10 @@ class TableEntry:
     rows, erased, admission_files : list of FileEntry
     admission : str or None
         Class of the admission filter.
+    default : None, float, list of float or dict
+        What keys without a row read: zeros, one number in all columns, a row, or an initializer as above.
+    padding_key : int or None
+        The key that reads zeros whatever the default is.
     """
 
     dim: int
@@ -67,6 +71,8 @@ class TableEntry:
     erased: list[FileEntry]
     admission: str | None
     admission_files: list[FileEntry]
+    default: Any = None
+    padding_key: Any = None
 
     @property
     def files(self) -> list[FileEntry]:
@@ -169,7 +175,7 @@ def _no_constant(name: str) -> None:
 def _check(manifest: Manifest, commit: str) -> None:
     """What the types do not say; raises ValueError."""
     parent = manifest.parent
-    _hold(manifest.version == VERSION, "version")
+    _hold(1 <= manifest.version <= VERSION, "version")
     _hold(manifest.commit == commit, "commit")
     # A parent is older: so there are no cycles.
     _hold(parent is None or (COMMIT.fullmatch(parent) is not None and parent < commit), "parent")
@@ -180,6 +186,10 @@ def _check(manifest: Manifest, commit: str) -> None:
         _hold(table.since is None or parent is not None, f"since of table {name!r}")
         _hold(table.since is not None or not table.erased, f"erased of table {name!r}")
         _hold((table.admission is None) == (not table.admission_files), f"admission of table {name!r}")
+        _hold(_is_default(table.default, table.dim), f"default of table {name!r}")
+        key = table.padding_key
+        _hold(key is None or (type(key) is int and -(2**63) <= key < 2**64), f"padding_key of table {name!r}")
+        as_keys([] if key is None else [key], table.key_dtype, name)
         directory = table_directory(commit, name)
         for file in table.files:
             head, _, tail = file.path.rpartition("/")
@@ -192,6 +202,13 @@ def _check(manifest: Manifest, commit: str) -> None:
     _hold(all(_DIGEST.fullmatch(f.blake2b) for f in manifest.files), "blake2b of a file")
 
 
+def _is_default(default: Any, dim: int) -> bool:
+    if default is None or isinstance(default, dict):
+        return default is None or isinstance(default.get("name"), str)
+    row = default if isinstance(default, list) else [default] * dim
+    return len(row) == dim and all(type(x) in (int, float) and abs(x) < 2**128 for x in row)
+
+
 def _hold(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(f"bad {what}")
@@ -199,10 +216,11 @@ def _hold(condition: bool, what: str) -> None:
 
 def _object(cls: type[_T], raw: Any) -> _T:
     """`raw` as a dataclass, each field checked by its annotation; raises ValueError."""
-    annotations = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]  # any dataclass
-    _hold(isinstance(raw, dict) and raw.keys() == annotations.keys(), f"{cls.__name__}: its fields")
+    parts = fields(cls)  # type: ignore[arg-type]  # any dataclass
+    annotations, required = {f.name: str(f.type) for f in parts}, {f.name for f in parts if f.default is MISSING}
+    _hold(isinstance(raw, dict) and required <= raw.keys() <= annotations.keys(), f"{cls.__name__}: its fields")
     try:
-        return cls(**{name: _PARSE[kind](raw[name]) for name, kind in annotations.items()})
+        return cls(**{name: _PARSE[annotations[name]](value) for name, value in raw.items()})
     except TypeError as e:
         raise ValueError(f"bad {cls.__name__}: {e}") from None
 
@@ -232,6 +250,7 @@ def _files(raw: Any) -> list[FileEntry]:
 
 
 _PARSE: dict[str, Callable[[Any], Any]] = {
+    "Any": lambda raw: raw,
     "int": _int,
     "int | None": lambda raw: None if raw is None else _int(raw),
     "str": _str,

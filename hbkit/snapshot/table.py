@@ -53,6 +53,16 @@ class TableLike(Protocol):
         ...
 
     @property
+    def default(self) -> Any:
+        """What keys without a row read: float32[dim], a dataclass that draws it, or None for zeros."""
+        ...
+
+    @property
+    def padding_key(self) -> int | None:
+        """The key that reads zeros whatever the default is."""
+        ...
+
+    @property
     def admission(self) -> Any:
         """A filter with ``state()`` and ``load_state(columns)``, or None."""
         ...
@@ -62,6 +72,13 @@ def config(part: Any) -> dict[str, Any]:
     """Class name and fields of an optimizer or initializer, for JSON."""
     values = dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else {}
     return {**{k: _plain(v) for k, v in values.items()}, "name": type(part).__name__}
+
+
+def default_config(default: Any) -> Any:
+    """A table's default for JSON: as `config`, a list of floats, or one where all are the same; None for zeros."""
+    if not isinstance(default, np.ndarray):
+        return None if default is None else config(default)
+    return float(default[0]) if (default == default[0]).all() else default.tolist()
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ from hbkit.snapshot.manifest import (
     state_path,
     table_directory,
 )
-from hbkit.snapshot.table import TableLike, config, descend, descends
+from hbkit.snapshot.table import TableLike, config, default_config, descend, descends
 from hbkit.store.base import Chunk
 from hbkit.store.keys import KEY_DTYPES
 
@@ -208,6 +208,8 @@ def _write_table(draft: Path, commit: str, table: TableLike, history: History, p
         erased=erased,
         admission=None if table.admission is None else type(table.admission).__name__,
         admission_files=admission,
+        default=default_config(table.default),
+        padding_key=None if table.padding_key is None else int(table.padding_key),
     )
 
 

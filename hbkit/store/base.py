@@ -78,6 +78,12 @@ class Layout:
         """Floats of a line."""
         return self.dim + len(self.initial_state)
 
+    @property
+    def line_nbytes(self) -> int:
+        """Bytes of a line as `hbkit._ext.slabs.Slabs.pack` gives it: rows are rounded up to 4 bytes."""
+        row = 4 * self.dim if self.dtype == "float32" else (2 * self.dim + 3) // 4 * 4
+        return row + 4 * len(self.initial_state)
+
     def new_lines(self, keys: Int64s) -> Float32s:
         """Lines of keys that are created: float32[n, width]."""
         lines = np.empty((len(keys), self.width), np.float32)
@@ -90,15 +96,18 @@ class Filter(Protocol):
     """Admission as a store sees it: counts of keys that have no row. See `hbkit.embedding.admission`."""
 
     def admit(self, keys: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """Add `counts` to absent, distinct `keys`; which of them have come to the named count: bool[n]."""
+        """Add `counts` to absent, distinct `keys`; which of them have come to the named count: bool[n].
+
+        `keep` or `undo` follows. Where this raises, nothing was counted.
+        """
         ...
 
-    def retract(self, keys: Int64s, counts: Int64s) -> None:
-        """Take back what `admit` has just added, since the rows could not be made."""
+    def keep(self) -> None:
+        """Those admitted have rows now: let go of their counts, where that is possible. Never fails."""
         ...
 
-    def forget(self, keys: Int64s) -> None:
-        """The keys have rows now: let go of their counts, where that is possible."""
+    def undo(self) -> None:
+        """Take back what `admit` has added, since the rows could not be made. Never fails."""
         ...
 
 
@@ -112,9 +121,9 @@ def admitted(admission: Filter | None, keys: Int64s, counts: Int64s) -> Iterator
     try:
         yield some
     except BaseException:
-        admission.retract(keys, counts)
+        admission.undo()
         raise
-    admission.forget(keys[some])
+    admission.keep()
 
 
 @dataclass
@@ -204,10 +213,26 @@ class Store(Protocol):
 
     layout: Layout
 
-    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
-        """Find the rows of distinct keys, bring them near and pin them. Never creates; rows may move until then.
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
+        """Announce a batch's distinct keys. Never creates.
 
         ``keys[padding]`` is left out of everything: it reads zeros, and is neither created, counted nor updated.
+        With `ahead`, batches are announced in the order of their steps, some before they are fetched; a tier may then
+        keep what is used sooner.
+        """
+        ...
+
+    def fetch(self, lease: Lease) -> None:
+        """Bring the lease's rows near and pin them, as far as there is room; what needs that calls it.
+
+        May run in another thread than the step before.
+        """
+        ...
+
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """`fetch` what was not, and return once it is near. The step begins.
+
+        What was not near when it could have begun, at `since` of `time.monotonic`, counts as late; now when left out.
         """
         ...
 
@@ -253,6 +278,14 @@ class Store(Protocol):
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
+        ...
+
+    def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether each key has a row: bool[n]."""
+        ...
+
+    def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
+        """Frequency and last step of each key, all of which have rows: (int64[n], int64[n])."""
         ...
 
     def scan(self, since: int | None = None) -> Iterator[Chunk]:

@@ -1,28 +1,39 @@
-"""Cache: which line of a near tier holds which row, what is dirty, and who makes way.
+"""Cache: which near line holds which key, what is dirty and pinned, and who makes way.
 
-Lines are handed out one after the other until all are taken; then a hand sweeps over the buckets of `WAYS` lines, and
-in each bucket it comes to, the policy picks the victim. So a batch's newcomers always meet different buckets, a whole
-batch is one vector operation, no bucket overflows while others stand empty, and a cache that is not full touches only
-the memory it needs.
+All near lines are one pool: any key may take any free line, the lowest first, so a cache that is not full touches only
+the memory it needs, and no bucket overflows while others stand empty. Nothing is ordered or linked. When lines are
+needed, a hand comes to the next region of up to `REGION` lines and the `1/SHARE` of it that is worth least is queued;
+victims are taken from the queue, unless somebody asked for them meanwhile. What a line is worth has nothing to do with
+its place, so the least of a region are nearly the least of all, and a cache of one region is exact at the moment it is
+swept. A victim costs looking at `SHARE` numbers that lie side by side (docs/adr/0009).
 
-Choosing (`plan`) and installing (`take`) are two acts, because between them the victims' dirty lines are written back
-and the newcomers' lines are read; if that fails, the cache is as it was.
+Lines whose next use is known are worth more than any other: they go only when nothing else is left, the farthest first
+(Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
+
+Choosing (`victims`) and removing (`remove`) are two acts, because between them dirty lines are written back; if that
+fails, the cache is as it was.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from hbkit._ext.cache import FREE, NEVER, QUEUED, USED, Lines, Window
+from hbkit._ext.index import Index
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Int64s
-from hbkit.store.policy import META, Metas, Policy
+from hbkit.store.policy import FIXED_NBYTES, POLICY_NBYTES, Policy
 
-WAYS = 16
-LINE_NBYTES = META.itemsize + 8 + 8 + 1 + 1 + 16 + 8  # meta, owner, free, dirty, pinned, the policy's, a slab's pointer
+__all__ = ["LINE_NBYTES", "NEVER", "Cache", "Window", "as_nbytes"]
+
+REGION, SHARE = 1 << 16, 64
+WAYS = 1  # used by tiers that are written for the cache before this one
+# key, next use, pins, dirty, state, newcomer; the index; the policy; a slab's pointer.
+LINE_NBYTES = 8 + 8 + 4 + 1 + 1 + 1 + 24 + POLICY_NBYTES + 8
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -41,104 +52,231 @@ def as_nbytes(budget: int | str) -> int:
 
 
 class Cache:
-    """Bookkeeping of `n_lines` lines; rows are named by the store's own numbers.
+    """Bookkeeping of `n_lines` near lines. It keeps no rows and does no I/O; callers order their calls.
+
+    Parameters
+    ----------
+    n_lines : int
+    policy : callable
+        Makes the `Policy` of a cache of so many lines.
 
     Attributes
     ----------
-    owner : int64[n_lines]
-        Row that each line holds, -1 where it is free.
+    key : int64[n_lines]
+        Key that each line holds, of those that hold one.
     dirty : bool[n_lines]
-        Whether the line is newer than what lies below.
-    metas : META[n_lines]
+        Whether the line is newer than what lies below. The caller's to write, as the next two are.
+    pins : int32[n_lines]
+        How often the line is pinned; one that is pinned is no victim.
+    next_use : int64[n_lines]
+        Number of the next batch known to use the line, `NEVER` where none is known.
+
+    Raises
+    ------
+    InvalidArgument
+        There are no lines; or, in any method, a policy of the user's own raised or answered with something wrong.
     """
 
     def __init__(self, n_lines: int, policy: Callable[[int], Policy]) -> None:
-        self._ways = min(WAYS, n_lines)
-        self.n_lines = n_lines // self._ways * self._ways
-        self.policy = policy(self.n_lines)
-        self.metas = np.zeros(self.n_lines, META)
-        self.owner = np.full(self.n_lines, -1, np.int64)
-        self.dirty = np.zeros(self.n_lines, np.bool_)
-        self._free = np.arange(self.n_lines)[::-1].copy()  # a stack: the lowest line is on top
-        self._n_free = self.n_lines
-        self._hand = 0
-        self._now = 0
+        if n_lines < 1:
+            raise InvalidArgument(f"a cache of {n_lines} lines", remedy="give it at least one")
+        self._index = Index()
+        self.key = np.zeros(0, np.int64)
+        self.dirty = np.zeros(0, np.bool_)
+        self.pins = np.zeros(0, np.int32)
+        self.next_use = np.zeros(0, np.int64)
+        self._state = np.zeros(0, np.uint8)
+        self._make_policy = policy
+        self._name = getattr(policy, "__name__", type(policy).__name__)
+        self._ours = getattr(policy, "__module__", "") == Policy.__module__
+        self.resize(n_lines)
+
+    def resize(self, n_lines: int) -> None:
+        """Have `n_lines`, none of those beyond being in use. The policy begins anew, with the keys that are near."""
+        keys, lines = self._index.items()
+        if n_lines <= lines.max(initial=0):
+            raise InvalidArgument(f"{n_lines} lines, of which {lines.max()} is in use", remedy="remove it before")
+        self.n_lines = n_lines
+        for name, rest in (("key", 0), ("dirty", 0), ("pins", 0), ("next_use", NEVER), ("_state", FREE)):
+            old = getattr(self, name)
+            new = np.full(n_lines, rest, old.dtype) if rest else np.zeros(n_lines, old.dtype)
+            new[: len(old)] = old[:n_lines]
+            setattr(self, name, new)
+        self._state[self._state == QUEUED] = USED
+        self._lines = Lines(self._state, self.pins, self.next_use)
+        self._queue, self._hand = np.zeros(0, np.int64), 0
+        self.policy = self._ask("", self._make_policy, n_lines)
+        if not isinstance(self.policy, Policy):
+            raise InvalidArgument(f"{self._name} made no Policy", remedy="give a class derived from hbkit.store.Policy")
+        self._newcomer = np.zeros(n_lines if self.policy.admit else 0, np.bool_)
+        if self.policy.nbytes > POLICY_NBYTES * n_lines + FIXED_NBYTES:
+            raise InvalidArgument(
+                f"{self._name} holds {self.policy.nbytes} bytes for {n_lines} lines",
+                remedy=f"let it hold at most {POLICY_NBYTES} a line",
+            )
+        self._tell("on_insert", keys, lines)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes; the lines themselves not counted."""
-        arrays = (self.metas, self.owner, self.dirty, self._free)
-        return sum(a.nbytes for a in arrays) + self.n_lines + self.policy.nbytes  # n_lines: the pinned mask
+        """Memory held, in bytes, at most `LINE_NBYTES` a line and a few KiB; the lines themselves not counted."""
+        arrays = (self.key, self.dirty, self.pins, self.next_use, self._state, self._newcomer, self._queue)
+        return sum(a.nbytes for a in arrays) + int(self._index.nbytes) + self.policy.nbytes
 
-    def touch(self, slots: Int64s) -> None:
-        """Note that lines were asked for."""
-        metas = self.metas[slots]
-        self._now += len(slots)
-        self.policy.on_access(metas, self._now)
-        self.metas[slots] = metas
+    def keys(self) -> Int64s:
+        """Keys that are near: int64[n]."""
+        keys: Int64s = self._index.items()[0]
+        return keys
 
-    def newcomers(self, keys: Int64s) -> Metas:
-        """Metas of keys that were asked for and are not here: META[n]."""
-        metas = np.zeros(len(keys), META)
-        metas["key"], metas["used"] = keys, self._now
-        self._now += len(keys)
-        self.policy.on_access(metas, self._now)
-        return metas
+    def find(self, keys: Int64s) -> Int64s:
+        """Line of each key, -1 where it is not near: int64[n]."""
+        lines: Int64s = self._index.find(keys)
+        return lines
 
-    def plan(self, newcomers: Metas, pinned: npt.NDArray[np.bool_]) -> Int64s:
-        """A distinct line for each newcomer, -1 where it finds none: int64[n].
+    def access(self, keys: Int64s, lines: Int64s) -> None:
+        """Note that a batch asks for distinct ``keys[n]``, found in ``lines[n]``; to be called once a batch."""
+        self._tell("on_access", keys, lines)
+        self._lines.mark(lines, USED)
 
-        Parameters
-        ----------
-        newcomers : META[n]
-        pinned : bool[n_lines]
-            Lines that must stay; changed.
+    def insert(self, keys: Int64s) -> Int64s:
+        """Lines for distinct keys that are not near: int64[n], clean, unpinned, of no known use.
+
+        Raises
+        ------
+        InvalidArgument
+            There are not so many free lines; or a key is near, or repeated.
         """
-        slots = np.full(len(newcomers), -1, np.int64)
-        n_free = min(len(newcomers), self._n_free)
-        slots[:n_free] = self._free[self._n_free - n_free : self._n_free][::-1]
-        pinned[slots[:n_free]] = True
-        n_buckets = self.n_lines // self._ways
-        metas, held = self.metas.reshape(n_buckets, self._ways), pinned.reshape(n_buckets, self._ways)
-        first, idle = n_free, 0  # newcomers before `first` are served; buckets in a row that had no line to give
-        while first < len(newcomers) and idle < n_buckets:
-            n = min(len(newcomers) - first, n_buckets)
-            buckets = (self._hand + np.arange(n)) % n_buckets
-            self._hand = (self._hand + n) % n_buckets
-            buckets = buckets[~held[buckets].all(axis=1)]
-            idle = idle + n if len(buckets) == 0 else 0
-            if len(buckets) == 0:
-                continue
-            offered = metas[buckets]
-            offered["pinned"] = held[buckets]
-            victims = buckets * self._ways + self.policy.victim(offered)
-            if pinned[victims].any():
-                raise InvalidArgument(
-                    f"{type(self.policy).__name__}.victim chose a pinned line", remedy="leave out metas['pinned']"
-                )
-            asking = np.arange(first, first + len(buckets))
-            admitted = self.policy.admit(newcomers[asking], self.metas[victims])
-            slots[asking[admitted]] = victims[admitted]
-            pinned[victims[admitted]] = True
-            first += len(buckets)
-        return slots
+        if len(keys) > self.n_lines - len(self):
+            raise InvalidArgument(
+                f"{len(keys)} keys for {self.n_lines - len(self)} free lines", remedy="remove victims before"
+            )
+        lines, is_new = self._index.find_or_insert(keys)
+        try:
+            if not is_new.all():
+                raise InvalidArgument("a key is near already", remedy="insert the keys that find does not find, once")
+            self._tell("on_insert", keys, lines)
+        except InvalidArgument:
+            self._index.erase(keys[is_new])
+            raise
+        self.key[lines], self.next_use[lines] = keys, NEVER
+        self.dirty[lines], self.pins[lines] = False, 0
+        self._lines.mark(lines, USED)
+        if self.policy.admit:
+            self._newcomer[lines] = True
+        return lines
 
-    def take(self, slots: Int64s, newcomers: Metas, owners: Int64s, dirty: bool) -> None:
-        """Give lines that `plan` has just chosen to their new owners."""
-        self._n_free -= int(np.count_nonzero(self.owner[slots] < 0))
-        self.metas[slots], self.owner[slots], self.dirty[slots] = newcomers, owners, dirty
+    def victims(self, n: int) -> Int64s:
+        """Unpinned lines of least worth, to be removed next: int64[<=n], fewer only where all others are pinned."""
+        try:
+            found = self._least(n)
+            if self.policy.admit:
+                found = self._contest(found)
+        except InvalidArgument:
+            self._state[self._state == QUEUED] = USED
+            self._queue = self._queue[:0]
+            raise
+        if len(found) < n:
+            self._lines.mark(found, QUEUED)  # none twice
+            found = np.concatenate([found, self._lines.farthest(n - len(found))])
+        self._lines.mark(found, USED)
+        return found
 
-    def drop(self, slots: Int64s) -> None:
-        """Let lines go free; what they held is gone."""
-        self.owner[slots], self.dirty[slots] = -1, False
-        self._free[self._n_free : self._n_free + len(slots)] = slots
-        self._n_free += len(slots)
+    def _least(self, n: int) -> Int64s:
+        """Up to n lines whose next use is unknown, in state QUEUED."""
+        found: list[Int64s] = [np.zeros(0, np.int64)]
+        n_regions, idle = -(-self.n_lines // REGION), 0
+        while n and idle < n_regions:
+            if len(self._queue) == 0:
+                first, last = (hand * self.n_lines // n_regions for hand in (self._hand, self._hand + 1))
+                self._fill_queue(first, last, n)
+                self._hand = (self._hand + 1) % n_regions
+                idle = 0 if len(self._queue) else idle + 1
+            found.append(self._lines.claim(self._queue[:n]))
+            self._queue = self._queue[n:]
+            n -= len(found[-1])
+        return np.concatenate(found)
+
+    def _fill_queue(self, first: int, last: int, n: int) -> None:
+        """Queue the lines of least worth in ``[first, last)``: its part of the n needed, or many more."""
+        share = max((last - first) // SHARE, -(-n * (last - first) // self.n_lines), 1)
+        if type(self.policy).victims is Policy.victims:
+            worth = self.policy.worth
+            if not (isinstance(worth, np.ndarray) and worth.dtype == np.float64 and worth.shape == (self.n_lines,)):
+                raise self._wrong("worth", f"is not float64[{self.n_lines}]")
+            self._queue = self._ask("worth", self._lines.least, np.ascontiguousarray(worth), first, last, share)
+        else:
+            lines = self._lines.candidates(first, last)
+            n_asked = min(share, len(lines))
+            chosen = self._ask("victims", self.policy.victims, lines.copy(), n_asked) if n_asked else lines
+            if not (isinstance(chosen, np.ndarray) and chosen.dtype == np.int64 and chosen.shape == (n_asked,)):
+                raise self._wrong("victims", f"gave no int64[{n_asked}]")
+            if len(np.intersect1d(chosen, lines)) < n_asked:
+                raise self._wrong("victims", "chose a line that it was not offered, perhaps a pinned one, or one twice")
+            self._queue = chosen.copy()
+        self._lines.mark(self._queue, QUEUED)
+
+    def _contest(self, found: Int64s) -> Int64s:
+        """Set a newcomer against each victim, and let go whichever of the two the policy does not admit."""
+        assert self.policy.admit is not None
+        new = np.flatnonzero(self._newcomer)
+        new = new[(self._state[new] == USED) & (self.pins[new] == 0) & (self.next_use[new] == NEVER)][: len(found)]
+        old, rest = found[: len(new)], found[len(new) :]
+        wins = self._ask("admit", self.policy.admit, self.key[new], self.key[old])
+        if not (isinstance(wins, np.ndarray) and wins.dtype == np.bool_ and wins.shape == new.shape):
+            raise self._wrong("admit", f"gave no bool[{len(new)}]")
+        self._newcomer[new[wins]] = False
+        self._queue = np.concatenate([old[~wins], self._queue])
+        return np.concatenate([old[wins], rest, new[~wins]])
+
+    def remove(self, lines: Int64s) -> None:
+        """Let distinct lines go free; what they held is gone.
+
+        Raises
+        ------
+        InvalidArgument
+            A line is free.
+        """
+        if (self._state[lines] == FREE).any():
+            raise InvalidArgument("a line is free already", remedy="remove lines that hold a key, once")
+        self._tell("on_remove", self.key[lines], lines)
+        self._index.erase(self.key[lines])
+        self.dirty[lines], self.next_use[lines] = False, NEVER
+        self._lines.mark(lines, FREE)
+        if self.policy.admit:
+            self._newcomer[lines] = False
+
+    def _tell(self, what: str, keys: Int64s, lines: Int64s) -> None:
+        """Tell the policy; one that we did not write gets arrays of its own."""
+        if not self._ours:
+            keys, lines = keys.copy(), lines.copy()
+        self._ask(what, getattr(self.policy, what), keys, lines)
+
+    def _ask(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as e:
+            raise self._wrong(what, f"raised {type(e).__name__}: {e}") from e
+
+    def _wrong(self, what: str, how: str) -> InvalidArgument:
+        return InvalidArgument(
+            f"the policy {self._name}{'.' if what else ''}{what} {how}",
+            remedy="see hbkit.store.Policy for what it is to do",
+        )
 
     def validate(self) -> None:
         """Recount everything; AssertionError where the cache contradicts itself. For tests."""
-        free = self._free[: self._n_free]
-        assert len(np.unique(free)) == len(free), "a line is free twice"
-        assert sorted(free) == np.flatnonzero(self.owner < 0).tolist(), "the free list is wrong"
-        assert not self.dirty[self.owner < 0].any(), "a free line is dirty"
-        owners = self.owner[self.owner >= 0]
-        assert len(np.unique(owners)) == len(owners), "a row is in two lines"
+        self._index.validate()
+        keys, lines = self._index.items()
+        held = np.flatnonzero(self._state != FREE)
+        assert np.array_equal(lines, held), "the states of lines are wrong"
+        assert np.array_equal(self.key[lines], keys), "a line has another key"
+        free = self._state == FREE
+        assert not self.dirty[free].any(), "a free line is dirty"
+        assert (self.next_use[free] == NEVER).all(), "a free line is used next"
+        assert np.isin(np.flatnonzero(self._state == QUEUED), self._queue).all(), (
+            "a line is queued but not in the queue"
+        )
+        queued = self._queue[self._state[self._queue] == QUEUED]
+        assert len(np.unique(queued)) == len(queued), "a line is queued twice"

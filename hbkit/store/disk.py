@@ -115,6 +115,13 @@ class Disk:
                 self._direct = False
         return os.open(path, flags, 0o666)
 
+    def rest(self) -> None:
+        """Let go of what is kept for the next reads."""
+        self._rings.clear()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
     def close(self, handle: int) -> None:
         """Let go of a handle, and of a lock."""
         os.close(handle)

@@ -25,6 +25,7 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,25 @@ from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
-from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
+from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
 
 FORMAT = "hbkit-ssd"
 VERSION = 2
 MANIFEST = "manifest.json"
 BUFFER_NBYTES = 4 * 2**20
+BUFFERS = 3  # so much memory as that: one, and what compaction (a quarter) and a reading thread take (the rest)
 PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and are in memory at a time
 MOST_PART_ROWS = 2**24
+SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
 COLUMN_NBYTES = 2**20  # of what is kept share a checksum
 TAIL = 12  # a checkpoint is written once the log has grown by so many times its size since the last
 LEAST_TAIL_NBYTES = 4 * 2**20
 SPACE = 1.8  # compaction holds all segments below about so many times the bytes of the records that live
 SWEEP = 4  # blocks of sparse segments that are gone through for each block written, while there are too many
-STEP_NBYTES = 2**20  # compaction reads at a time
 
 ADDED, GONE = 2**32 - 1, 2**32 - 2
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _OTHERS = re.compile(r"(index|kept)-\d+\.hbi|manifest\.json\.new")
 _KEPT_DTYPES = ("<i8", "<u2")
-
-
-def line_nbytes(layout: Layout) -> int:
-    """Bytes of a line: the row in the table's dtype, then float32 state."""
-    return layout.dim * ITEMSIZE[layout.dtype] + 4 * len(layout.initial_state)
 
 
 class Home:
@@ -72,7 +68,7 @@ class Home:
     directory : Path
         Made if need be; a table found in it goes on from its last commit.
     buffer_nbytes : int
-        Of what is to be written; a read takes twice as much, compaction once.
+        Of what is to be written; a read and compaction take twice as much.
     segment_nbytes : int
         The most that a segment file may have.
     disk_budget : int, optional
@@ -137,7 +133,7 @@ class Home:
 
     def _open(self, buffer_nbytes: int, segment_nbytes: int, budget: int | None) -> None:
         manifest = self._read_manifest()
-        size, nonce, segments, next_file = line_nbytes(self.layout), int.from_bytes(os.urandom(8)), [], 0
+        size, nonce, segments, next_file = self.layout.line_nbytes, int.from_bytes(os.urandom(8)), [], 0
         if manifest:
             have = manifest["lines"]
             want = self._lines()
@@ -159,7 +155,7 @@ class Home:
         )  # fmt: skip
         weakref.finalize(self, self._log.close)
         self._most_blocks = max(1, buffer_nbytes // self._blocks.block_nbytes)  # that are in memory at a time
-        self._step_blocks = max(1, min(STEP_NBYTES // self._blocks.block_nbytes, self._most_blocks))
+        self._step_blocks = max(1, self._most_blocks // 4)  # that compaction reads at a time
         self._clean()
         self._log.clear()
         self._kept = self._read_kept()
@@ -414,8 +410,13 @@ class Home:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: index, metadata, and buffers: one, and what a read and compaction take."""
-        return int(self._places.nbytes) + self._log.nbytes + (READ + 1) * self._log.buffer_nbytes
+        """Memory held, in bytes: index, metadata, and buffers."""
+        return int(self._places.nbytes) + self._log.nbytes - self._log.buffer_nbytes + self.buffers_nbytes
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of buffers: one for what is to be written, and what a read and compaction take."""
+        return BUFFERS * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is such a row, of each key: bool[n]."""
@@ -544,6 +545,15 @@ class Home:
         """Keys of a part in the order of their mix, or all: int64[m]. Passes over their shards of the index alone."""
         return (part or Part()).of(self._places)
 
+    def in_order(self) -> Iterator[Int64s]:
+        """All keys, ascending, `SORTED_ROWS` or a few more at a time: each piece takes a pass over the index."""
+        sample = np.sort(next(self._parts()))  # the keys of a part are as good as drawn at random
+        n = -(-len(self) // SORTED_ROWS)
+        ends = sample[np.arange(1, n) * len(sample) // n].tolist() if len(sample) else []
+        for first, last in pairwise([-(2**63), *ends, 2**63 - 1]):
+            found = [keys[(keys >= first) & ((keys < last) | (last == 2**63 - 1))] for keys in self._parts()]
+            yield np.sort(np.concatenate(found))
+
     def latest_step(self) -> int:
         """Largest step that a line here was stamped with, 0 for none."""
         return self._latest
@@ -592,8 +602,10 @@ class Home:
         """What the last commit was given to keep, as it was when this home was opened."""
         return self._kept
 
-    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None, latest_step: int = 0) -> str:
         """Make everything up to now durable, and the columns of `keep` (int64 or uint16) beside it; its id.
+
+        `latest_step` of the table, where it is larger than that of any line.
 
         Raises
         ------
@@ -611,6 +623,7 @@ class Home:
             # A commit that failed may be the last one for all that is known: its files are not written again.
             self._n_tries += 1
             commit = self.n_commits + self._n_tries
+            self._latest = max(self._latest, latest_step)
             log.flush()
             checkpoint, voids = self._checkpoint, log.voids
             size = (20 if self.layout.metadata else 12) * len(self._places)
@@ -716,7 +729,7 @@ class Home:
                 "rows": len(self._places),
                 "index_nbytes": self._places.nbytes,
                 "metadata_nbytes": log.nbytes - log.buffer_nbytes,
-                "buffer_nbytes": (READ + 2) * log.buffer_nbytes,
+                "buffer_nbytes": self.buffers_nbytes,
                 "disk_nbytes": log.disk_nbytes + checkpoint,
                 "live_nbytes": log.live_nbytes,
                 "space_amplification": (log.disk_nbytes + checkpoint) / max(1, log.live_nbytes),
@@ -740,6 +753,7 @@ class Home:
             if hasattr(self, "_log"):
                 self._read_ended.wait_for(lambda: not self._log.reading)  # a file's number may soon be another's
                 self._log.close()
+            self._disk.rest()
             self._unlock()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,22 +68,39 @@ class HostStore:
     def _version(self) -> tuple[int, int]:
         return self._erasures, self._creations
 
-    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Find the rows of distinct keys; nothing moves in this tier."""
         lease = Lease(keys, _NONE, counts, padding)
         with self._lock.shared:
             lease.refresh(self._index, self._version)
         return lease
 
-    def _insert(self, keys: Int64s) -> Int64s:
-        """Slots of keys, with room for lines and metadata made before the index changes."""
-        need = self._index.n_slots + len(keys)
-        self._slabs.reserve(need)
-        if need > self._metadata.room:
-            self._metadata.reserve(need + need // 8 + 512)
-        slots, _ = self._index.find_or_insert(keys)
+    def fetch(self, lease: Lease) -> None:
+        """Every row is near in this tier."""
+
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """Every row is near in this tier."""
+
+    @contextmanager
+    def _inserted(self, keys: Int64s) -> Iterator[Int64s]:
+        """Slots of keys, whose lines and metadata are written within. If that fails, the store is as it was."""
+        n_slots, capacity, room = self._index.n_slots, self._slabs.capacity, self._metadata.room
+        need = n_slots + len(keys)
+        try:
+            self._slabs.reserve(need)
+            if need > room:
+                self._metadata.reserve(need + need // 8 + 512)
+            slots, is_new = self._index.find_or_insert(keys)
+            try:
+                yield slots
+            except BaseException:
+                self._index.take_back(keys, is_new, n_slots)
+                raise
+        except BaseException:
+            self._slabs.trim(capacity)
+            self._metadata.trim(room)
+            raise
         self._creations += 1
-        return slots
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
@@ -106,12 +124,12 @@ class HostStore:
             if len(keys):
                 layout = self.layout
                 lines = layout.new_lines(keys) if layout.draws is None else None
-                slots = self._insert(keys)
-                if lines is None:
-                    self._slabs.fill(slots, keys, layout.draws, layout.initial_state)
-                else:
-                    self._slabs.scatter(slots, lines)
-                self._metadata.clear(slots)
+                with self._inserted(keys) as slots:
+                    if lines is None:
+                        self._slabs.fill(slots, keys, layout.draws, layout.initial_state)
+                    else:
+                        self._slabs.scatter(slots, lines)
+                    self._metadata.clear(slots)
                 lease.slots[missing], lease.version = slots, self._version
         return len(keys)
 
@@ -155,9 +173,23 @@ class HostStore:
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._lock.exclusive:
-            n = int(np.count_nonzero(self._index.erase(keys) >= 0))
+            n = len(self._index)
+            self._index.erase(keys)
+            n -= len(self._index)
             self._erasures += n > 0
             return n
+
+    def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether each key has a row: bool[n]."""
+        with self._lock.shared:
+            found: npt.NDArray[np.bool_] = self._index.find(keys) >= 0
+            return found
+
+    def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
+        """Frequency and last step of each key, all of which have rows."""
+        with self._lock.shared:
+            freq, last_step = self._metadata.get(self._index.find(keys))
+            return freq, last_step
 
     def scan(self, since: int | None = None) -> Iterator[Chunk]:
         """All lines, or those stamped after step `since`, in key order.
@@ -201,9 +233,9 @@ class HostStore:
         lines = np.concatenate([chunk.row, chunk.state], axis=1, dtype=np.float32)
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._lock.exclusive:
-            slots = self._insert(keys)
-            self._slabs.scatter(slots, lines)
-            self._metadata.put(slots, freq, last_step)
+            with self._inserted(keys) as slots:
+                self._slabs.scatter(slots, lines)
+                self._metadata.put(slots, freq, last_step)
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Memory is as durable as this process: only a number is given out. Use `hbkit.snapshot` to keep the rows."""

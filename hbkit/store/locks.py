@@ -12,7 +12,8 @@ class SharedLock:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)  # whose own `with` calls Python functions
         self._n_readers = self._n_waiting = 0
         self._writing = False
         self.shared, self.exclusive = _Shared(self), _Exclusive(self)
@@ -24,14 +25,14 @@ class _Shared:
 
     def __enter__(self) -> None:
         lock = self._lock
-        with lock._changed:
+        with lock._mutex:
             while lock._writing or lock._n_waiting:
                 lock._changed.wait()
             lock._n_readers += 1
 
     def __exit__(self, *exception: object) -> None:
         lock = self._lock
-        with lock._changed:
+        with lock._mutex:
             lock._n_readers -= 1
             if lock._n_readers == 0 and lock._n_waiting:
                 lock._changed.notify_all()
@@ -43,7 +44,7 @@ class _Exclusive:
 
     def __enter__(self) -> None:
         lock = self._lock
-        with lock._changed:
+        with lock._mutex:
             lock._n_waiting += 1
             try:
                 while lock._writing or lock._n_readers:
@@ -54,6 +55,6 @@ class _Exclusive:
 
     def __exit__(self, *exception: object) -> None:
         lock = self._lock
-        with lock._changed:
+        with lock._mutex:
             lock._writing = False
             lock._changed.notify_all()

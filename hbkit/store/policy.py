@@ -1,147 +1,170 @@
-"""Policies: which line of a full cache makes way, and whether a newcomer is worth it.
+"""Policies: which near lines make way, and whether a newcomer is worth more than whom it drives out.
 
-A policy is two small acts, *on access* and *victim*; admission stands apart. It sees metas only, never rows, and never
-decides a result: whatever it picks, a store gives the same rows, only sooner or later.
+A policy is two small acts, *on access* and *victims*; admission stands apart. It sees keys and lines only, never rows,
+and never decides a result: whatever it picks, a store gives the same rows, only sooner or later.
 
-A cache offers a few lines at a time (a *bucket* of ways) and the policy names the one to go. Sampled this way, the
-choice comes close to that of an exact priority queue and needs no links between lines (Psounis and Prabhakar,
-"Efficient randomized web-cache replacement schemes using samples from past eviction times", ToN 2002; Blankstein et
-al., "Hyperbolic caching", ATC 2017).
+Mostly a policy just keeps a number for each line, its *worth*, and the lines of least worth go. No links, no order: the
+cache sweeps over the numbers and takes the least ones of a region at a time (see `hbkit.store.cache`).
 
-- `LRU` evicts the longest unused.
-- `LFU` evicts the least often used, and must age: without ageing yesterday's favourites never leave (Arlitt et al.,
-  "Evaluating content management techniques for Web proxy caches", 2000). Counts halve once in `HALF_LIFE` accesses a
-  line. Nothing sweeps over the lines for it: a count is as old as its `used`, so the halvings due since are applied
-  where it is read.
-- `TinyLFU` evicts like `LRU`, but a newcomer enters only if a frequency sketch has seen it more often than its victim
-  (Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ToS 2017). The sketch counts
-  keys that are not in the cache too, and halves like `LFU`.
+- `LRU`: worth is the time of the last use.
+- `LFU`: worth is the number of uses, which must age: without ageing yesterday's favourites never leave (Arlitt et al.,
+  "Evaluating content management techniques for Web proxy caches", 2000). A use counts half after `HALF_LIFE` accesses
+  a line. Keys that are not near are remembered too, so that one that returns has its history: else every key that comes
+  in with a count of one is the next to go, and nothing new ever gets in (see `hbkit._ext.cache.History`).
+- `TinyLFU`: like `LRU`, but a newcomer stays only if a frequency sketch has seen it more often than whom it would drive
+  out (Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ToS 2017).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.hash import hash_ints
+from hbkit._ext.cache import History, Sketch, Tuner
 from hbkit.errors import InvalidArgument
 from hbkit.store.base import Int64s
 
-__all__ = ["LFU", "LRU", "META", "Policy", "TinyLFU", "make_policy"]
+__all__ = ["LFU", "LRU", "Policy", "TinyLFU", "make_policy"]
 
-META = np.dtype(
-    [
-        ("key", np.int64),
-        ("used", np.int64),  # the clock at the last access
-        ("count", np.int32),  # for the policy's use
-        ("pinned", np.bool_),  # may not be the victim; true only in what `victim` is given
-    ],
-    align=True,
-)
-Metas: TypeAlias = npt.NDArray[Any]  # of dtype META
-HALF_LIFE = 10  # accesses a line after which counts halve; the sample size of the TinyLFU paper
-_NEVER = np.iinfo(np.int64).max
+Float64s = npt.NDArray[np.float64]
+HALF_LIVES = np.array([0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in accesses a line
+GHOSTS = 4  # keys remembered, a line
+SKETCHED, SAMPLED = 4, 10  # keys the sketch is made for, a line, and accesses a line after which its counts halve
+POLICY_NBYTES, FIXED_NBYTES = 40, 2**17  # the most a policy may hold: a line, and beside
+Metas = object  # named by tiers that are written for the cache before this one
 
 
 class Policy(ABC):
-    """Base of the policies; one object serves one cache.
+    """Base of the policies. A cache makes one for itself, by calling the class with the number of its lines.
 
     Attributes
     ----------
+    worth : float64[n_lines]
+        What each line is worth; those of the least go first. Of lines that hold no key it may be anything.
     nbytes : int
-        Memory held beside the metas, at most 16 bytes a line.
+        Memory held, at most `POLICY_NBYTES` a line.
+
+    Notes
+    -----
+    A policy may hold any arrays and may compile its loops with Numba. Arrays that it is given are its own to keep. What
+    it raises, and answers of the wrong kind, end the call as `hbkit.errors.InvalidArgument`; the cache stays as it was.
+
+    Examples
+    --------
+    Lines whose keys are used for the first time go first, then the longest unused:
+
+    >>> import numba
+    >>> @numba.njit
+    ... def note(worth, lines, now):
+    ...     for line in lines:
+    ...         if line >= 0:
+    ...             worth[line] = now
+    >>> class Returning(Policy):
+    ...     def __init__(self, n_lines):
+    ...         self.worth, self.now = np.zeros(n_lines), 0.0
+    ...     def on_access(self, keys, lines):
+    ...         self.now += 1
+    ...         note(self.worth, lines, self.now)
+    ...     def on_insert(self, keys, lines):
+    ...         self.worth[lines] = 0
+    >>> place = hbkit.store.cached_ssd("rows", policy=Returning)
     """
 
-    nbytes: int = 0
+    worth: Float64s
+
+    @property
+    def nbytes(self) -> int:
+        """See the class; a policy that holds more than `worth` says how much."""
+        return self.worth.nbytes
 
     @abstractmethod
-    def on_access(self, meta: Metas, now: int) -> None:
-        """Note in ``meta[n]``, in place, that these keys were asked for at clock `now`; newcomers come with count 0."""
+    def on_access(self, keys: Int64s, lines: Int64s) -> None:
+        """Note that a batch asks for the distinct ``keys[n]``, which are in ``lines[n]``; -1 is not near."""
 
     @abstractmethod
-    def victim(self, metas: Metas) -> Int64s:
-        """Way of the line to go in each bucket of ``metas[n, ways]``: int64[n]; not one that is pinned."""
+    def on_insert(self, keys: Int64s, lines: Int64s) -> None:
+        """Note that ``keys[n]`` got ``lines[n]``."""
 
-    def admit(self, newcomers: Metas, victims: Metas) -> npt.NDArray[np.bool_]:
-        """Whether each newcomer may take its victim's place: bool[n]."""
-        return np.ones(len(newcomers), np.bool_)
+    def on_remove(self, keys: Int64s, lines: Int64s) -> None:  # noqa: B027  # most policies need not know
+        """Note that ``keys[n]`` leave ``lines[n]``."""
+
+    def victims(self, lines: Int64s, n: int) -> Int64s:
+        """The n of ``lines[m]`` to go first: int64[n], distinct; the least of `worth`, if this is not overridden."""
+        return lines[np.argsort(self.worth[lines], kind="stable")[:n]]
+
+    admit: Callable[[Int64s, Int64s], npt.NDArray[np.bool_]] | None = None
+    """``admit(keys, others) -> bool[n]``: whether each newcomer is worth more than the key whose line it would take;
+    None where all are, which spares the question."""
 
 
 class LRU(Policy):
     """Least recently used goes first."""
 
     def __init__(self, n_lines: int) -> None:
-        pass
+        self.worth = np.zeros(n_lines)
+        self._now = 0
 
-    def on_access(self, meta: Metas, now: int) -> None:
+    def on_access(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_access`."""
-        meta["used"] = now
+        self._now += 1
+        self.worth[lines[lines >= 0]] = self._now
 
-    def victim(self, metas: Metas) -> Int64s:
-        """See `Policy.victim`."""
-        return np.argmin(np.where(metas["pinned"], _NEVER, metas["used"]), axis=1)
+    def on_insert(self, keys: Int64s, lines: Int64s) -> None:
+        """See `Policy.on_insert`."""
+        self.worth[lines] = self._now
 
 
 class LFU(Policy):
-    """Least frequently used goes first, by counts that halve with age; ties go to the longest unused."""
+    """Least frequently used goes first; the longer ago a use, the less it counts."""
 
     def __init__(self, n_lines: int) -> None:
-        self._period = HALF_LIFE * n_lines
-        self._now = 0
+        self.worth = np.zeros(n_lines)
+        self._history = History(GHOSTS * n_lines)
+        self._tuner = Tuner(n_lines, HALF_LIVES, 3)
+        self._now, self._n_lines = 0.0, n_lines
 
-    def _aged(self, meta: Metas) -> Int64s:
-        halvings = self._now // self._period - meta["used"] // self._period
-        return meta["count"] >> np.minimum(halvings, 31)
+    @property
+    def nbytes(self) -> int:
+        """See `Policy.nbytes`."""
+        return self.worth.nbytes + int(self._history.nbytes + self._tuner.nbytes)
 
-    def on_access(self, meta: Metas, now: int) -> None:
+    def on_access(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_access`."""
-        self._now = now
-        meta["count"] = np.minimum(self._aged(meta) + 1, 2**21)
-        meta["used"] = now
+        self._now += len(keys) / (self._n_lines * self._tuner.access(keys, lines))
+        self._history.access(keys, lines, self.worth, self._now)
 
-    def victim(self, metas: Metas) -> Int64s:
-        """See `Policy.victim`."""
-        score = (self._aged(metas).astype(np.int64) << 41) + np.minimum(metas["used"], 2**41 - 1)
-        return np.argmin(np.where(metas["pinned"], _NEVER, score), axis=1)
+    def on_insert(self, keys: Int64s, lines: Int64s) -> None:
+        """See `Policy.on_insert`."""
+        self._history.take(keys, lines, self.worth, self._now)
+
+    def on_remove(self, keys: Int64s, lines: Int64s) -> None:
+        """See `Policy.on_remove`."""
+        self._history.put(keys, lines, self.worth, self._now)
 
 
 class TinyLFU(LRU):
-    """Least recently used goes first, if the newcomer was seen more often than it."""
+    """Least recently used goes first, if the newcomer was seen more often than it; else the newcomer."""
 
     def __init__(self, n_lines: int) -> None:
-        self._counts = np.zeros((4, 2 << n_lines.bit_length()), np.uint8)
-        self._sample, self._n_added = HALF_LIFE * n_lines, 0
-        self.nbytes = self._counts.nbytes
+        super().__init__(n_lines)
+        self._sketch = Sketch(SKETCHED * n_lines, SAMPLED * n_lines)
 
-    def _cells(self, keys: Int64s) -> list[Int64s]:
-        h = hash_ints(np.ascontiguousarray(keys)).view(np.uint64)
-        low, high = h & np.uint64(0xFFFFFFFF), (h >> np.uint64(32)) | np.uint64(1)
-        mask = np.uint64(self._counts.shape[1] - 1)
-        return [((low + np.uint64(i) * high) & mask).astype(np.int64) for i in range(4)]
+    @property
+    def nbytes(self) -> int:
+        """See `Policy.nbytes`."""
+        return self.worth.nbytes + int(self._sketch.nbytes)
 
-    def on_access(self, meta: Metas, now: int) -> None:
+    def on_access(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_access`."""
-        super().on_access(meta, now)
-        cells = self._cells(meta["key"])
-        least = np.minimum.reduce([row[cell] for row, cell in zip(self._counts, cells, strict=True)])
-        more = np.minimum(least, 254) + 1
-        for row, cell in zip(self._counts, cells, strict=True):
-            np.maximum.at(row, cell, more)  # conservative update: no counter grows beyond what it must
-        self._n_added += len(meta)
-        if self._n_added >= self._sample:
-            self._counts >>= 1
-            self._n_added //= 2
+        super().on_access(keys, lines)
+        self._sketch.add(keys)
 
-    def _estimate(self, keys: Int64s) -> npt.NDArray[Any]:
-        return np.minimum.reduce([row[cell] for row, cell in zip(self._counts, self._cells(keys), strict=True)])
-
-    def admit(self, newcomers: Metas, victims: Metas) -> npt.NDArray[np.bool_]:
+    def admit(self, keys: Int64s, others: Int64s) -> npt.NDArray[np.bool_]:
         """See `Policy.admit`."""
-        admitted: npt.NDArray[np.bool_] = self._estimate(newcomers["key"]) > self._estimate(victims["key"])
+        admitted: npt.NDArray[np.bool_] = self._sketch.estimate(keys) > self._sketch.estimate(others)
         return admitted
 
 

@@ -1,12 +1,16 @@
-"""What the caching tiers share: an index over all rows, a cache of lines near by, and a home for the rest far away.
+"""What the caching tiers share: lines of some rows near by, and a home for all of them far away.
 
-Every row's metadata (frequency, last step, where its line is) is in host memory. Its line is in the near cache, or in
-its far home, or in both; a line that changed near by is dirty and is written home when it is evicted or committed.
+A row's line is near, or only at home. A key has at most one near line, and while it has one, that one alone is current:
+it is read and updated in place, and when it makes way, or at a commit, what changed of it is written home. So nothing
+that is near can be stale, whatever was fetched when.
 
-Promise 1 holds because residence decides nothing: what is not resident is read from its home when the step asks for
-it, updated in a small scratch by the same kernels, and written home at once. So a batch larger than the cache streams
-through, and `reserve` may do as much or as little as there is room for. Pins are the same kind of hint: the lines of
-all living leases are left alone while a victim is sought.
+A batch's rows are announced (`reserve`), fetched (`fetch`: each gets a line, pinned until the batch is released), and
+then used. Nobody waits for a fetch but those who need its rows: the store is unlocked while the home reads, and a line
+that is on its way is marked as arriving. Room is made when it is needed: the cache names the lines of least worth.
+
+Promise 1 holds because residence decides nothing: a row that finds no line, all being pinned, is read from home when
+the step asks for it, updated in a small scratch by the same kernels, and written home at once. So a batch larger than
+the cache streams through.
 
 A write that fails in the middle of a step leaves rows of which some are updated and some are not. Then the store still
 reads, but refuses to commit: the last commit stays what it was.
@@ -14,77 +18,174 @@ reads, but refuses to commit: the last commit stays what it was.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent, all_finite, finite_rows
-from hbkit._ext.index import Index
+from hbkit._ext.batch import absent, add_at, count_at, set_at
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
-from hbkit.errors import (
-    BudgetExceeded,
-    Closed,
-    Corrupt,
-    DeviceUnavailable,
-    HbkitError,
-    SchemaMismatch,
-    StorageError,
-    Unsupported,
-)
+from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
-from hbkit.store.cache import Cache
-from hbkit.store.policy import Metas, Policy
+from hbkit.store.cache import Cache, Window
+from hbkit.store.policy import Policy
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
+AWAY = 1 << 40  # a lease's slot for a row that is only at home
+GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
+FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
 
 
 class Lines(Protocol):
-    """Memory of a near tier: float32[n_lines, width] by slot. As `hbkit._ext.slabs.Slabs`."""
+    """Memory of a near tier: lines by slot. As `hbkit._ext.slabs.Slabs`, but for what may be left out there."""
 
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         ...
 
-    def gather(self, slots: Int64s, out: Float32s) -> None:
-        """First ``out.shape[1]`` floats of lines; zeros where the slot is -1."""
+    def reserve(self, n_lines: int) -> None:
+        """Make room for slots 0..n_lines-1."""
+        ...
+
+    def trim(self, n_lines: int) -> None:
+        """Let go of slots from n_lines on, as far as memory can be given back."""
+        ...
+
+    def pack(self, slots: Int64s) -> Bytes:
+        """Lines as bytes, rows in the table's dtype and state in float32: uint8[n, layout.line_nbytes]."""
+        ...
+
+    def unpack(self, slots: Int64s, lines: Bytes) -> None:
+        """Write lines that `pack` gave; slots are >= 0."""
+        ...
+
+    def gather(self, slots: Int64s, out: Float32s, index: Int64s | None = None) -> None:
+        """First ``out.shape[1]`` floats of lines; zeros where the slot is -1. With `index`, of ``slots[index]``."""
         ...
 
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines; slots are >= 0."""
         ...
 
-    def apply(self, rule: Any, slots: Int64s, grads: Float32s, hyper: Float32s) -> None:
-        """One optimizer step on distinct slots; -1 is skipped."""
+    def apply(
+        self,
+        rule: Any,
+        slots: Int64s,
+        grads: Float32s | Gradients,
+        hyper: Float32s,
+        keys: Int64s,
+        seed: int,
+        step: int,
+        bad: str,
+    ) -> int:
+        """One optimizer step on distinct slots; -1 is skipped. How many `bad` left out."""
+        ...
+
+
+class Home(Protocol):
+    """Where all of a table's rows live, by key. Calls are ordered by the store's lock, but for `read`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        ...
+
+    def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether there is a row of each key: bool[n]."""
+        ...
+
+    def add(self, keys: Int64s) -> None:
+        """Distinct new rows, whose lines come later. MemoryError leaves all as it was."""
+        ...
+
+    def erase(self, keys: Int64s) -> int:
+        """Forget rows; how many there were."""
+        ...
+
+    def read(self, keys: Int64s) -> tuple[Bytes, Counts, Counts]:
+        """Lines, frequencies and last steps of rows that were written; beside any other call."""
+        ...
+
+    def write(self, keys: Int64s, lines: Bytes, freq: Counts, last_step: Counts) -> None:
+        """Lines of distinct rows, new or in place of what there was; all or none."""
+        ...
+
+    def metadata(self, keys: Int64s) -> tuple[Counts, Counts]:
+        """Frequencies and last steps of rows that were written."""
+        ...
+
+    def keys(self, part: Part) -> Int64s:
+        """Keys of a part, in the order of their mix."""
+        ...
+
+    def in_order(self) -> Iterator[Int64s]:
+        """All keys, ascending, in pieces that bound the memory taken."""
+        ...
+
+    def commit(self, keep: Mapping[str, npt.NDArray[Any]], latest_step: int) -> str:
+        """Make all that was written durable, and `keep` beside it; the commit's id."""
+        ...
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Store.kept`."""
+        ...
+
+    def latest_step(self) -> int:
+        """See `Store.latest_step`."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """What the home adds to the store's."""
+        ...
+
+    def validate(self) -> None:
+        """Recount everything; AssertionError where it contradicts itself."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. Idempotent."""
         ...
 
 
 @dataclass(eq=False)
 class TierLease(Lease):
-    """A lease whose slots are the store's row numbers; it pins its resident rows for as long as it lives."""
+    """A lease whose slots are near lines, `AWAY` or -1; it pins its lines until it is released or forgotten."""
+
+    seen: int = -1  # the store's version when the slots were right
+    batch: int | None = None  # its number in the window
+    fetched: bool = False
+    n_brought: int = 0  # rows that were not near when they were fetched
+    done: float = math.inf  # when they were
+    asked: bool = False  # by the step
+    settled: bool = False  # every key but the padding has a line, and none is arriving
+    abandoned: deque[tuple[Int64s, int | None]] | None = None  # where it leaves what it holds if nobody releases it
 
     __eq__ = object.__eq__  # leases are told apart by identity, as a weak set does
     __hash__ = object.__hash__
 
-
-def room_for(n_rows: int) -> int:
-    """Rows to make room for where there are `n_rows`: the next of a doubling sequence."""
-    room = 48
-    while room < n_rows:
-        room *= 2
-    return room
+    def __del__(self) -> None:
+        if self.abandoned is not None:
+            self.abandoned.append((self.slots, self.batch))
 
 
-def index_nbytes(n_rows: int) -> int:
-    """Bytes that an `Index` of `n_rows` takes at the most."""
-    return 24 * n_rows + 8192
+def _near(slots: Int64s) -> npt.NDArray[np.bool_]:
+    near: npt.NDArray[np.bool_] = slots.view(np.uint64) < AWAY
+    return near
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:
@@ -97,6 +198,8 @@ class TieredStore(ABC):
     Parameters
     ----------
     layout : Layout
+    home : Home
+        Of the store, which closes it.
     policy : callable
         Makes the `Policy` of a cache of so many lines.
     scratch_lines : int
@@ -104,35 +207,34 @@ class TieredStore(ABC):
 
     Notes
     -----
-    One lock orders all operations: look-ahead may reserve while a step runs.
+    One lock orders all operations, but is not held while rows are fetched: look-ahead may fetch while a step runs.
     """
 
     tier: ClassVar[str]
-    row_nbytes: ClassVar[int] = 16  # of metadata: frequency and last step, the line in the cache
 
-    def __init__(self, layout: Layout, policy: Callable[[int], Policy], scratch_lines: int) -> None:
-        if layout.dtype != "float32":
-            raise Unsupported(
-                f"rows of {layout.dtype} in the {self.tier} tier",
-                table=layout.table,
-                remedy="use store=host_memory(), or dtype='float32'",
-            )
-        self.layout = layout
-        self._policy, self._scratch_lines = policy, scratch_lines
-        self._index = Index()
-        self._room = 0  # rows that the metadata has room for
-        self._metadata = Metadata(layout.metadata)
-        self._slot = np.zeros(0, np.int64)  # line in the cache, -1 where it is only at home
-        self._cache: Cache | None = None
-        self._near: Lines | None = None
-        self._scratch = Slabs(layout.width, 4 * layout.width)
+    def __init__(self, layout: Layout, home: Home, policy: Callable[[int], Policy], scratch_lines: int) -> None:
+        self.layout, self._home = layout, home
+        self._scratch_lines = scratch_lines
+        self._window = Window()
+        self._scratch = Slabs(layout.width, 4 * layout.width, dim=layout.dim, row_dtype=layout.dtype)
         self._leases: weakref.WeakSet[TierLease] = weakref.WeakSet()
-        self._erasures = self._creations = 0
+        self._abandoned: deque[tuple[Int64s, int | None]] = deque()
+        self._version = 0  # counts what gives keys lines or takes them
         self._failed: BaseException | None = None
         self._closed = False
-        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_commits = 0
+        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_ready = self._n_late = 0
         self._n_ignored = self._n_skipped = 0
-        self._lock = threading.RLock()
+        self._waited = 0.0
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._room = -1  # rows for whose index the budget has room
+        self._limit = 0  # lines that the cache may have then
+        self._cache = Cache(1, policy)
+        self._lines = self._new_lines()
+        self._metadata = Metadata(layout.metadata)
+        self._arriving = np.zeros(0, np.bool_)
+        self._make_room(0)
+        self._grow(min(self._limit, FIRST_LINES))
 
     # --- what a tier is ---------------------------------------------------------------------------------------
 
@@ -140,143 +242,177 @@ class TieredStore(ABC):
     def _capacity(self, n_rows: int) -> int:
         """Lines that the cache may have beside an index of `n_rows`; BudgetExceeded where that is none."""
 
+    def _first_room(self) -> int:
+        """Rows for whose index room is kept from the beginning."""
+        return 0
+
     @abstractmethod
-    def _new_lines(self, n_lines: int) -> Lines:
+    def _new_lines(self) -> Lines:
         """Memory for the cache's lines."""
-
-    @abstractmethod
-    def _read_home(self, rows: Int64s, keys: Int64s) -> Float32s:
-        """Lines at home: float32[n, width]."""
-
-    @abstractmethod
-    def _write_home(self, rows: Int64s, keys: Int64s, lines: Float32s) -> None:
-        """Bring lines home, in place of those that may be there; all or none."""
-
-    @abstractmethod
-    def _erase_home(self, rows: Int64s, keys: Int64s) -> None:
-        """Forget the lines at home, where there are any."""
-
-    @abstractmethod
-    def _commit_home(self, keep: Mapping[str, npt.NDArray[Any]]) -> str:
-        """Make what is at home durable, with all metadata and `keep`; the commit's id."""
-
-    @abstractmethod
-    def kept(self) -> dict[str, npt.NDArray[Any]]:
-        """See `Store.kept`."""
-
-    @abstractmethod
-    def _home_stats(self) -> dict[str, Any]:
-        """What the home adds to `stats`."""
-
-    @abstractmethod
-    def _metadata_changed(self, rows: Int64s) -> None:
-        """Frequency or last step of rows changed; -1 is none."""
-
-    def _grow(self, room: int) -> None:
-        """Make room for metadata of `room` rows."""
-        self._metadata.reserve(room)
-        self._slot = grown(self._slot, room)
-        self._room = room
 
     # --- the cache --------------------------------------------------------------------------------------------
 
-    def _use(self) -> tuple[Cache, Lines]:
-        if self._closed:
-            raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
-        if self._cache is None or self._near is None:
-            self._resize(self._capacity(self._room))
-            assert self._cache is not None and self._near is not None
-        return self._cache, self._near
-
-    def _resize(self, n_lines: int) -> None:
-        """Begin with an empty cache of `n_lines`."""
-        if self._cache is not None:
-            self._write_back(np.flatnonzero(self._cache.dirty))
-            self._slot[self._cache.owner[self._cache.owner >= 0]] = -1
-        self._cache = self._near = None  # let go of the old memory first
-        cache = Cache(n_lines, self._policy)
-        self._near = self._new_lines(cache.n_lines)
-        self._cache = cache
-
     def _make_room(self, n_new: int) -> None:
-        """Room for new rows in index and metadata, out of the cache where the budget is one for both.
-
-        The index doubles, so the cache is emptied for it only now and then.
-        """
-        n_rows = self._index.n_slots + n_new
+        """Room for the index of new rows, out of the cache where the budget is one for both."""
+        n_rows = len(self._home) + n_new
         if n_rows > self._room:
-            n_lines = self._capacity(n_rows)
-            if n_lines < self._use()[0].n_lines:
-                self._resize(n_lines)
-            self._grow(room_for(n_rows))
+            room = max(self._first_room(), int(n_rows * GROWTH))
+            try:
+                self._limit = self._capacity(room)
+            except BudgetExceeded:
+                room, self._limit = n_rows, self._capacity(n_rows)
+            if self._limit >= self._cache.n_lines or self._shrink(self._limit):
+                self._room = room
 
-    def _slots(self, rows: Int64s) -> Int64s:
-        """Lines of rows, -1 where a row is absent (-1) or only at home."""
-        slots = np.full(len(rows), -1, np.int64)
-        held = rows >= 0
-        slots[held] = self._slot[rows[held]]
-        return slots
+    def _shrink(self, n_lines: int) -> bool:
+        """Have fewer lines; whether that was possible, which it is not while some are arriving."""
+        if self._arriving.any():
+            return False
+        cache = self._cache
+        over = len(cache) - n_lines
+        if over > 0:
+            lines = cache.victims(over)
+            if len(lines) < over:
+                pinned = np.setdiff1d(cache.find(cache.keys()), lines)[: over - len(lines)]
+                self._lost(pinned, AWAY)
+                lines = np.concatenate([lines, pinned])
+            self._evict(lines)
+        used = cache.find(cache.keys())
+        for part in _parts(int(np.count_nonzero(used >= n_lines)), self._scratch_lines):
+            self._move(used[used >= n_lines][part])
+        cache.resize(n_lines)
+        self._lines.trim(n_lines)
+        self._metadata.trim(n_lines)
+        self._arriving = self._arriving[:n_lines].copy()
+        return True
 
-    def _pinned(self, n_lines: int) -> npt.NDArray[np.bool_]:
-        pinned = np.zeros(n_lines, np.bool_)
-        for lease in list(self._leases):
-            slots = self._slots(lease.slots)
-            pinned[slots[slots >= 0]] = True
-        return pinned
+    def _move(self, lines: Int64s) -> None:
+        """Give the keys of lines others, the lowest that are free."""
+        cache, moved = self._cache, np.arange(self._cache.n_lines)
+        keys, packed, metadata = cache.key[lines], self._lines.pack(lines), self._metadata.get(lines)
+        kept = cache.dirty[lines], cache.pins[lines], cache.next_use[lines]
+        cache.remove(lines)
+        to = moved[lines] = cache.insert(keys)
+        self._lines.unpack(to, packed)
+        self._metadata.put(to, *metadata)
+        cache.dirty[to], cache.pins[to], cache.next_use[to] = kept
+        living = list(self._leases)
+        self._unpin_abandoned()
+        for lease in living:
+            near, lease.settled = _near(lease.slots), False
+            lease.slots[near] = moved[lease.slots[near]]
 
-    def _plan(self, keys: Int64s) -> tuple[Metas, Int64s]:
-        """Metas of keys that are not resident, and lines for them (-1: none); those lines are clean now."""
-        cache, _ = self._use()
-        newcomers = cache.newcomers(keys)
-        slots = cache.plan(newcomers, self._pinned(cache.n_lines))
-        taken = slots[slots >= 0]
-        self._write_back(taken[cache.dirty[taken]])
-        return newcomers, slots
+    def _lost(self, lines: Int64s, slot: int) -> None:
+        """Lines are taken from their keys: the leases that hold them have `slot` there."""
+        living = list(self._leases)
+        self._unpin_abandoned()
+        for lease in living:
+            lease.slots[np.isin(lease.slots, lines)] = slot
+            lease.settled = False
+        self._version += 1
 
-    def _take(self, slots: Int64s, newcomers: Metas, rows: Int64s, lines: Float32s, dirty: bool) -> None:
-        """Put lines of rows into the slots that `_plan` gave; who was there leaves."""
-        cache, near = self._use()
-        evicted = cache.owner[slots]
-        evicted = evicted[evicted >= 0]
-        near.scatter(slots, lines)
-        self._slot[evicted] = -1
-        self._n_evictions += len(evicted)
-        cache.take(slots, newcomers, rows, dirty)
-        self._slot[rows] = slots
+    def _unpin_abandoned(self) -> None:
+        while self._abandoned:
+            slots, batch = self._abandoned.popleft()
+            self._unpin(slots)
+            if batch is not None:
+                self._window.release(batch)
 
-    def _write_back(self, slots: Int64s) -> None:
-        cache, near = self._use()
-        for part in _parts(len(slots), self._scratch_lines):
-            some = slots[part]
-            lines = np.empty((len(some), self.layout.width), np.float32)
-            near.gather(some, lines)
-            self._write_home(cache.owner[some], cache.metas["key"][some], lines)
-            cache.dirty[some] = False
+    def _unpin(self, slots: Int64s) -> None:
+        add_at(self._cache.pins, slots, -1)
 
-    def _bring(self, rows: Int64s, keys: Int64s) -> None:
-        """Make rows resident, as many as find a line."""
-        cache, _ = self._use()
-        slots = self._slot[rows]
-        hit = slots >= 0
-        cache.touch(slots[hit])
-        missed = np.flatnonzero(~hit)
-        self._n_hits += len(rows) - len(missed)
-        self._n_misses += len(missed)
-        for part in _parts(len(missed), self._scratch_lines):
-            some = missed[part]
-            newcomers, slots = self._plan(keys[some])
-            found = slots >= 0
-            some, slots = some[found], slots[found]
-            lines = self._read_home(rows[some], keys[some])
-            self._take(slots, newcomers[found], rows[some], lines, dirty=False)
+    def _free(self, n: int) -> int:
+        """Make room for `n` lines; how many there is room for."""
+        cache = self._cache
+        self._unpin_abandoned()
+        short = len(cache) + n - cache.n_lines
+        if short > 0 and cache.n_lines < self._limit:
+            self._grow(min(self._limit, max(2 * cache.n_lines, cache.n_lines + short)))
+            short = len(cache) + n - cache.n_lines
+        if short > 0:
+            self._evict(cache.victims(short))
+        return min(n, cache.n_lines - len(cache))
+
+    def _grow(self, n_lines: int) -> None:
+        """Have more lines: a cache takes the memory that it uses."""
+        self._cache.resize(n_lines)
+        self._metadata.reserve(n_lines)
+        self._arriving = np.concatenate([self._arriving, np.zeros(n_lines - len(self._arriving), np.bool_)])
+
+    def _evict(self, lines: Int64s) -> None:
+        self._write_back(lines[self._cache.dirty[lines]])
+        self._cache.remove(lines)
+        self._n_evictions += len(lines)
+
+    def _insert(self, keys: Int64s) -> Int64s:
+        """Pinned lines for keys that have none, for which there is room."""
+        lines = self._cache.insert(keys)
+        self._lines.reserve(int(lines.max(initial=-1)) + 1)
+        self._cache.pins[lines] = 1
+        self._version += 1
+        return lines
+
+    def _write_back(self, lines: Int64s) -> None:
+        for part in _parts(len(lines), self._scratch_lines):
+            some = lines[part]
+            self._write_home(self._cache.key[some], self._lines.pack(some), *self._metadata.get(some))
+            self._cache.dirty[some] = False
+
+    def _write_home(self, keys: Int64s, lines: Bytes, freq: Int64s, last_step: Int64s) -> None:
+        self._home.write(keys, lines, freq.astype(np.uint32), last_step.astype(np.uint32))
+
+    def _bring(self, lease: TierLease, wanted: Int64s) -> bool:
+        """Give lines to the lease's rows at positions `wanted`, which are only at home; whether there was room for any.
+
+        The lock is let go while the home reads.
+        """
+        brought = False
+        for part in _parts(len(wanted), self._scratch_lines):
+            self._check_open()
+            self._refresh(lease)
+            some = wanted[part]
+            some = some[lease.slots[some] == AWAY]
+            some = some[: self._free(len(some))]
+            if len(some) == 0:
+                continue
+            keys, cache = lease.keys[some], self._cache
+            lines = lease.slots[some] = self._insert(keys)
+            lease.seen, brought = self._version, True
+            self._arriving[lines] = True
+            cache.pins[lines] += 1  # whatever becomes of the lease meanwhile
+            got: Any = None
+            self._lock.release()
+            try:
+                got = self._home.read(keys)
+            finally:
+                self._lock.acquire()
+                self._arriving[lines] = False
+                cache.pins[lines] -= 1
+                self._arrived.notify_all()
+                if got is None:
+                    self._lost(lines, AWAY)
+                    cache.remove(lines)
+                else:
+                    self._lines.unpack(lines, got[0])
+                    self._metadata.put(lines, *(np.ascontiguousarray(column, np.int64) for column in got[1:]))
+        return brought
 
     # --- Store ------------------------------------------------------------------------------------------------
 
     @contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
+
+    @contextmanager
     def _whole(self) -> Iterator[None]:
         """A change that leaves the store unfit to commit if it fails half-way."""
-        with self._lock:
-            self._use()
+        with self._open():
             try:
                 yield
             except (StorageError, Corrupt, DeviceUnavailable) as e:
@@ -284,86 +420,164 @@ class TieredStore(ABC):
                 raise
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._home)
 
-    @property
-    def _version(self) -> tuple[int, int]:
-        return self._erasures, self._creations
-
-    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1) -> Lease:
-        """Find the rows of distinct keys, bring them near and pin them, as far as there is room. Creates nothing."""
-        with self._lock:
-            self._use()
-            lease = TierLease(keys, np.zeros(0, np.int64), counts, padding)
-            self._refresh(lease)
-            self._leases.add(lease)
-            held = lease.slots >= 0
-            self._bring(lease.slots[held], keys[held])
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
+        """Announce a batch's distinct keys; `ahead` of others that were, so that the cache may reckon with it."""
+        with self._open():
+            lease = TierLease(keys, np.full(len(keys), -1, np.int64), counts, padding)
+            if ahead:
+                lease.batch = self._window.announce(keys)
+                lines = self._cache.find(keys)
+                lines = lines[lines >= 0]
+                use = self._cache.next_use[lines]
+                self._cache.next_use[lines] = np.minimum(use, lease.batch)
             return lease
 
-    def _refresh(self, lease: Lease) -> None:
-        lease.refresh(self._index, self._version)
+    def fetch(self, lease: Lease) -> None:
+        """Give each of the lease's rows a near line and pin it, as far as there is room."""
+        assert isinstance(lease, TierLease)
+        with self._open():
+            self._fetch(lease)
 
-    def _insert(self, keys: Int64s) -> Int64s:
-        """Rows of new keys, for which there is room."""
-        rows, _ = self._index.find_or_insert(keys)
-        self._creations += 1
-        self._metadata.clear(rows)
-        self._slot[rows] = -1
-        return rows
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """Return once the lease's rows are near, as far as there is room. The step begins; it could have at `since`."""
+        with self._open():
+            self._ready(lease, since)
+
+    def _fetch(self, lease: TierLease) -> None:
+        if not lease.fetched:
+            lease.fetched, lease.abandoned = True, self._abandoned
+            self._leases.add(lease)
+            away = self._refresh(lease)
+            near = _near(lease.slots)
+            self._cache.access(lease.keys, np.where(near, lease.slots, -1))
+            self._n_hits += int(np.count_nonzero(near))
+            self._n_misses += len(away)
+            self._bring(lease, away)
+            lease.n_brought, lease.done = len(away), time.monotonic()
+
+    def _refresh(self, lease: TierLease) -> Int64s:
+        """Look for rows without a line, again where some came since; positions of those only at home."""
+        slots, cache = lease.slots, self._cache
+        if lease.seen != self._version:
+            apart = absent(slots, lease.padding) if lease.seen < 0 else np.flatnonzero(~_near(slots))
+            keys = lease.keys[apart]
+            found = cache.find(keys)
+            rest = np.flatnonzero(found < 0)
+            if len(rest):
+                found[rest] = np.where(self._home.find(keys[rest]), AWAY, -1)
+            add_at(cache.pins, found, 1)
+            slots[apart] = found
+            if lease.padding >= 0:
+                add_at(cache.pins, slots[lease.padding : lease.padding + 1], -1)
+                slots[lease.padding] = -1
+            lease.seen = self._version
+        return np.flatnonzero(slots == AWAY)
+
+    def _ready(self, lease: Lease, since: float | None = None) -> tuple[Int64s, Int64s]:
+        """The lease's lines (-1: absent or away) and the positions of rows that find no line; nothing is arriving."""
+        assert isinstance(lease, TierLease)
+        if lease.settled:
+            return lease.slots, _NONE
+        begin = time.monotonic() if since is None else since
+        self._fetch(lease)
+        while True:
+            away = self._refresh(lease)
+            n_arriving = count_at(self._arriving.view(np.uint8), lease.slots)
+            if not lease.asked:
+                n_late = max(lease.n_brought if lease.done > begin else 0, len(away) + n_arriving)
+                self._n_late += n_late
+                self._n_ready += int(np.count_nonzero(lease.slots >= 0)) - n_late
+                lease.asked = True
+            if len(away) and self._bring(lease, away):
+                continue
+            if not n_arriving:
+                self._waited += time.monotonic() - begin
+                lines = lease.slots if len(away) == 0 else np.where(_near(lease.slots), lease.slots, -1)
+                lease.settled = len(away) == len(absent(lines, lease.padding)) == 0
+                return lines, away
+            self._arrived.wait()
+
+    def _find(self, keys: Int64s) -> Int64s:
+        """Lines of keys, -1 where there is none; nothing is arriving."""
+        while True:
+            lines = self._cache.find(keys)
+            if not count_at(self._arriving.view(np.uint8), lines):
+                return lines
+            self._arrived.wait()
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
         with self._whole():
-            self._refresh(lease)
+            lines, away = self._ready(lease)
             new = absent(lease.slots, lease.padding)
             if len(new):
-                with admitted(admission, lease.keys[new], lease.counts[new]) as some:
-                    new = new[some]
+                with admitted(admission, lease.keys[new], lease.counts[new]) as accepted:
+                    new = new[accepted]
                     self._make(lease, new)
-            self._metadata.stamp(lease.slots, step, lease.counts)
-            self._metadata_changed(lease.slots)
+                lines, away = self._ready(lease)
+            self._metadata.stamp(lines, step, lease.counts)
+            if self.layout.metadata:
+                set_at(self._cache.dirty.view(np.uint8), lines)
+            for some, freq, last_step, held in self._stream(lease.keys, away):
+                freq = np.minimum(freq + lease.counts[some], 2**32 - 1)
+                last_step[:] = step
+                self._write_home(lease.keys[some], held.pack(np.arange(len(some))), freq, last_step)
             return len(new)
 
     def _make(self, lease: Lease, new: Int64s) -> None:
-        """Rows for the lease's keys at positions `new`; they go home at once where the cache has no line for them."""
+        """Rows for the lease's keys at positions `new`; those that find no line go home at once."""
         self._make_room(len(new))
-        for part in _parts(len(new), self._scratch_lines):
-            some = new[part]
-            keys = lease.keys[some]
-            lines = self.layout.new_lines(keys)
-            newcomers, slots = self._plan(keys)
-            rows = self._insert(keys)
-            found = slots >= 0
-            try:
-                self._write_home(rows[~found], keys[~found], lines[~found])
-            except HbkitError:
-                self._index.erase(keys)
-                self._erasures += 1
-                raise
-            self._take(slots[found], newcomers[found], rows[found], lines[found], dirty=True)
-            lease.slots[some], lease.version = rows, self._version
+        keys = lease.keys[new]
+        self._home.add(keys)
+        try:
+            for part in _parts(len(new), self._scratch_lines):
+                some = keys[part]
+                n = self._free(len(some))
+                values = self.layout.new_lines(some)
+                lines = self._insert(some[:n])
+                self._lines.scatter(lines, values[:n])
+                self._metadata.clear(lines)
+                self._cache.dirty[lines] = True
+                lease.slots[new[part][:n]] = lines
+                if n < len(some):
+                    zeros, scratch = np.zeros(len(some) - n, np.int64), np.arange(len(some) - n)
+                    self._scratch.reserve(len(scratch))
+                    self._scratch.scatter(scratch, values[n:])
+                    self._write_home(some[n:], self._scratch.pack(scratch), zeros, zeros)
+                    lease.slots[new[part][n:]] = AWAY
+        except BaseException:
+            self._erase(keys)
+            raise
 
-    def _away(self, rows: Int64s, slots: Int64s) -> Iterator[Int64s]:
-        """Positions of rows that are only at home, in parts that fit the scratch."""
-        away = np.flatnonzero((rows >= 0) & (slots < 0))
+    def _stream(self, keys: Int64s, away: Int64s) -> Iterator[tuple[Int64s, Int64s, Int64s, Slabs]]:
+        """Parts of positions `away` with frequencies, last steps and, in the scratch from 0 on, the lines."""
         self._n_streamed += len(away)
-        return (away[part] for part in _parts(len(away), self._scratch_lines))
+        for part in _parts(len(away), self._scratch_lines):
+            some = away[part]
+            lines, freq, last_step = self._home.read(keys[some])
+            self._scratch.reserve(len(some))
+            self._scratch.unpack(np.arange(len(some)), lines)
+            yield some, freq.astype(np.int64), last_step.astype(np.int64), self._scratch
 
-    def _gather(self, rows: Int64s, keys: Int64s, out: Float32s) -> None:
-        slots = self._slots(rows)
-        self._use()[1].gather(slots, out)
-        for some in self._away(rows, slots):
-            out[some] = self._read_home(rows[some], keys[some])[:, : out.shape[1]]
+    def _gather(self, lines: Int64s, away: Int64s, keys: Int64s, out: Float32s) -> None:
+        self._lines.gather(lines, out)
+        for some, _, _, held in self._stream(keys, away):
+            rows = np.empty((len(some), out.shape[1]), np.float32)
+            held.gather(np.arange(len(some)), rows)
+            out[some] = rows
 
     def gather(self, lease: Lease, out: Float32s, index: Int64s | None = None) -> None:
         """Copy rows (or whole lines, as wide as `out`) to ``out[u, dim]``, or those of the keys number `index`; zeros
         where a key is absent."""
-        rows = out if index is None else retained((len(lease.keys), out.shape[1]))
-        with self._lock:
-            self._use()
-            self._refresh(lease)
-            self._gather(lease.slots, lease.keys, rows)
+        with self._open():
+            lines, away = self._ready(lease)
+            if len(away) == 0:
+                self._lines.gather(lines, out, index)
+                return
+            rows = out if index is None else retained((len(lines), out.shape[1]))
+            self._gather(lines, away, lease.keys, rows)
         if index is not None:
             expand(rows, index, out)
 
@@ -377,93 +591,117 @@ class TieredStore(ABC):
         row_scale: Float32s | None = None,
     ) -> None:
         """Weighted sums of rows, which may be far apart: they are brought together first."""
-        rows = retained((len(lease.keys), out.shape[1]))
-        self.gather(lease, rows)
+        with self._open():
+            lines, away = self._ready(lease)
+            if len(away) == 0 and isinstance(self._lines, Slabs):
+                self._lines.pool(lines, index, splits, out, weight, row_scale)
+                return
+            rows = retained((len(lines), out.shape[1]))
+            self._gather(lines, away, lease.keys, rows)
         pool(rows, index, splits, out, weight, row_scale)
 
     def apply(
         self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
     ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
-        sums = grads.sum() if isinstance(grads, Gradients) else grads
+        bad, seed = "skip" if skip else "apply", self.layout.seed
         with self._whole():
-            cache, near = self._use()
-            self._refresh(lease)
-            rows = lease.slots
-            if skip and not all_finite(sums):
-                rows = np.where(finite_rows(sums), rows, -1)
-                self._n_skipped += int(np.count_nonzero(rows != lease.slots))
-            slots = self._slots(rows)
-            near.apply(rule.code, slots, sums, hyper)
-            cache.dirty[slots[slots >= 0]] = True
-            for some in self._away(rows, slots):
-                held, keys, n = rows[some], lease.keys[some], len(some)
-                lines = self._read_home(held, keys)
-                self._scratch.reserve(n)
-                self._scratch.scatter(np.arange(n), lines)
-                self._scratch.apply(rule.code, np.arange(n), sums[some], hyper)
-                self._scratch.gather(np.arange(n), lines)
-                self._write_home(held, keys, lines)
-            ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
-            self._metadata_changed(lease.slots)
+            lines, away = self._ready(lease)
+            self._n_skipped += self._lines.apply(rule.code, lines, grads, hyper, lease.keys, seed, step, bad)
+            set_at(self._cache.dirty.view(np.uint8), lines)
+            n_absent = self._metadata.stamp(lines, step) - len(away)
+            if len(away):
+                sums = grads.sum() if isinstance(grads, Gradients) else grads
+                for some, freq, last_step, held in self._stream(lease.keys, away):
+                    keys, at = lease.keys[some], np.arange(len(some))
+                    self._n_skipped += held.apply(rule.code, at, sums[some], hyper, keys, seed, step, bad)
+                    last_step[:] = step
+                    self._write_home(keys, held.pack(at), freq, last_step)
+            ignored = n_absent - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
 
     def release(self, lease: Lease) -> None:
         """Unpin the lease's rows. Idempotent."""
+        assert isinstance(lease, TierLease)
         with self._lock:
-            if isinstance(lease, TierLease):
-                self._leases.discard(lease)
+            if lease.fetched and lease.abandoned is not None and not self._closed:
+                self._unpin(lease.slots)
+            lease.abandoned = None
+            self._leases.discard(lease)
+            if lease.batch is not None and not self._closed:
+                use = self._window.release(lease.batch)
+                near = _near(lease.slots)
+                self._cache.next_use[lease.slots[near]] = use[near]
+                lease.batch = None
+            lease.fetched = True
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._whole():
-            cache, _ = self._use()
-            rows = self._index.erase(keys)
-            gone = rows >= 0
-            rows = rows[gone]
-            slots = self._slot[rows]
-            cache.drop(slots[slots >= 0])
-            self._slot[rows] = -1
-            self._erasures += len(rows) > 0
-            self._erase_home(rows, np.ascontiguousarray(keys)[gone])
-            return len(rows)
+            return self._erase(np.ascontiguousarray(keys))
+
+    def _erase(self, keys: Int64s) -> int:
+        lines = self._find(keys)
+        lines = np.unique(lines[lines >= 0])
+        self._lost(lines, -1)
+        self._cache.remove(lines)
+        return self._home.erase(keys)
+
+    def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether each key has a row: bool[n]."""
+        with self._open():
+            return self._home.find(keys)
+
+    def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
+        """Frequency and last step of each key, all of which have rows."""
+        with self._open():
+            return self._metadata_of(keys, self._find(keys))
+
+    def _metadata_of(self, keys: Int64s, lines: Int64s) -> tuple[Int64s, Int64s]:
+        freq, last_step = np.zeros(len(keys), np.int64), np.full(len(keys), self.latest_step(), np.int64)
+        if self.layout.metadata:
+            near = lines >= 0
+            freq[near], last_step[near] = self._metadata.get(lines[near])
+            freq[~near], last_step[~near] = self._home.metadata(keys[~near])
+        return freq, last_step
 
     def scan(self, since: int | None = None) -> Iterator[Chunk]:
         """All lines, or those stamped after step `since`, in key order.
 
-        The keys are those of the moment the scan begins; a row changed or erased meanwhile is read as it is then.
+        A row changed or erased meanwhile is read as it is then.
         """
-        with self._lock:
-            self._use()
-            keys, rows = self._index.items()
-            if since is not None:
-                keys = keys[self._metadata.get(rows)[1] > since]
-        return self._chunks(np.sort(keys), lines=True)
+        with self._open():
+            return self._chunks(self._home.in_order(), lines=True, since=since)
 
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
         """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
-        with self._lock:
-            self._use()
-            keys = part.of(self._index)
-        return self._chunks(keys, lines=rows)
+        with self._open():
+            return self._chunks(iter([self._home.keys(part)]), lines=rows)
 
-    def _chunks(self, keys: Int64s, lines: bool) -> Iterator[Chunk]:
-        dim = self.layout.dim
-        for part in _parts(len(keys), CHUNK_ROWS):
-            some = keys[part]
-            with self._lock:
-                rows = self._index.find(some)
-                held = rows >= 0
-                some, rows = some[held], rows[held]
-                out = np.empty((len(some), self.layout.width if lines else 0), np.float32)
-                if lines:
-                    self._gather(rows, some, out)
-                freq, last_step = self._metadata.get(rows)
-            yield Chunk(some, freq, last_step, out[:, :dim], out[:, dim:])
+    def _chunks(self, pieces: Iterator[Int64s], lines: bool, since: int | None = None) -> Iterator[Chunk]:
+        for keys in pieces:
+            for part in _parts(len(keys), CHUNK_ROWS):
+                with self._open():
+                    chunk = self._chunk(keys[part], lines, since)
+                if len(chunk.key):
+                    yield chunk
+
+    def _chunk(self, keys: Int64s, lines: bool, since: int | None) -> Chunk:
+        slots = self._find(keys)
+        held = (slots >= 0) | self._home.find(keys)
+        keys, slots = keys[held], slots[held]
+        freq, last_step = self._metadata_of(keys, slots)
+        if since is not None:
+            new = last_step > since
+            keys, slots, freq, last_step = keys[new], slots[new], freq[new], last_step[new]
+        out = np.empty((len(keys), self.layout.width if lines else 0), np.float32)
+        if lines:
+            self._gather(slots, np.flatnonzero(slots < 0), keys, out)
+        return Chunk(keys, freq, last_step, out[:, : self.layout.dim], out[:, self.layout.dim :])
 
     def put(self, chunk: Chunk) -> None:
-        """Insert or overwrite lines; those that are not resident go straight home."""
+        """Insert or overwrite lines; those that are not near go straight home."""
         n_state = self.layout.width - self.layout.dim
         if chunk.row.shape[1] != self.layout.dim or chunk.state.shape[1] != n_state:
             raise SchemaMismatch(
@@ -476,24 +714,18 @@ class TieredStore(ABC):
         with self._whole():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]
-                lines = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
-                new = self._index.find(keys) < 0
-                self._make_room(int(np.count_nonzero(new)))
-                cache, near = self._use()
-                self._insert(keys[new])
-                rows = self._index.find(keys)
-                slots = self._slot[rows]
-                away = slots < 0
-                self._metadata.put(rows, freq[part], last_step[part])
-                self._metadata_changed(rows)
-                try:
-                    self._write_home(rows[away], keys[away], lines[away])
-                except HbkitError:
-                    self._index.erase(keys[new])
-                    self._erasures += 1
-                    raise
-                near.scatter(slots[~away], lines[~away])
-                cache.dirty[slots[~away]] = True
+                values = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
+                self._make_room(int(np.count_nonzero(~self._home.find(keys))))
+                lines = self._find(keys)
+                near, away = np.flatnonzero(lines >= 0), np.flatnonzero(lines < 0)
+                at = np.arange(len(away))
+                self._scratch.reserve(len(at))
+                self._scratch.scatter(at, values[away])
+                self._write_home(keys[away], self._scratch.pack(at), freq[part][away], last_step[part][away])
+                self._lines.scatter(lines[near], values[near])
+                self._metadata.put(lines[near], freq[part][near], last_step[part][near])
+                self._cache.dirty[lines[near]] = True
+                self._version += 1
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Make everything up to now durable, and the columns of `keep` beside it; its id.
@@ -504,76 +736,82 @@ class TieredStore(ABC):
             The disk is full or failed, now or in an earlier update; the last commit stays. A commit that met a full
             disk may be tried again.
         """
-        with self._lock:
-            self._use()
+        with self._open():
             if self._failed is not None:
                 raise StorageError(
                     "an update was written only in part and cannot be committed",
                     table=self.layout.table,
                     remedy="open the table again: it begins at its last commit",
                 ) from self._failed
-            self._write_back(np.flatnonzero(self._use()[0].dirty))
-            self._n_commits += 1
-            return self._commit_home(keep or {})
+            self._write_back(np.flatnonzero(self._cache.dirty))
+            return self._home.commit(keep or {}, self.latest_step())
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """What the last commit that was opened was given to keep."""
+        return self._home.kept()
 
     def latest_step(self) -> int:
         """Largest step that a row was stamped with, 0 for none."""
-        return self._metadata.latest
+        return max(self._metadata.latest, self._home.latest_step())
 
     def stats(self) -> dict[str, Any]:
-        """Rows, bytes held, hits and misses of `reserve`, rows that streamed past the cache, keys ignored."""
-        with self._lock:
-            cache, near = self._use()
+        """What the tier holds and has done.
+
+        Rows; bytes held (of the home; ``cache_nbytes``: to know which lines are whose; ``window_nbytes``: of
+        batches announced); hits and misses of `fetch`; of the rows that steps asked for,
+        ``ready_rows`` were near when the batch was waited for and ``late_rows`` were not; ``waited_s`` seconds; rows
+        that streamed past the cache; keys ignored.
+        """
+        with self._open():
             asked = self._n_hits + self._n_misses
             return {
                 "tier": self.tier,
-                "rows": len(self._index),
-                "index_nbytes": self._index.nbytes,
-                "lines_nbytes": near.nbytes,
-                "metadata_nbytes": self._room * self.row_nbytes + cache.nbytes,
-                "cache_lines": cache.n_lines,
+                "rows": len(self._home),
+                "index_nbytes": self._home.nbytes,
+                "lines_nbytes": self._lines.nbytes,
+                "metadata_nbytes": 0,
+                "cache_nbytes": self._metadata.nbytes + self._cache.nbytes + self._arriving.nbytes,
+                "window_nbytes": self._window.nbytes,
+                "cache_lines": self._limit,
                 "hits": self._n_hits,
                 "misses": self._n_misses,
                 "hit_rate": self._n_hits / asked if asked else 0.0,
+                "ready_rows": self._n_ready,
+                "late_rows": self._n_late,
+                "waited_s": self._waited,
                 "evictions": self._n_evictions,
                 "streamed_rows": self._n_streamed,
                 "ignored_updates": self._n_ignored,
                 "skipped_updates": self._n_skipped,
-                **self._home_stats(),
+                **self._home.stats(),
             }
 
     def validate(self) -> None:
         """Recount everything; AssertionError where the store contradicts itself. For tests."""
-        with self._lock:
-            cache, _ = self._use()
-            self._index.validate()
+        with self._open():
+            self._home.validate()
+            cache = self._cache
             cache.validate()
-            keys, rows = self._index.items()
-            assert self._index.n_slots <= self._room == self._metadata.room == len(self._slot)
-            slots = self._slot[rows]
-            near = slots >= 0
-            assert np.count_nonzero(near) == np.count_nonzero(cache.owner >= 0), "a line's owner is gone"
-            assert np.array_equal(cache.owner[slots[near]], rows[near]), "a line has another owner"
-            assert np.array_equal(cache.metas["key"][slots[near]], keys[near]), "a line has another key"
+            self._unpin_abandoned()
+            keys = cache.keys()
+            assert self._home.find(keys).all(), "a line's row is gone"
+            lines = cache.find(keys)
+            pins = np.zeros(cache.n_lines, np.int64)
+            for lease in list(self._leases):
+                slots = lease.slots[_near(lease.slots)]
+                pins[slots] += 1
+                assert np.array_equal(cache.key[slots], lease.keys[_near(lease.slots)]), "a lease has another's line"
+            assert np.array_equal(pins[lines], cache.pins[lines]), "pins are miscounted"
 
     def close(self) -> None:
         """Let go of memory, files and locks; what was not committed is discarded. Idempotent."""
         with self._lock:
-            self._closed = True
-            self._cache = self._near = None
+            if not self._closed:
+                while self._arriving.any():
+                    self._arrived.wait()
+                self._closed = True
+                del self._cache, self._lines
+                self._home.close()
 
 
-def grown(array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
-    """A copy of `array` with room for more, zeros."""
-    out = np.zeros((room, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
-
-
-def budget_exceeded(name: str, budget: int, n_rows: int, least: int, table: str) -> BudgetExceeded:
-    """The named error for a budget that leaves no room for a cache."""
-    return BudgetExceeded(
-        f"{name} of {budget} bytes has no room for a cache beside an index of {n_rows} rows",
-        table=table,
-        remedy=f"give at least {least} bytes",
-    )
+_NONE = np.zeros(0, np.int64)

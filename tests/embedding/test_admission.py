@@ -120,7 +120,7 @@ def test_bloom_admission_is_early_at_its_rate(n, rate):
         admission.admit(keys[:n], np.ones(n, np.int64))
         for key in keys[n : n + 20_000].reshape(-1, 1):
             early.append(admission.admit(key, one).item())
-            admission.retract(key, one)
+            admission.undo()
     assert (0 if n == 100 else rate * 0.9) <= np.mean(early) < rate * 1.1  # a small filter is larger than it must be
 
 
@@ -158,12 +158,26 @@ def test_admission_counts_nothing_where_the_rows_cannot_be_made(rule, monkeypatc
 
     before = state()
     with monkeypatch.context() as m:
-        m.setattr(type(t.store), "_insert", lambda self, keys: (_ for _ in ()).throw(MemoryError("no room")))
+        m.setattr(type(t.store), "_inserted", lambda self, keys: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError):
             t.lookup([1, 2, 3, 9, 9, 9], train=True)
     assert state() == before and len(t) == 0
     t.lookup([1, 2, 3], train=True)
     assert len(t) == 1
+
+
+@pytest.mark.parametrize("rule", [CountAdmission(9), BloomAdmission(9, 30)], ids=["count", "bloom"])
+@given(st.lists(st.tuples(st.lists(st.integers(0, 50), unique=True, max_size=30), st.integers(1, 70_000)), max_size=4))
+def test_admission_undone_is_as_it_was(rule, batches):
+    admission = rule.open()
+    for keys, count in batches:
+        before = {k: v.tolist() for k, v in admission.state().items()}
+        arguments = np.array(keys, np.int64), np.full(len(keys), count)
+        admitted = admission.admit(*arguments).tolist()
+        admission.undo()
+        assert {k: v.tolist() for k, v in admission.state().items()} == before
+        assert admission.admit(*arguments).tolist() == admitted
+        admission.keep()
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ class SsdAgainstDict(TableAgainstDict):
 
         class Tiny:
             def open(self, layout):
-                return SsdStore(layout, machine.path / layout.table, 2**20, make_policy("lru"), 5, 600)
+                return SsdStore(layout, machine.path / layout.table, 2**20, make_policy("lru"), None, 5, 8192)
 
         return Tiny()
 

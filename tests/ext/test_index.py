@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hbkit._ext import index as ext
 from hbkit._ext import isa
 from hbkit._ext.batch import mixed
 from hbkit._ext.index import Index, vshard
+from hbkit._ext.pool import fail_allocation
 from hbkit._ext.random import mix64
 from hbkit.errors import InvalidArgument
 
@@ -51,7 +51,7 @@ def same_isa_after():
     before = isa.name()
     yield
     isa.use(before)
-    ext.fail_allocation(0)
+    fail_allocation(0)
 
 
 class IndexAgainstDict(RuleBasedStateMachine):
@@ -235,13 +235,13 @@ def test_index_survives_the_failure_of_any_allocation(change):
         index = Index()
         index.find_or_insert(OLD)
         index.erase(np.array([3, 1, 4]))
-        ext.fail_allocation(nth)
+        fail_allocation(nth)
         before = [index]
         try:
             change(index)
         except MemoryError:
             n_raised += 1
-            ext.fail_allocation(0)
+            fail_allocation(0)
             index.validate()
             del before
             keys, slots = index.items()
@@ -252,9 +252,22 @@ def test_index_survives_the_failure_of_any_allocation(change):
             assert np.array_equal(keys, slots)
             change(index)
             index.validate()
-        if ext.fail_allocation(0):
+        if fail_allocation(0):
             break
     assert n_raised > 0
+
+
+@pytest.mark.parametrize("erased", [0, 500, 4000])
+def test_index_takes_an_insert_back(erased):
+    index, twin, keys = Index(), Index(), np.arange(30_000)
+    for i in (index, twin):
+        i.find_or_insert(keys[:10_000])
+        i.erase(keys[:erased])
+    n_slots, batch = index.n_slots, np.concatenate([keys[5000:], keys[8000:20_000]])
+    index.take_back(batch, index.find_or_insert(batch)[1], n_slots)
+    index.validate()
+    assert index.n_slots == n_slots and all(map(np.array_equal, index.items(), twin.items()))
+    assert np.array_equal(index.find_or_insert(batch)[0], twin.find_or_insert(batch)[0])
 
 
 def test_index_may_be_read_while_it_changes():

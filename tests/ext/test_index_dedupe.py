@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbkit._ext import index as ext
 from hbkit._ext import isa
 from hbkit._ext.index import dedupe
+from hbkit._ext.pool import fail_allocation
 from hbkit.errors import InvalidArgument
 
 KEYS = st.one_of(st.integers(-8, 8), st.sampled_from([-(2**63), 2**63 - 1]), st.integers(-(2**63), 2**63 - 1))
@@ -60,7 +60,7 @@ def test_dedupe_equals_numpy_at_size(keys):
 def test_dedupe_without_memory_or_of_an_unknown_type_raises():
     keys = np.arange(100)
     for nth in (1, 2, 3, 4):
-        ext.fail_allocation(nth)
+        fail_allocation(nth)
         with pytest.raises(MemoryError):
             dedupe(keys)
     with pytest.raises(InvalidArgument):

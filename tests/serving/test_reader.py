@@ -1,5 +1,7 @@
 """Lookups in a snapshot are the table's own, before and after a hot swap, from any thread."""
 
+import hashlib
+import json
 import shutil
 import threading
 
@@ -8,11 +10,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbkit import errors
-from hbkit.embedding import SGD, Adagrad, Constant, Table
+from hbkit import Ragged, errors
+from hbkit.embedding import (
+    SGD,
+    Adagrad,
+    Collection,
+    Constant,
+    CountAdmission,
+    Normal,
+    Table,
+    TruncatedNormal,
+    Uniform,
+)
+from hbkit.embedding.initializers import Initializer
 from hbkit.serving import Reader
-from hbkit.snapshot import save
+from hbkit.snapshot import load, save
+from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
 from hbkit.store.base import Chunk
+
+
+def reseal(path, change):
+    """Rewrite a manifest, digest and all."""
+    manifest = json.loads(path.read_bytes())["manifest"]
+    change(manifest)
+    body = json.dumps(manifest).encode()
+    path.write_bytes(_HEAD + hashlib.blake2b(body, digest_size=32).hexdigest().encode() + _MIDDLE + body + _TAIL)
 
 
 def train(t, keys, seed=0):
@@ -47,6 +69,81 @@ def test_lookup_is_the_tables_own(tmp_path_factory, data, key_dtype, dim):
         assert rows.tobytes() == t.lookup(keys).tobytes()
         assert (reader.tables, reader.step, reader.commit) == (("t",), len(batches) - 1, f"c{len(batches):08d}")
     shutil.rmtree(path)
+
+
+DEFAULTS = [0.25, [1.0, 2.0, -3.0], Normal(0.5, 1, seed=9), Uniform(0, 1), TruncatedNormal(0, 2, seed=-3), Constant(7)]
+
+
+@pytest.mark.parametrize("default", DEFAULTS, ids=str)
+@pytest.mark.parametrize("key_dtype", KEYS)
+def test_absent_keys_read_the_default_wherever_rows_are_read(tmp_path, default, key_dtype):
+    options = {"key_dtype": key_dtype, "default": default, "padding_key": 3, "admission": CountAdmission(2)}
+    t = Table("t", 3, **options)
+    lists = Ragged(np.array([1, 3, 9, 9, 4], key_dtype), (np.array([0, 2, 2, 5]),))
+    for step in range(3):  # the first commit is whole, the others are deltas
+        train(t, [1, 1, 2, 4 + step, 4 + step, 7], seed=step)
+        t.store.erase(t.keys(np.array([4], key_dtype)))
+        save(tmp_path, [t], step, base="latest" if step else None)
+        keys = np.array([0, 1, 2, 3, 4, 5, 6, 100, 3, 0], key_dtype)
+        want = t.lookup(keys)
+        absent = ~np.isin(keys, [1, 2, 3, 5, 6, 7] if step > 1 else [1, 2, 3, 5, 7] if step else [1, 3])
+        drawn = default("t", keys.astype(np.int64), 3) if isinstance(default, Initializer) else np.float32(default)
+        assert np.array_equal(want[absent], np.broadcast_to(drawn, want.shape)[absent])
+        assert not want[keys == 3].any()
+        with Reader(tmp_path) as reader:
+            assert np.array_equal(reader.lookup("t", keys), want)
+        again = Table("t", 3, **options)
+        load(tmp_path, [again])
+        assert np.array_equal(again.lookup(keys), want)
+        for pooling in ("sum", "mean", None):
+            got, same = (Collection([x], pooling=pooling).lookup({"t": lists})["t"] for x in (t, again))
+            rows = t.lookup(lists.values)
+            if pooling is None:
+                assert np.array_equal(got.values[got.mask], rows) and np.array_equal(same.values, got.values)
+            else:
+                each = np.stack([rows[:2].sum(0), np.zeros(3), rows[2:].sum(0)])
+                divisor = np.array([[2], [1], [3]]) if pooling == "mean" else 1
+                assert np.allclose(got, each / divisor) and np.array_equal(same, got)
+
+
+def test_snapshots_of_version_1_are_read_with_zeros(tmp_path):
+    save(tmp_path, [train(Table("t", 2, default=0.5, padding_key=1), [1, 2])], 0)
+
+    def older(manifest):
+        del manifest["tables"]["t"]["default"], manifest["tables"]["t"]["padding_key"]
+        manifest["version"] = 1
+
+    reseal(tmp_path / "c00000001.json", older)
+    rows = Reader(tmp_path).lookup("t", [2, 3, 1])
+    assert rows[0].any() and not rows[1:].any()
+
+
+class Own(Initializer):
+    """Of a user's."""
+
+
+@pytest.mark.parametrize(
+    ("default", "error"),
+    [
+        ({"name": "Own"}, errors.Unsupported),
+        ({"name": "Normal"}, errors.Corrupt),
+        ({"name": "Normal", "mean": 0, "std": "1", "seed": 0}, errors.Corrupt),
+        ({"name": "Normal", "mean": 0, "std": 1, "seed": 0.5}, errors.Corrupt),
+        ({"name": "Constant", "value": 10**400}, errors.Corrupt),
+        ({"name": "Constant", "value": True}, errors.Corrupt),
+    ],
+)
+def test_reader_refuses_defaults_that_it_cannot_draw(tmp_path, default, error):
+    save(tmp_path, [Table("t", 2, default=Own())], 0)
+    with pytest.raises(errors.Unsupported, match="'Own'"):
+        Reader(tmp_path)
+
+    def change(manifest):
+        manifest["tables"]["t"]["default"] = default
+
+    reseal(tmp_path / "c00000001.json", change)
+    with pytest.raises(error, match=r"table 't'|table t"):
+        Reader(tmp_path)
 
 
 def test_lookup_returns_the_callers_own(tmp_path):

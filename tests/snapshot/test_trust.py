@@ -174,6 +174,13 @@ HOSTILE = {
     "rows as erased": lambda m: m["tables"]["t"].update(erased=m["tables"]["t"]["rows"], rows=[]),
     "rows left out": edit(*T, "rows", to=[]),
     "erased left out": edit(*T, "erased", to=[]),
+    "default text": edit(*T, "default", to="zeros"),
+    "default bool": edit(*T, "default", to=True),
+    "default not finite": edit(*T, "default", to=10**400),
+    "default wide": edit(*T, "default", to=[0.5] * 999),
+    "default nameless": edit(*T, "default", to={"std": 1.0}),
+    "padding text": edit(*T, "padding_key", to="0"),
+    "padding huge": edit(*T, "padding_key", to=2**64),
     "digest": edit(*ROWS, "blake2b", to="0" * 63),
     "no tables": lambda m: m.pop("tables"),
     "more": edit("more", to=1),
@@ -206,7 +213,7 @@ def test_manifest_that_is_no_json_raises(snapshot, body):
 
 
 def test_manifest_of_a_later_format_is_unsupported(snapshot):
-    reseal(snapshot / "c00000002.json", edit("version", to=2))
+    reseal(snapshot / "c00000002.json", edit("version", to=3))
     refused(snapshot, (errors.Unsupported,))
 
 

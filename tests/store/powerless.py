@@ -107,6 +107,9 @@ class MemoryDisk:
         self.handles[self.n_handles] = self.names[name]
         return self.n_handles
 
+    def rest(self):
+        pass
+
     def close(self, handle):
         if handle == -1:
             self.locked = False

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hbkit import errors
-from hbkit.embedding import SGD, Adagrad, Adam, CountAdmission, IdleSteps, MaxRows, RowWiseAdagrad, Table
+from hbkit.embedding import SGD, Adagrad, Adam, Column, CountAdmission, IdleSteps, MaxRows, RowWiseAdagrad, Table
 from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store.base import Chunk
 
@@ -68,7 +68,7 @@ def test_device_equals_host(optimizer):
     assert s["evictions"] + s["streamed_rows"] > 0 and s["lines_nbytes"] <= 500
     assert contents(ours.store) == want
     ours.commit()
-    assert contents(ours.store._below) == want  # rows, states and metadata all came down
+    assert contents(ours.store._home.store) == want  # rows, states and metadata all came down
     ours.store.close()
 
 
@@ -113,6 +113,27 @@ def test_device_optimizer_without_kernel_is_unsupported():
     with pytest.raises(errors.Unsupported, match="Adam"):
         t.lookup([1], train=True)
         t.update([1], np.ones((1, 4)))
+
+
+@on_device
+def test_device_reads_named_columns_but_does_not_update_them():
+    columns = {"a": Column(1, optimizer=SGD()), "b": Column(3, optimizer=Adagrad())}
+    ours = Table("t", columns=columns, store=device_cached(host_memory(), "4KiB"))
+    host = Table("t", columns=columns)
+    keys = np.arange(9)
+    rows = ours.lookup(keys, train=True)
+    assert np.array_equal(rows, host.lookup(keys, train=True))
+    with pytest.raises(errors.Unsupported, match=r"named columns.*host_memory"):
+        ours.update(keys, {"a": np.ones((9, 1)), "b": np.ones((9, 3))})
+    assert np.array_equal(ours.lookup(keys), rows) and ours.step == 0
+    ours.store.validate()
+    ours.close()
+
+
+@on_device
+def test_device_refuses_narrow_rows():
+    with pytest.raises(errors.Unsupported, match="bfloat16 in the device tier"):
+        Table("t", 4, "bfloat16", store=device_cached(host_memory(), "4KiB"))
 
 
 @on_device
