@@ -1,17 +1,18 @@
 """Hit rates of the cache of near lines, on traces, beside reference policies and what a clairvoyant would reach.
 
-``python bench/cache.py [--data DIR] [--only zipf|churn|rotate|movielens|criteo] [--ahead 0,1,2,4,...] [--policies ...]``
+``python bench/cache.py [--data DIR] [--only zipf|churn|rotate|movielens|criteo] [--ahead 1,2,4,...] [--policies lfu]``
 
-Everything of hbkit goes through the real `Cache` and `Window`. A trace is a list of batches of distinct keys. What a batch
-misses is held in addition while the batch is used, so the capacity C counts what is kept from batch to batch: the cache
-has C lines and room for the largest batch, and goes back to C after each batch. The references live by the same rule:
-hits are counted by what is there when a batch begins, then the batch's keys are put in one after the other, or, for
-those that are an order (LRU, LFU, Belady), the first C of what was there and what the batch brings are kept. Caveats:
+Everything of hbkit goes through the real `Cache` and `Window`. A trace is a list of batches of distinct keys. What a
+batch misses is held in addition while the batch is used, so the capacity C counts what is kept from batch to batch: the
+cache has C lines and room for the largest batch, and goes back to C after each batch. The references live by the same
+rule: hits are counted by what is there when a batch begins, then the batch's keys are put in one after the other, or,
+for those that are an order (LRU, LFU, clairvoyant), the first C of what was there and what the batch brings are kept.
+Caveats:
 
 - The references are plain and may hold any memory: "perfect LFU" counts every key for ever, "aged LFU" counts every
   key and halves all counts each 10 C accesses, W-TinyLFU (window 1%, protected 80%) has exact counts in place of
   a sketch, up to 15 and halved each 10 C accesses. S3-FIFO is that of the paper (small queue 10%, ghosts as the main
-  one). Belady's keeps the keys that are needed soonest, and may leave out a newcomer ("bypass"): the best there is.
+  one). "Belady" keeps the keys that are needed soonest and may leave out a newcomer: the best there is.
 - Hits of the first quarter of a trace are not counted: caches are filling.
 - Synthetic traces: 200,000 keys by Zipf(1.05). "churn" gives keys new places in the order of popularity, half of all
   within 1,000 batches; "rotate" shifts the whole order by one key a batch.
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hbkit.store.cache import Cache, Window
+from hbkit.cli.plan import clairvoyant, hits
 from hbkit.store.policy import POLICIES
 
 N_KEYS, DRAWS, N_BATCHES = 200_000, 2_000, 2_000
@@ -94,33 +95,9 @@ def criteo(data: Path) -> dict[str, Trace]:
             continue
         values = column.dictionary_encode()
         columns.append((len(values.dictionary), name, values.indices.fill_null(0).to_numpy()))
-    columns = [c for c in sorted(columns, key=lambda c: -c[0])[:10]]
+    columns = sorted(columns, key=lambda c: -c[0])[:10]
     first = np.cumsum([0, *(c[0] for c in columns)])[:-1]
     return {"Criteo": batches(np.stack([c[2] + f for c, f in zip(columns, first, strict=True)], axis=1), 128)}
-
-
-# --- hbkit ------------------------------------------------------------------------------------------------------
-
-
-def hits_of(trace: Trace, size: int, policy: Callable, ahead: int = 0) -> np.ndarray:
-    """Hits of each batch."""
-    cache, window = Cache(size + max(map(len, trace)), policy), Window()
-    hits = np.zeros(len(trace), np.int64)
-    for i in range(-ahead, len(trace)):
-        if i + ahead < len(trace):
-            number, lines = window.announce(trace[i + ahead]), cache.find(trace[i + ahead])
-            near = lines[lines >= 0]
-            cache.next_use[near] = np.minimum(cache.next_use[near], number)
-        if i < 0:
-            continue
-        keys, lines = trace[i], cache.find(trace[i])
-        cache.access(keys, lines)
-        missed = lines < 0
-        hits[i] = len(keys) - np.count_nonzero(missed)
-        lines[missed] = cache.insert(keys[missed])
-        cache.next_use[lines] = window.release(i)
-        cache.remove(cache.victims(max(0, len(cache) - size)))
-    return hits
 
 
 # --- references -------------------------------------------------------------------------------------------------
@@ -129,10 +106,10 @@ def hits_of(trace: Trace, size: int, policy: Callable, ahead: int = 0) -> np.nda
 def kept(trace: Trace, size: int, worth: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
     """Hits of each batch where, after each, the `size` keys of most ``worth(i, keys)`` are kept."""
     near = np.zeros(max(int(b.max()) for b in trace) + 1, np.bool_)
-    held, hits = np.zeros(0, np.int64), np.zeros(len(trace), np.int64)
+    held, out = np.zeros(0, np.int64), np.zeros(len(trace), np.int64)
     for i, keys in enumerate(trace):
         new = keys[~near[keys]]
-        hits[i] = len(keys) - len(new)
+        out[i] = len(keys) - len(new)
         held = np.concatenate([held, new])
         near[new] = True
         value = worth(i, held)
@@ -140,7 +117,7 @@ def kept(trace: Trace, size: int, worth: Callable[[int, np.ndarray], np.ndarray]
             order = np.argpartition(-value, size)
             near[held[order[size:]]] = False
             held = held[order[:size]]
-    return hits
+    return out
 
 
 def n_keys(trace: Trace) -> int:
@@ -153,22 +130,6 @@ def lru(trace: Trace, size: int) -> np.ndarray:
     def worth(i: int, held: np.ndarray) -> np.ndarray:
         last[trace[i]] = i
         return last[held]
-
-    return kept(trace, size, worth)
-
-
-def belady(trace: Trace, size: int) -> np.ndarray:
-    later = np.full(n_keys(trace), np.inf)
-    following = []
-    for i in range(len(trace) - 1, -1, -1):
-        following.append(later[trace[i]])
-        later[trace[i]] = i
-    following.reverse()
-    coming = np.full(n_keys(trace), np.inf)
-
-    def worth(i: int, held: np.ndarray) -> np.ndarray:
-        coming[trace[i]] = following[i]
-        return -coming[held]
 
     return kept(trace, size, worth)
 
@@ -325,7 +286,7 @@ def _w_tinylfu(keys, splits, n, size):
 
 
 REFERENCES = {
-    "Belady": belady,
+    "Belady": clairvoyant,
     "perfect LFU": lfu,
     "aged LFU": aged_lfu,
     "S3-FIFO": s3fifo,
@@ -366,9 +327,9 @@ def show(name: str, trace: Trace, policies: list[str], aheads: list[int]) -> Non
         label: lambda size, f=f: f(trace, size) for label, f in REFERENCES.items()
     }
     for policy in policies:
-        contenders[f"hbkit {policy}"] = lambda size, p=policy: hits_of(trace, size, POLICIES[p])
+        contenders[f"hbkit {policy}"] = lambda size, p=policy: hits(trace, size, POLICIES[p])
     for ahead in aheads:
-        contenders[f"hbkit lfu, ahead {ahead}"] = lambda size, w=ahead: hits_of(trace, size, POLICIES["lfu"], w)
+        contenders[f"hbkit lfu, ahead {ahead}"] = lambda size, w=ahead: hits(trace, size, POLICIES["lfu"], w)
     for label, run in contenders.items():
         start = time.process_time()
         rates = np.array([run(size)[counted].sum() / asked[counted].sum() for size in sizes])

@@ -55,6 +55,15 @@ def count_at(const uint8_t[::1] flags, const int64_t[::1] slots):
     return found
 
 
+def n_absent(const int64_t[::1] slots):
+    """How many slots are below 0: int."""
+    cdef int64_t i, m = 0
+    with nogil:
+        for i in range(slots.shape[0]):
+            m += slots[i] < 0
+    return m
+
+
 def find_key(const int64_t[::1] keys, int64_t key):
     """Position of the first `key` among keys, -1 where there is none: int."""
     cdef int64_t i, found = -1

@@ -103,6 +103,13 @@ cdef void _sort(Entry *at, int64_t low, int64_t high) noexcept nogil:
             high = j
 
 
+cdef inline bint _all_above(const double *worth, double limit) noexcept nogil:
+    cdef int i, n = 0
+    for i in range(8):
+        n += worth[i] > limit
+    return n == 8
+
+
 cdef class Lines:
     """Views of a cache's arrays, to choose among its lines.
 
@@ -155,7 +162,7 @@ cdef class Lines:
         return self._least(worth, first, last, n)
 
     cdef _least(self, const double[::1] worth, int64_t first, int64_t last, int64_t n):
-        cdef int64_t m, line, stride = max(1, (last - first) // SAMPLE), rank
+        cdef int64_t m, line, end, stride = max(1, (last - first) // SAMPLE), rank
         cdef bint known = worth is None
         cdef double w, limit = INFINITY
         cdef Entry *at = <Entry *>malloc(max(last - first, 1) * sizeof(Entry))
@@ -181,12 +188,17 @@ cdef class Lines:
                             for line in range(1, rank):
                                 limit = max(limit, at[line].worth)
                 while True:
-                    m = 0
-                    for line in range(first, last):
-                        w = -<double>self.next_use[line] if known else worth[line]
-                        if not w > limit and self.offered(line, known):
-                            at[m] = Entry(w, line)
-                            m += 1
+                    m, line = 0, first
+                    while line < last:
+                        end = min(line + 8, last)
+                        if not known and end - line == 8 and _all_above(&worth[line], limit):
+                            line = end  # as most are
+                        while line < end:
+                            w = -<double>self.next_use[line] if known else worth[line]
+                            if not w > limit and self.offered(line, known):
+                                at[m] = Entry(w, line)
+                                m += 1
+                            line += 1
                     if m >= n or limit == INFINITY:
                         break
                     limit = INFINITY
@@ -401,12 +413,11 @@ cdef class Tuner:
     cdef uint32_t[::1] tags
     cdef int64_t[::1] above
     cdef uint64_t below, n_blocks
-    cdef int64_t n_lines, n_small, n_kept, clock, best
-    cdef double share_away
+    cdef int64_t n_lines, n_small, n_kept, n_passed, clock, best
 
     def __cinit__(self, int64_t n_lines, const double[::1] half_lives, int64_t start):
         self.half_lives, self.best = half_lives, start
-        self.n_lines, self.n_small, self.share_away = n_lines, min(n_lines, SMALL), 0
+        self.n_lines, self.n_small = n_lines, min(n_lines, SMALL)
         self.below = <uint64_t>(4294967296.0 * self.n_small / n_lines)
         self.n_blocks = (self.n_small * REMEMBERED + 15) // 16
         self.tags = np.zeros(self.n_blocks * 16, np.uint32)
@@ -420,22 +431,20 @@ cdef class Tuner:
         """Memory held, in bytes: int."""
         return self.tags.shape[0] * (sizeof(uint32_t) + self.worth.shape[1] * sizeof(double))
 
-    def access(self, const int64_t[::1] keys, const int64_t[::1] lines):
-        """Try what a batch asks for, which is in these lines or away (-1); the best half-life by now: float."""
-        cdef int64_t i, k, n_away = 0
+    def access(self, const int64_t[::1] keys, int64_t n_used):
+        """Try what a batch asks for, as `n_used` lines hold a key; the best half-life by now: float."""
+        cdef int64_t i, k
         cdef uint64_t mix
+        self.n_kept = max(1, self.n_small * n_used // self.n_lines)
         with nogil:
             for i in range(keys.shape[0]):
-                n_away += lines[i] < 0
-            # What a batch brings takes lines from what is kept.
-            self.share_away += (min(n_away / <double>self.n_lines, 0.9) - self.share_away) / 16
-            self.n_kept = <int64_t>(self.n_small * (1 - self.share_away) + 0.5)
-            for k in range(self.step.shape[0]):
-                self.now[k] += keys.shape[0] * self.step[k]
-            for i in range(keys.shape[0]):
+                self.n_passed += 1
                 mix = _mix(keys[i])
                 if <uint32_t>mix >= self.below:
                     continue
+                for k in range(self.step.shape[0]):  # one after the other, so that no two are worth the same
+                    self.now[k] += self.n_passed * self.step[k]
+                self.n_passed = 0
                 self.use(mix)
                 if self.clock % (EPOCH * self.n_small) == 0:
                     self.choose()

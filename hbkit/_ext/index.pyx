@@ -62,8 +62,6 @@ cdef class Index:
     and the GIL is released meanwhile. Slots do not depend on the instruction set.
     """
 
-    cdef hb_index index
-
     def __cinit__(self, int64_t capacity=0):
         memset(&self.index, 0, sizeof(hb_index))
         self.index.countdown = countdown()

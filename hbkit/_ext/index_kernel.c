@@ -48,7 +48,8 @@ enum {
     FIRST_SHIFT = 2, /* the same of an empty index */
     MOST_PARTS = 7,  /* of a shard that may split instead */
     REGION = 32,     /* parts allocated at once at the most: one huge page */
-    GROUP = 256,     /* keys whose buckets are prefetched before any is read */
+    GROUP = 2048,    /* keys looked for before those that went past their home are looked for further on */
+    AHEAD = 64,      /* buckets fetched before the first is read */
 };
 #define MAX_SLOTS 0xFFFFFFFEu
 #define HUGE ((size_t)2 << 20)
@@ -78,7 +79,7 @@ static void let_go(hb_index *t, void *p, size_t nbytes) {
 static inline size_t part_nbytes(const hb_index *t) { return sizeof(hb_bucket) << t->shift; }
 
 static int add_region(hb_index *t) {
-    int64_t n = t->n_parts / 8 < 1 ? 1 : t->n_parts / 8 > REGION ? REGION : t->n_parts / 8;
+    int64_t n = t->shift == SHIFT && t->n_parts >= REGION ? REGION : t->n_parts / 8 < 1 ? 1 : t->n_parts / 8;
     size_t nbytes = (size_t)n * part_nbytes(t);
     if (t->n_parts + n > t->room_idle) {
         int64_t room = t->room_idle ? 2 * t->room_idle + n : 8;
@@ -130,7 +131,7 @@ static inline uint32_t prefix_of(uint64_t mix, uint32_t depth) { return (uint32_
 static inline uint64_t places(const hb_index *t, uint32_t k) { return ((uint64_t)HB_WAYS * k) << t->shift; }
 
 static uint32_t limit_of(const hb_index *t, uint32_t k, uint32_t prefix) {
-    uint64_t limit = places(t, k) * (26 + (prefix & 3)) / 32; /* 0.81 to 0.91 */
+    uint64_t limit = places(t, k) * (52 * 64 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, for neighbours far apart */
     return limit < UINT32_MAX ? (uint32_t)limit : UINT32_MAX;
 }
 
@@ -424,29 +425,46 @@ static int64_t take_free(hb_index *t) {
 
 /* ---- batches ---- */
 
-/* The slots of at most GROUP keys. Buckets are fetched into the second-level cache: the first has too few places for
- * lines on their way. Keys that went past their home wait until the next bucket has been fetched for all of them. No
- * branch depends on whether a key is found or where. `more`: the state from which on a search goes to the next bucket,
- * PASSED, or FULL to reach, for an absent key, the one where it will go. `end`: where each search ended. */
+/* Where the search for a key begins: its bucket, fetched into the second-level cache, as the first has too few places
+ * for lines on their way. */
+static inline hb_bucket *aim(const hb_index *t, uint64_t mix) {
+    const hb_shard *s = shard_of(t, mix);
+    hb_bucket *b = bucket_at(t, s, home_of(t, s, mix));
+    __builtin_prefetch(b, 0, 2);
+    return b;
+}
+
+static inline int64_t slot_in(const hb_bucket *b, int64_t key) {
+    uint32_t found = match(b, (uint64_t)key);
+    return (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
+}
+
+static inline void fetch_row(const hb_slabs *rows, int64_t slot) {
+    if (!rows || slot < 0) return;
+    for (int64_t i = 0; i < rows->row_stride && i < rows->dim * 4; i += 64)
+        __builtin_prefetch((const char *)hb_row(rows, slot) + i, 0, 2);
+}
+
+/* The slots of at most GROUP keys, and where each search ended. Keys that went past their home wait until the next
+ * bucket has been fetched for all of them. No branch depends on whether a key is found or where. `more`: the state from
+ * which on a search goes to the next bucket, PASSED, or FULL to reach, for an absent key, the one where it will go. */
 enum { FULL = HB_WAYS, PASSED = 8 };
 static inline void find_group(const hb_index *t, const int64_t *keys, int m, uint32_t more, int64_t *restrict slots,
-                              hb_bucket **end) {
+                              hb_bucket **restrict end, const hb_slabs *rows) {
     uint64_t h[GROUP];
     int32_t again[GROUP];
     uint32_t pos[GROUP];
     int n = 0, left;
     for (int j = 0; j < m; j++) h[j] = hb_mix64((uint64_t)keys[j]);
+    for (int j = 0; j < m && j < AHEAD; j++) end[j] = aim(t, h[j]);
     for (int j = 0; j < m; j++) {
-        const hb_shard *s = shard_of(t, h[j]);
-        end[j] = bucket_at(t, s, home_of(t, s, h[j]));
-        __builtin_prefetch(end[j], 0, 2);
-    }
-    for (int j = 0; j < m; j++) {
-        uint32_t found = match(end[j], (uint64_t)keys[j]);
-        int64_t slot = end[j]->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))];
-        slots[j] = found ? slot : -1;
+        if (j + AHEAD < m) end[j + AHEAD] = aim(t, h[j + AHEAD]);
+        const hb_bucket *b = end[j];
+        uint32_t found = match(b, (uint64_t)keys[j]);
+        slots[j] = (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
+        fetch_row(rows, slots[j]);
         again[n] = j;
-        n += !found & (end[j]->state >= more);
+        n += !found & (b->state >= more);
     }
     for (int i = 0; i < n; i++) pos[i] = home_of(t, shard_of(t, h[again[i]]), h[again[i]]);
     for (; n; n = left) {
@@ -460,11 +478,10 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         left = 0;
         for (int i = 0; i < n; i++) {
             int j = again[i];
-            uint32_t found = match(end[j], (uint64_t)keys[j]);
-            int64_t slot = end[j]->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))];
-            slots[j] = found ? slot : -1;
+            slots[j] = slot_in(end[j], keys[j]);
+            fetch_row(rows, slots[j]);
             again[left] = j, pos[left] = pos[i];
-            left += !found & (end[j]->state >= more);
+            left += (slots[j] < 0) & (end[j]->state >= more);
         }
     }
 }
@@ -472,7 +489,14 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
 static void find_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots) {
     hb_bucket *end[GROUP];
     for (int64_t g = 0; g < n; g += GROUP)
-        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end);
+        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, NULL);
+}
+
+static void find_rows_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots,
+                          const hb_slabs *rows) {
+    hb_bucket *end[GROUP];
+    for (int64_t g = 0; g < n; g += GROUP)
+        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, rows);
 }
 
 /* The bucket that holds key, from bucket *at on, and the place in it; or NULL. */
@@ -533,12 +557,14 @@ static void take_back_all(hb_index *t, const int64_t *keys, int64_t n, const uin
 }
 
 static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
+    enum { LOT = 256 }; /* their buckets stay in the first-level cache until keys are put there */
     int64_t next_slot = t->next_slot, done = 0;
-    hb_bucket *end[GROUP];
+    hb_bucket *end[LOT];
     memset(is_new, 0, (size_t)n);
-    for (int64_t g = 0; g < n; g += GROUP) {
-        int m = n - g < GROUP ? (int)(n - g) : GROUP, absent[GROUP], n_absent = 0, moved = 0;
-        find_group(t, keys + g, m, FULL, slots + g, end);
+    for (int64_t g = 0; g < n; g += LOT) {
+        int m = n - g < LOT ? (int)(n - g) : LOT, absent[LOT], n_absent = 0;
+        uint64_t moved = 0; /* a bit for the keys, by the top of their mix, whose shard has grown meanwhile */
+        find_group(t, keys + g, m, FULL, slots + g, end, NULL);
         for (int j = 0; j < m; j++) {
             absent[n_absent] = j;
             n_absent += slots[g + j] < 0;
@@ -549,7 +575,7 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
             hb_shard *s = shard_of(t, mix);
             hb_bucket *b = end[absent[a]];
             /* It was absent when the group began, and b had room. If b has room still, the key is in b or nowhere. */
-            if (RARELY(moved || used(b) == HB_WAYS || match(b, key))) {
+            if (RARELY(moved >> (mix >> 58) & 1 || used(b) == HB_WAYS || match(b, key))) {
                 uint32_t at = home_of(t, s, mix), i;
                 if ((b = look(t, s, key, &at, &i))) {
                     slots[done] = b->slots[i];
@@ -558,9 +584,9 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
             }
             if (t->n_free == 0 && t->next_slot == MAX_SLOTS) goto failed;
             if (RARELY(s->n >= limit_of(t, s->k, prefix_of(mix, s->depth)))) {
+                moved |= s->depth < 6 || t->shift < SHIFT ? ~(uint64_t)0 : (uint64_t)1 << (mix >> 58);
                 if (grow(t, mix)) goto failed;
                 s = shard_of(t, mix);
-                moved = 1;
             }
             slots[done] = t->n_free ? take_free(t) : t->next_slot++;
             place(t, s, mix, key, (uint32_t)slots[done]);
@@ -580,7 +606,7 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
     for (int64_t i = 0; i < n; i++)
         if (slots[i] >= 0 && page_for(t, slots[i])) return -1;
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = i; i % GROUP == 0 && j < i + GROUP && j < n; j++) {
+        for (int64_t j = i; i % AHEAD == 0 && j < i + AHEAD && j < n; j++) {
             uint64_t mix = hb_mix64((uint64_t)keys[j]);
             const hb_shard *s = shard_of(t, mix);
             __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 0, 2);
@@ -600,7 +626,7 @@ static int erase_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots
 static int put_all(hb_index *t, const int64_t *keys, int64_t n, const int64_t *slots, int64_t *before) {
     int64_t done = 0;
     for (; done < n; done++) {
-        for (int64_t j = done; done % GROUP == 0 && j < done + GROUP && j < n; j++) {
+        for (int64_t j = done; done % AHEAD == 0 && j < done + AHEAD && j < n; j++) {
             uint64_t mix = hb_mix64((uint64_t)keys[j]);
             const hb_shard *s = shard_of(t, mix);
             __builtin_prefetch(bucket_at(t, s, home_of(t, s, mix)), 1, 2);
@@ -769,6 +795,12 @@ static void find(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slo
     pthread_rwlock_unlock(t->lock);
 }
 
+static void find_rows(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, const hb_slabs *rows) {
+    pthread_rwlock_rdlock(t->lock);
+    find_rows_all(t, keys, n, slots, rows);
+    pthread_rwlock_unlock(t->lock);
+}
+
 static int insert(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
     pthread_rwlock_wrlock(t->lock);
     int rc = insert_all(t, keys, n, slots, is_new);
@@ -839,4 +871,5 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, insert, erase, take_back, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};
+    create, destroy, find, find_rows, insert, erase, take_back, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA),
+    put, drop};

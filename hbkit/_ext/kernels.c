@@ -34,16 +34,13 @@ typedef float quad __attribute__((vector_size(16), may_alias));
 
 /* ---- memory: slots are random, so every pass asks for its lines ahead of their use ---- */
 
-INLINE void fetch(const void *p, int64_t nbytes, int write) {
-    for (int64_t i = 0; i < nbytes; i += 64)
-        if (write)
-            __builtin_prefetch((const char *)p + i, 1);
-        else
-            __builtin_prefetch((const char *)p + i);
+/* Into the second-level cache, for reading or writing: the first has too few places for lines on their way. */
+INLINE void fetch(const void *p, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
-/* How many rows ahead: sixteen, or what about 4 KiB hold. */
-INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 128 ? 32 : row_nbytes <= 256 ? 16 : row_nbytes <= 1024 ? 8 : 2; }
+/* How many rows ahead: 32, or what about 32 KiB hold. */
+INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 1024 ? 32 : row_nbytes <= 16384 ? 32768 / row_nbytes : 2; }
 
 INLINE int64_t item_nbytes(const hb_slabs *s) { return s->dtype == HB_FLOAT32 ? 4 : 2; }
 
@@ -124,14 +121,26 @@ static void narrow_row(int dtype, const float *from, const uint16_t *noise, int6
 
 INLINE int64_t slot_at(const int64_t *slots, const int64_t *index, int64_t i) { return slots[index ? index[i] : i]; }
 
+/* A row on its way into the cache, NULL where there is none. */
+INLINE const float *coming(const hb_slabs *s, int64_t slot, int64_t nbytes) {
+    if (slot < 0) return NULL;
+    const float *row = hb_row(s, slot);
+    fetch(row, nbytes);
+    return row;
+}
+
+enum { COMING = 32 }; /* at the most; a power of two */
+
 INLINE void gather_as(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
                       float *restrict out) {
-    int64_t d = ahead(width * 4);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
-        if (later >= 0) fetch(hb_row(s, later), width * 4, 0);
-        if (slot >= 0)
-            memcpy(out + i * width, hb_row(s, slot), (size_t)width * sizeof(float));
+    const float *rows[COMING];
+    int64_t d = ahead(width * 4), i = 0;
+    for (; i < d && i < n; i++) rows[i & (COMING - 1)] = coming(s, slot_at(slots, index, i), width * 4);
+    for (i = 0; i < n; i++) {
+        const float *row = rows[i & (COMING - 1)];
+        if (i + d < n) rows[(i + d) & (COMING - 1)] = coming(s, slot_at(slots, index, i + d), width * 4);
+        if (row)
+            memcpy(out + i * width, row, (size_t)width * sizeof(float));
         else
             memset(out + i * width, 0, (size_t)width * sizeof(float));
     }
@@ -148,8 +157,8 @@ static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index
         float *to = out + i * width;
         int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
         if (later >= 0) {
-            fetch(hb_row(s, later), columns * item_nbytes(s), 0);
-            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4, 0);
+            fetch(hb_row(s, later), columns * item_nbytes(s));
+            if (width > columns) fetch(hb_state(s, later), (width - columns) * 4);
         }
         if (slot < 0) {
             memset(to, 0, (size_t)width * sizeof(float));
@@ -170,8 +179,8 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
     for (int64_t i = 0; i < n; i++) {
         const float *from = lines + i * stride;
         if (i + 8 < n) {
-            fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s), 1);
-            fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4, 1);
+            fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s));
+            fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4);
         }
         if (s->dtype == HB_FLOAT32)
             memcpy((float *)hb_row(s, slots[i]) + column, from, (size_t)columns * sizeof(float));
@@ -184,7 +193,7 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
 INLINE void expand_as(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {
     int64_t d = ahead(dim * 4);
     for (int64_t i = 0; i < n; i++) {
-        if (i + d < n) fetch(rows + index[i + d] * dim, dim * 4, 0);
+        if (i + d < n) fetch(rows + index[i + d] * dim, dim * 4);
         memcpy(out + i * dim, rows + index[i] * dim, (size_t)dim * sizeof(float));
     }
 }
@@ -196,23 +205,29 @@ static void expand(const float *rows, const int64_t *index, int64_t n, int64_t d
 
 /* ---- sums ---- */
 
-/* Row p of what is pooled: of rows by inverse, or of slots by inverse. */
-INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, int64_t at, int64_t dim) {
+/* Row of value p of what is pooled, on its way: of rows by inverse, or of slots by inverse, or of slots. */
+INLINE const float *pooled_row(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
+                               int64_t p, int64_t dim) {
     static const float absent[128];
-    if (rows) return rows + at * dim;
-    return slots[at] >= 0 ? (const float *)hb_row(s, slots[at]) : absent;
+    int64_t at = inverse ? inverse[p] : p;
+    const float *row = rows ? rows + at * dim : coming(s, slots[at], dim * 4);
+    if (rows) fetch(row, dim * 4);
+    return row ? row : absent;
 }
 
 INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots, const int64_t *inverse,
                       const int64_t *splits, const float *weight, const float *row_scale, int64_t n_out, int64_t dim,
                       float *restrict out) {
-    int64_t end = splits[n_out], d = ahead(dim * 4);
+    const float *at[COMING];
+    int64_t begin = splits[0], end = splits[n_out], d = ahead(dim * 4);
+    for (int64_t p = begin; p < begin + d && p < end; p++)
+        at[p & (COMING - 1)] = pooled_row(rows, s, slots, inverse, p, dim);
     for (int64_t b = 0; b < n_out; b++) {
         vec sum[128 / LANES];
         for (int64_t k = 0; k < dim / LANES; k++) sum[k] = (vec){0};
         for (int64_t p = splits[b]; p < splits[b + 1]; p++) {
-            if (p + d < end) fetch(pooled_row(rows, s, slots, inverse[p + d], dim), dim * 4, 0);
-            const vec *row = (const vec *)pooled_row(rows, s, slots, inverse[p], dim);
+            const vec *row = (const vec *)at[p & (COMING - 1)];
+            if (p + d < end) at[(p + d) & (COMING - 1)] = pooled_row(rows, s, slots, inverse, p + d, dim);
             if (weight)
                 for (int64_t k = 0; k < dim / LANES; k++) sum[k] += weight[p] * row[k];
             else
@@ -227,8 +242,8 @@ INLINE void pool_wide(const float *rows, const hb_slabs *s, const int64_t *slots
 
 #define POOL_WIDE(dim) pool_wide(rows, s, slots, inverse, splits, weight, row_scale, n_out, dim, out)
 
-static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
-                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+INLINE int pool_slots_by(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                         const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
     const float *const rows = NULL;
     if (s->dtype != HB_FLOAT32) return -1;
     switch (s->dim) {
@@ -238,6 +253,12 @@ static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *in
     case 128: POOL_WIDE(128); return 0;
     }
     return -1;
+}
+
+static int pool_slots(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
+                      const float *weight, const float *row_scale, int64_t n_out, float *restrict out) {
+    if (inverse) return pool_slots_by(s, slots, inverse, splits, weight, row_scale, n_out, out);
+    return pool_slots_by(s, slots, NULL, splits, weight, row_scale, n_out, out);
 }
 
 static void pool(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
@@ -271,7 +292,7 @@ INLINE const float *term(const hb_gradients *g, int64_t p, int64_t dim) {
 
 /* Asks for the gradient of the position that comes `d` later in the order, whatever its segment. */
 INLINE void fetch_term(const hb_gradients *g, int64_t i, int64_t d, int64_t end, int64_t dim) {
-    if (i + d < end) fetch(term(g, g->order[i + d], dim), dim * 4, 0);
+    if (i + d < end) fetch(term(g, g->order[i + d], dim), dim * 4);
 }
 
 enum { TILE = 256 }; /* columns of a block sum held on the stack */
@@ -515,8 +536,8 @@ static void step_any(int64_t rule, float *row, float *state, const float *g, int
 INLINE void fetch_line(const hb_slabs *s, const hb_update *u, int64_t i, int64_t d, int64_t row_nbytes,
                        int64_t state_nbytes) {
     if (i + d < u->g.n_segments && u->slots[i + d] >= 0) {
-        fetch(hb_row(s, u->slots[i + d]), row_nbytes, 1);
-        fetch(hb_state(s, u->slots[i + d]), state_nbytes, 1);
+        fetch(hb_row(s, u->slots[i + d]), row_nbytes);
+        fetch(hb_state(s, u->slots[i + d]), state_nbytes);
     }
 }
 
@@ -539,12 +560,15 @@ INLINE void run(const hb_slabs *s, const hb_update *u, int64_t rule, int64_t dim
 
 /* run() of row-wise Adagrad: its roots and quotients, one a row, are taken for several rows at once. */
 INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
-    int64_t d = ahead(dim * 4), n = u->g.n_segments;
+    int64_t d = dim <= 32 ? 2 * HB_TOGETHER : HB_TOGETHER, n = u->g.n_segments;
     const float lr = u->parts[0].hyper[0], eps = u->parts[0].hyper[1], *g[HB_TOGETHER];
     float *sums = u->scratch, step[HB_TOGETHER], none = 0, *total[HB_TOGETHER];
     for (int64_t first = 0; first < n; first += HB_TOGETHER) {
         int64_t some = n - first < HB_TOGETHER ? n - first : HB_TOGETHER;
-        for (int64_t k = 0; k < some; k++) g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        for (int64_t k = 0; k < some; k++) {
+            fetch_line(s, u, first + k, d, dim * 4, 4);
+            g[k] = gradient(&u->g, first + k, dim, sums + k * dim);
+        }
         for (int64_t k = 0; k < some; k++) {
             int64_t slot = u->slots[first + k];
             total[k] = slot >= 0 ? hb_state(s, slot) : &none;
@@ -555,11 +579,11 @@ INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
         for (int64_t k = 0; k < HB_TOGETHER; k++) step[k] = lr / (sqrtf(step[k]) + eps);
         for (int64_t k = 0; k < some; k++) {
             int64_t slot = u->slots[first + k];
-            fetch_line(s, u, first + k, d > HB_TOGETHER ? d : HB_TOGETHER, 0, 4);
-            fetch_line(s, u, first + k, d, dim * 4, 0);
             if (slot < 0) continue;
             float *restrict row = hb_row(s, slot);
-            for (int64_t j = 0; j < dim; j++) row[j] -= step[k] * g[k][j];
+            int64_t whole = dim / LANES * LANES;
+            for (int64_t j = 0; j < whole; j += LANES) *(vec *)(row + j) -= step[k] * *(const vec *)(g[k] + j);
+            for (int64_t j = whole; j < dim; j++) row[j] -= step[k] * g[k][j];
         }
     }
 }
@@ -570,12 +594,7 @@ INLINE void run_rowwise(const hb_slabs *s, const hb_update *u, int64_t dim) {
     }
 #define CALL_HB_SGD(dim) run(s, u, HB_SGD, dim); break
 #define CALL_HB_ADAGRAD(dim) run(s, u, HB_ADAGRAD, dim); break
-#define CALL_HB_ROWWISE_ADAGRAD(dim)        \
-    if (dim <= 64)                          \
-        run_rowwise(s, u, dim);             \
-    else                                    \
-        run(s, u, HB_ROWWISE_ADAGRAD, dim); \
-    break
+#define CALL_HB_ROWWISE_ADAGRAD(dim) run_rowwise(s, u, dim); break
 #define CALL_HB_ADAM(dim) run(s, u, HB_ADAM, dim); break
 RUN(run_sgd, HB_SGD)
 RUN(run_adagrad, HB_ADAGRAD)

@@ -19,7 +19,7 @@ enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
 
 /* Lines [row | state] in chunks that never move. A row's `dim` columns have the type `dtype`, state is float32. Strides
  * and places are in bytes: state lies beside its row, or all of a chunk's states behind its rows (see slabs.pyx). */
-typedef struct {
+typedef struct hb_slabs {
     char **chunks;
     int64_t dim, n_state;
     int64_t row_stride, state_stride, state_at;
@@ -105,7 +105,7 @@ typedef struct {
     void (*pool)(const float *rows, const int64_t *inverse, const int64_t *splits, const float *weight,
                  const float *row_scale, int64_t n_out, int64_t dim, float *out);
     /* pool of the rows of slots, read where they are (zeros where slots[i] < 0); -1 where rows are not float32 or dim is
-     * none that is common. */
+     * none that is common. Where inverse is NULL, value p is of slots[p]. */
     int (*pool_slots)(const hb_slabs *s, const int64_t *slots, const int64_t *inverse, const int64_t *splits,
                       const float *weight, const float *row_scale, int64_t n_out, float *out);
     void (*segment_sum)(const hb_gradients *g, float *out);

@@ -7,9 +7,11 @@ line is one array of floats. In memory rows may be narrower (float16, bfloat16),
     more                                row state row state row state ...      an update touches one place
 
 Chunks of 2 MiB and more ask for huge pages: slots are random, and a miss of the TLB costs as much as one of the cache.
+But for the first few they are cut from regions of sixteen, so that the ends of chunks lie in huge pages too; what is
+not handed out yet of a region is address space, not memory.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
@@ -20,6 +22,7 @@ from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_ente
 from hbkit._ext.random import KINDS
 from hbkit._ext.segment import pool, retained
 
+from hbkit._ext.index cimport Index
 from hbkit._ext.pool cimport allocate, fails
 from hbkit._ext.segment cimport Gradients, in_range, splits_fit
 from hbkit.errors import InvalidArgument
@@ -35,8 +38,13 @@ cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
 
 cdef size_t HUGE = 2 << 20
+cdef uintptr_t PAGE = 4096
+cdef int MADV_DONTNEED = 4
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 cdef int64_t TILE = 64       # lines that are drawn at once
+cdef int64_t NEAR = 1 << 17  # bytes of rows found before they are read: they wait in the second-level cache
+cdef int64_t REGION = 16     # chunks of a region, once there are FEW
+cdef int64_t FEW = 4
 cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
 ROW_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BAD = ("apply", "raise", "skip")
@@ -76,7 +84,8 @@ cdef class Slabs:
     cdef hb_slabs s
     cdef readonly int64_t width
     cdef bint divided, apart
-    cdef int64_t n_chunks
+    cdef int64_t n_chunks, n_regions, n_last, left  # chunks; regions; chunks of the last one, and those left of it
+    cdef void **regions
     cdef readonly str row_dtype
 
     def __cinit__(self, int64_t width, int64_t chunk_nbytes=1 << 22, dim=None, str row_dtype="float32"):
@@ -106,8 +115,9 @@ cdef class Slabs:
 
     def __dealloc__(self):
         cdef int64_t i
-        for i in range(self.n_chunks):
-            free(self.s.chunks[i])
+        for i in range(self.n_regions):
+            free(self.regions[i])
+        free(self.regions)
         free(self.s.chunks)
 
     @property
@@ -128,35 +138,74 @@ cdef class Slabs:
     def reserve(self, int64_t n_lines):
         """Make room for slots 0..n_lines-1. MemoryError leaves the lines as they were."""
         cdef char **grown
-        cdef void *chunk
         cdef size_t nbytes = self.line_nbytes << self.s.shift
         cdef int64_t had = self.capacity
-        while self.capacity < n_lines:
-            grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
-            self.s.chunks = self.s.chunks if grown == NULL else grown
-            if grown == NULL or fails() or posix_memalign(&chunk, HUGE if nbytes >= HUGE else 64, nbytes) != 0:
-                self.trim(had)
-                raise MemoryError(f"no memory for {n_lines} lines of {self.line_nbytes} bytes")
-            if nbytes >= HUGE:
-                madvise(chunk, nbytes, MADV_HUGEPAGE)
-            self.s.chunks[self.n_chunks] = <char *>chunk
-            self.n_chunks += 1
+        try:
+            while self.capacity < n_lines:
+                if self.left == 0:
+                    self._add_region(nbytes, self._region_of(self.n_chunks))
+                grown = NULL if fails() else <char **>realloc(self.s.chunks, (self.n_chunks + 1) * sizeof(char *))
+                if grown == NULL:
+                    raise MemoryError(f"no memory for {n_lines} lines")
+                self.s.chunks = grown
+                grown[self.n_chunks] = <char *>self.regions[self.n_regions - 1] + (self.n_last - self.left) * nbytes
+                self.n_chunks += 1
+                self.left -= 1
+        except MemoryError:
+            self.trim(had)
+            raise
+
+    cdef int64_t _region_of(self, int64_t chunk) noexcept:
+        """Chunks of the region that a chunk lies in."""
+        return REGION if <size_t>self.line_nbytes << self.s.shift >= HUGE and chunk >= FEW else 1
+
+    cdef int _add_region(self, size_t nbytes, int64_t n) except -1:
+        cdef void **grown = NULL if fails() else <void **>realloc(self.regions, (self.n_regions + 1) * sizeof(void *))
+        cdef void *region
+        if grown == NULL:
+            raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
+        self.regions = grown
+        if fails() or posix_memalign(&region, HUGE if nbytes >= HUGE else 64, n * nbytes) != 0:
+            raise MemoryError(f"no memory for {n} chunks of {nbytes} bytes")
+        if nbytes >= HUGE:
+            madvise(region, n * nbytes, MADV_HUGEPAGE)
+        self.regions[self.n_regions] = region
+        self.n_regions += 1
+        self.left = self.n_last = n
+        return 0
+
+    cdef int _outside(self, const int64_t *slots, int64_t n, int64_t least) noexcept nogil:
+        cdef int64_t i
+        cdef uint64_t most = 0  # no branch a slot; what is below `least` is large
+        for i in range(n):
+            most = most if most > <uint64_t>(slots[i] - least) else <uint64_t>(slots[i] - least)
+        return n and most >= <uint64_t>((self.n_chunks << self.s.shift) - least)
 
     def trim(self, int64_t n_lines):
-        """Let go of the chunks that only hold slots from n_lines on."""
-        while self.n_chunks and (self.n_chunks - 1) << self.s.shift >= n_lines:
+        """Let go of the chunks that only hold slots from n_lines on, and of the regions that have no others."""
+        cdef size_t nbytes = self.line_nbytes << self.s.shift
+        cdef uintptr_t begin, end
+        while True:
+            if self.n_regions and self.left == self.n_last:
+                self.n_regions -= 1
+                free(self.regions[self.n_regions])
+                self.left, self.n_last = 0, self._region_of(self.n_chunks - 1)
+            if self.n_chunks == 0 or (self.n_chunks - 1) << self.s.shift < n_lines:
+                break
             self.n_chunks -= 1
-            free(self.s.chunks[self.n_chunks])
+            self.left += 1
+            if nbytes >= HUGE:  # its pages go at once, its region perhaps later
+                begin = (<uintptr_t>self.s.chunks[self.n_chunks] + PAGE - 1) // PAGE * PAGE
+                end = (<uintptr_t>self.s.chunks[self.n_chunks] + nbytes) // PAGE * PAGE
+                madvise(<void *>begin, end - begin, MADV_DONTNEED)
 
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1:
-        cdef int64_t i, end = self.n_chunks << self.s.shift
-        cdef uint64_t most = 0  # no branch a slot; what is below `least` is large
-        with nogil:
-            for i in range(slots.shape[0]):
-                most = most if most > <uint64_t>(slots[i] - least) else <uint64_t>(slots[i] - least)
-        if slots.shape[0] and most >= <uint64_t>(end - least):
-            raise InvalidArgument(f"slot {<int64_t>most + least} is outside the {end} lines",
-                                  remedy="reserve lines first")
+        cdef int bad = 0
+        if slots.shape[0]:
+            with nogil:
+                bad = self._outside(&slots[0], slots.shape[0], least)
+        if bad:
+            raise InvalidArgument(f"a slot is outside the {self.capacity} lines", remedy="reserve lines first")
         return 0
 
     def gather(self, const int64_t[::1] slots, float[:, ::1] out, const int64_t[::1] index=None):
@@ -206,6 +255,73 @@ cdef class Slabs:
             rows = retained((slots.shape[0], self.s.dim))
             self.gather(slots, rows)
             pool(rows, inverse, splits, out, weight, row_scale)
+
+    cdef int64_t _near(self) noexcept:
+        return max(NEAR // self.s.row_stride, 64)
+
+    def lookup(self, Index index, const int64_t[::1] keys, float[:, ::1] out):
+        """``out[i]`` = the row of ``keys[i]`` by `index`, zeros where it has none: `gather` of what is found.
+
+        Keys may repeat. Nothing is deduplicated: while rows of some keys are copied, those of the next are on their way.
+        """
+        cdef hb_fp_state fp
+        cdef int64_t n = keys.shape[0], i = 0, some, lot = self._near()
+        cdef const int64_t[::1] part
+        if out.shape[0] != n or out.shape[1] != self.s.dim:
+            raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} keys",
+                                  remedy=f"give one row a key, {self.s.dim} wide")
+        if n == 0:
+            return
+        cdef int64_t[::1] slots = retained((n,), np.int64)
+        cdef int bad = 0
+        with nogil:
+            fp = hb_fp_enter()
+            while i < n and not bad:
+                some = lot if n - i > lot else n - i
+                kernels().index.find_rows(&index.index, &keys[i], some, &slots[i], &self.s)
+                bad = self._outside(&slots[i], some, -1)
+                if not bad:
+                    kernels().gather(&self.s, &slots[i], NULL, some, self.s.dim, &out[i, 0])
+                i += some
+            hb_fp_leave(fp)
+        if bad:
+            self._check(slots[:i], -1)  # raises
+
+    def lookup_pooled(self, Index index, const int64_t[::1] keys, const int64_t[::1] splits, float[:, ::1] out,
+                      const float[::1] weight=None, const float[::1] row_scale=None):
+        """`pool` of the rows of keys by `index`: ``out[b]`` sums those of ``keys[splits[b]:splits[b + 1]]``."""
+        cdef hb_fp_state fp
+        cdef int64_t n = keys.shape[0], n_out = splits.shape[0] - 1, i = 0, some, lot = self._near(), b = 0, last
+        cdef int bad = 0, done = -1
+        cdef int64_t[::1] slots = retained((n,), np.int64)
+        if not (splits_fit(splits, n) and out.shape[0] == n_out and out.shape[1] == self.s.dim and
+                (weight is None or weight.shape[0] == n) and (row_scale is None or row_scale.shape[0] == n_out)):
+            raise InvalidArgument(f"{n} values in {n_out} rows do not fit an out of {out.shape[0], out.shape[1]}",
+                                  remedy="this is a precondition of the segment sums")
+        if n and n_out:
+            with nogil:
+                fp = hb_fp_enter()
+                done = 0
+                while done == 0 and not bad and b < n_out:
+                    some = lot if n - i > lot else n - i
+                    if some:
+                        kernels().index.find_rows(&index.index, &keys[i], some, &slots[i], &self.s)
+                        bad = self._outside(&slots[i], some, -1)
+                    i += some
+                    last = b
+                    while last < n_out and splits[last + 1] <= i:
+                        last += 1
+                    if not bad and last > b:
+                        done = kernels().pool_slots(&self.s, &slots[0], NULL, &splits[b],
+                                                    &weight[0] if weight is not None else NULL,
+                                                    &row_scale[b] if row_scale is not None else NULL, last - b,
+                                                    &out[b, 0])
+                        b = last
+                hb_fp_leave(fp)
+        if bad:
+            self._check(slots[:i], -1)  # raises
+        if done != 0:
+            self.pool(index.find(keys), np.arange(n), splits, out, weight, row_scale)
 
     def scatter(self, const int64_t[::1] slots, const float[:, ::1] lines, int64_t column=0):
         """Write ``lines[i]`` into line ``slots[i]`` from float `column` on; slots must be >= 0."""

@@ -231,10 +231,10 @@ class Staged:
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]
-        inverse, dim = request.inverse[self._spans[feature]], request.table.dim
+        part, dim = self._spans[feature], request.table.dim
         if i.splits is None:
             out = _ext.retained((self.size, dim))
-            request.take(inverse, out[: self.n_rows])
+            request.take(part, out[: self.n_rows])
             if i.weight is not None:
                 out[: self.n_rows] *= i.weight[:, None]
             out[self.n_rows :] = 0
@@ -244,13 +244,13 @@ class Staged:
             values = _ext.retained((self.size, length, dim))
             values[:] = 0
             mask = np.zeros((self.size, length), np.bool_)
-            picked = _ext.retained((len(inverse), dim))
-            request.take(inverse, picked)
+            picked = _ext.retained((len(i.keys), dim))
+            request.take(part, picked)
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
             mask.reshape(-1)[at] = True
             return SequenceOutput(values, mask)
         out = _ext.retained((self.size, dim))
-        request.pool(inverse, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
+        request.pool(part, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
         out[self.n_rows :] = 0
         return out
 

@@ -20,8 +20,8 @@ from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
-from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Part, StoreSpec
-from hbkit.store.host import host_memory
+from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, StoreSpec
+from hbkit.store.host import HostStore, host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
 __all__ = ["Request", "Table"]
@@ -141,6 +141,7 @@ class Table:
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
         layout = Layout(name, self.dim, state, initialize, metadata, fill, dtype, stream(0, name))
         self.store = (store or host_memory()).open(layout)
+        self._reads_keys = isinstance(self.store, HostStore) and self._default is None and self._padding is None
         self.step = self.store.latest_step()
         if self.admission is not None and (kept := self.store.kept()):
             try:
@@ -196,9 +197,9 @@ class Table:
         """
         request = self.request(keys)
         try:
-            out: Float32s = retained((len(request.inverse), self.dim))
+            out: Float32s = retained((len(request), self.dim))
             request.create(train, self.step + 1)
-            request.take(request.inverse, out)
+            request.take(slice(None), out)
             return out
         finally:
             request.close()
@@ -245,11 +246,11 @@ class Table:
         g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
         try:
-            if g.shape != (len(request.inverse), self.dim):
+            if g.shape != (len(request), self.dim):
                 raise InvalidArgument(
-                    f"grads of shape {g.shape} for {len(request.inverse)} keys",
+                    f"grads of shape {g.shape} for {len(request)} keys",
                     table=self.name,
-                    remedy=f"give [{len(request.inverse)}, {self.dim}]",
+                    remedy=f"give [{len(request)}, {self.dim}]",
                 )
             request.update(g, None, None, self.step + 1)
             self.advance(self.step + 1)
@@ -359,11 +360,16 @@ def _whole_groups(chunks: Iterable[Chunk], bits: int) -> Iterator[Chunk]:
         yield held
 
 
+def _end_to_end(parts: Sequence[Any]) -> Int64s:
+    whole: Int64s = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return whole
+
+
 def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
     """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
     arrays = [part for part in parts if not isinstance(part, Dictionary)]
     if len(arrays) == len(parts):
-        whole: Any = dedupe(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
+        whole: Any = dedupe(_end_to_end(arrays))
         return tuple(whole)
     keys, counts, used = [], [], []
     for part in parts:
@@ -394,27 +400,50 @@ def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int
 class Request:
     """One table's part of a batch, between look-ahead and update.
 
-    Attributes
-    ----------
-    inverse : int64[n]
-        Row of `rows()` that each key reads.
+    Host memory finds every key sooner than it could dedupe them all. So what only reads there, and is not staged ahead,
+    goes from keys to rows; a lease is taken out when the batch turns out to need one.
     """
 
     def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary], ahead: bool = False) -> None:
         self.table = table
-        unique, self.inverse, counts = _distinct(parts or [_NONE])
-        padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
-        self._lease = table.store.reserve(unique, counts, padding, ahead)
+        self._parts: Sequence[Int64s | Dictionary] = parts or [_NONE]
+        self._keys: Int64s | None = None
+        self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
+        if table._reads_keys and not ahead and not any(isinstance(part, Dictionary) for part in self._parts):
+            self._keys = _end_to_end(self._parts)
+            self._parts = [self._keys]
+        else:
+            self._reserve(ahead)
+
+    def _reserve(self, ahead: bool = False) -> Lease:
+        table = self.table
+        unique, self._inverse, counts = _distinct(self._parts)
+        padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
+        self._lease = lease = table.store.reserve(unique, counts, padding, ahead)
+        self._keys = None
+        return lease
+
+    def __len__(self) -> int:
+        return len(self.inverse if self._keys is None else self._keys)
+
+    @property
+    def inverse(self) -> Int64s:
+        """Row of `rows()` that each key reads: int64[n]."""
+        if self._lease is None:
+            self._reserve()
+        return self._inverse
 
     def fetch(self) -> None:
         """Bring the rows near. May run ahead of the step, in another thread."""
-        self.table.store.fetch(self._use())
+        if self._lease is not None:
+            self.table.store.fetch(self._use())
 
     def wait(self, since: float | None = None) -> None:
         """Begin the step: return once the rows are near. `since` as in `hbkit.store.base.Store.wait`."""
-        self.table.store.wait(self._use(), since)
+        if self._lease is not None:
+            self.table.store.wait(self._use(), since)
 
     def create(self, train: bool, step: int) -> None:
         """In training, count the keys, admit and create rows; first of what the step does."""
@@ -426,7 +455,7 @@ class Request:
 
     def _make_room(self) -> tuple[Float32s, Float32s, npt.NDArray[np.bool_]]:
         """For rows of the distinct keys; what each reads where it has none; and for which have none."""
-        keys, table = self._lease.keys, self.table
+        keys, table = self._use().keys, self.table
         default = np.zeros((1, table.dim), np.float32) if table._default is None else table._default(keys)
         return retained((len(keys), table.dim)), default, np.empty((len(keys), 1), np.bool_)
 
@@ -441,21 +470,27 @@ class Request:
         np.copyto(out, default, where=absent)
         return out
 
-    def take(self, index: Int64s, out: Float32s) -> None:
-        """Rows of the distinct keys number `index`, into ``out[n, dim]``."""
-        if self.table._default is None:
-            self.table.store.gather(self._use(), out, index)
+    def take(self, part: slice, out: Float32s) -> None:
+        """Rows of a part of the keys, into ``out[n, dim]``."""
+        store = self.table.store
+        if self._keys is not None and self._open and isinstance(store, HostStore):
+            store.lookup(self._keys[part], out)
+        elif self.table._default is None:
+            store.gather(self._use(), out, self.inverse[part])
         else:
-            expand(self.rows(), index, out)
+            expand(self.rows(), self.inverse[part], out)
 
     def pool(
-        self, index: Int64s, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
+        self, part: slice, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
     ) -> None:
-        """Weighted sums of the rows of the distinct keys number `index`; see `hbkit._ext.segment.pool`."""
-        if self.table._default is None:
-            self.table.store.pool(self._use(), index, splits, out, weight, row_scale)
+        """Weighted sums of the rows of a part of the keys; see `hbkit._ext.segment.pool`."""
+        store = self.table.store
+        if self._keys is not None and self._open and isinstance(store, HostStore):
+            store.lookup_pooled(self._keys[part], splits, out, weight, row_scale)
+        elif self.table._default is None:
+            store.pool(self._use(), self.inverse[part], splits, out, weight, row_scale)
         else:
-            pool(self.rows(), index, splits, out, weight, row_scale)
+            pool(self.rows(), self.inverse[part], splits, out, weight, row_scale)
 
     def update(
         self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False
@@ -473,24 +508,25 @@ class Request:
         table.store.apply(lease, grads, table.optimizer, hyper, step, skip=table.nonfinite == "skip")
 
     def _refuse_nonfinite(self, sums: Float32s) -> None:
-        bad = ~_ext.finite_rows(sums)
-        if self._lease.padding >= 0:
-            bad[self._lease.padding] = False
+        bad, lease = ~_ext.finite_rows(sums), self._use()
+        if lease.padding >= 0:
+            bad[lease.padding] = False
         if bad.any():
             raise nonfinite_gradient(
-                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=self._lease.keys[bad][0]
+                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=lease.keys[bad][0]
             )
 
-    def _use(self) -> Any:
+    def _use(self) -> Lease:
         if not self._open:
             raise Closed("the batch was closed", table=self.table.name, remedy="stage it again")
-        return self._lease
+        return self._lease or self._reserve()
 
     def close(self) -> None:
         """Let go of the rows. Idempotent."""
         if self._open:
             self._open = False
-            self.table.store.release(self._lease)
+            if self._lease is not None:
+                self.table.store.release(self._lease)
 
 
 def all_finite(values: Float32s, scale: Float32s | None) -> bool:

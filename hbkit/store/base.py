@@ -142,6 +142,8 @@ class Lease:
         Position of the key that has no row and never gets one, -1 where there is none.
     version : (int, int)
         Erasures and creations that the store had seen when `slots` were right.
+    stamped : (int, (int, int))
+        The step that ``create`` stamped the slots with, and their version then.
     """
 
     keys: Int64s
@@ -149,6 +151,7 @@ class Lease:
     counts: Int64s
     padding: int = -1
     version: tuple[int, int] = (-1, -1)
+    stamped: tuple[int, tuple[int, int]] = (-1, (-1, -1))
 
     def refresh(self, index: Index, version: tuple[int, int]) -> None:
         """Bring `slots` up to date. What was found stays where it is until some key is erased."""

@@ -414,6 +414,11 @@ class Home:
         return int(self._places.nbytes) + self._log.nbytes - self._log.buffer_nbytes + self.buffers_nbytes
 
     @property
+    def buffer_nbytes(self) -> int:
+        """Bytes of the buffer for what is to be written."""
+        return self._log.buffer_nbytes
+
+    @property
     def buffers_nbytes(self) -> int:
         """Bytes of buffers: one for what is to be written, and what a read and compaction take."""
         return BUFFERS * self._log.buffer_nbytes

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent
+from hbkit._ext.batch import absent, n_absent
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients
@@ -81,6 +81,18 @@ class HostStore:
     def wait(self, lease: Lease, since: float | None = None) -> None:
         """Every row is near in this tier."""
 
+    def lookup(self, keys: Int64s, out: Float32s) -> None:
+        """Rows of keys, which may repeat, into ``out[n, dim]``; zeros where a key is absent."""
+        with self._lock.shared:
+            self._slabs.lookup(self._index, keys, out)
+
+    def lookup_pooled(
+        self, keys: Int64s, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
+    ) -> None:
+        """Weighted sums of the rows of ``keys[splits[b]:splits[b + 1]]`` into ``out[b]``, as `pool` gives them."""
+        with self._lock.shared:
+            self._slabs.lookup_pooled(self._index, keys, splits, out, weight, row_scale)
+
     @contextmanager
     def _inserted(self, keys: Int64s) -> Iterator[Int64s]:
         """Slots of keys, whose lines and metadata are written within. If that fails, the store is as it was."""
@@ -114,6 +126,7 @@ class HostStore:
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
             self._metadata.stamp(lease.slots, step, lease.counts)
+            lease.stamped = step, lease.version
         return n_new
 
     def _make(self, lease: Lease, missing: Int64s, admission: Filter | None) -> int:
@@ -163,7 +176,9 @@ class HostStore:
             self._n_skipped += self._slabs.apply(
                 rule.code, lease.slots, grads, hyper, lease.keys, self.layout.seed, step, bad
             )
-            ignored = self._metadata.stamp(lease.slots, step) - (lease.padding >= 0)
+            if lease.stamped != (step, lease.version):  # as `create` left it, else
+                self._metadata.stamp(lease.slots, step)
+            ignored = n_absent(lease.slots) - (lease.padding >= 0)
             self._n_ignored += ignored
             return ignored
 

@@ -30,7 +30,7 @@ from hbkit.store.base import Int64s
 __all__ = ["LFU", "LRU", "Policy", "TinyLFU", "make_policy"]
 
 Float64s = npt.NDArray[np.float64]
-HALF_LIVES = np.array([0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in accesses a line
+HALF_LIVES = np.array([0.15, 0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in accesses a line
 GHOSTS = 4  # keys remembered, a line
 SKETCHED, SAMPLED = 4, 10  # keys the sketch is made for, a line, and accesses a line after which its counts halve
 POLICY_NBYTES, FIXED_NBYTES = 40, 2**17  # the most a policy may hold: a line, and beside
@@ -123,8 +123,8 @@ class LFU(Policy):
     def __init__(self, n_lines: int) -> None:
         self.worth = np.zeros(n_lines)
         self._history = History(GHOSTS * n_lines)
-        self._tuner = Tuner(n_lines, HALF_LIVES, 3)
-        self._now, self._n_lines = 0.0, n_lines
+        self._tuner = Tuner(n_lines, HALF_LIVES, len(HALF_LIVES) // 2)
+        self._now, self._n_lines, self._n_used = 0.0, n_lines, 0
 
     @property
     def nbytes(self) -> int:
@@ -133,15 +133,17 @@ class LFU(Policy):
 
     def on_access(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_access`."""
-        self._now += len(keys) / (self._n_lines * self._tuner.access(keys, lines))
+        self._now += len(keys) / (self._n_lines * self._tuner.access(keys, self._n_used))
         self._history.access(keys, lines, self.worth, self._now)
 
     def on_insert(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_insert`."""
+        self._n_used += len(keys)
         self._history.take(keys, lines, self.worth, self._now)
 
     def on_remove(self, keys: Int64s, lines: Int64s) -> None:
         """See `Policy.on_remove`."""
+        self._n_used -= len(keys)
         self._history.put(keys, lines, self.worth, self._now)
 
 

@@ -15,16 +15,17 @@ from hbkit.store.cache import LINE_NBYTES, as_nbytes
 from hbkit.store.disk import Disk
 from hbkit.store.home import Home
 from hbkit.store.log import SEGMENT_NBYTES
-from hbkit.store.policy import Policy, make_policy
+from hbkit.store.policy import FIXED_NBYTES, Policy, make_policy
 from hbkit.store.tier import Lines, TieredStore
 
-BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; home holds three
+BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; all of the home's buffers are some times as large
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
-BUFFERS, SCRATCH = 16, 8  # they are no larger than such a part of the budget
+BUFFERS, SCRATCH = 32, 8  # they are no larger than such a part of the budget
 LEAST_LINES = 16  # a cache has at least so many
-FEW_NBYTES = 24_000  # of index and cache, however few rows they hold
+FEW_NBYTES = 24_000 + FIXED_NBYTES  # of index, cache and policy, however few rows they hold
 SETTLED = 2**20  # rows from which on the index takes about as many bytes a row as it does now
-INDEX_NBYTES, METADATA_NBYTES = 24, 16  # before that, at the most
+INDEX_NBYTES, METADATA_NBYTES = 24, 16  # before that, at the most, and of the index
+MORE_NBYTES, MORE = 16, 2**21  # so many more a row, but no more than these in all
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,14 @@ class SsdStore(TieredStore):
         per_row: float = INDEX_NBYTES + METADATA_NBYTES * self.layout.metadata
         if len(home) >= SETTLED:
             per_row = (home.nbytes - home.buffers_nbytes) / len(home)
-        rows = int(per_row * n_rows)
+        rows = int(per_row * n_rows) + min(MORE_NBYTES * n_rows, MORE)
         n_lines = (self._budget - self._fixed_nbytes - rows) // self._line_nbytes
         if n_lines < 1:
             least = rows + LEAST_LINES * self._line_nbytes + FEW_NBYTES
             # The buffers grow with the budget, up to a size.
-            least = min(least + 3 * BUFFER_NBYTES + SCRATCH_NBYTES, least * 16 // 11 + home.buffers_nbytes)
+            n = home.buffers_nbytes // home.buffer_nbytes
+            share = n / BUFFERS + 1 / SCRATCH
+            least = min(least + n * BUFFER_NBYTES + SCRATCH_NBYTES, int(least / (1 - share)) + home.buffers_nbytes)
             raise BudgetExceeded(
                 f"host_budget of {self._budget} bytes has no room for a cache beside an index of {n_rows} rows",
                 table=self.layout.table,
@@ -148,8 +151,8 @@ class SsdStore(TieredStore):
 
     def _first_room(self) -> int:
         # As many rows as would all be near.
-        per_row = INDEX_NBYTES + METADATA_NBYTES * self.layout.metadata + self._line_nbytes
-        return int(self._budget - self._fixed_nbytes) // per_row
+        per_row = INDEX_NBYTES + MORE_NBYTES + METADATA_NBYTES * self.layout.metadata + self._line_nbytes
+        return max(0, self._budget - self._fixed_nbytes) // per_row
 
     def _new_lines(self) -> Lines:
         # A chunk is about a 64th of the budget or 4 MiB, so that rounding up costs little.

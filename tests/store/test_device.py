@@ -75,7 +75,7 @@ def test_device_equals_host(optimizer):
 @on_device
 def test_device_over_ssd_reopens(tmp_path):
     want = contents(train(Table("t", 5)).store)
-    place = device_cached(cached_ssd(tmp_path, "100KiB"), 1500, policy="tinylfu")
+    place = device_cached(cached_ssd(tmp_path, "400KiB"), 1500, policy="tinylfu")
     ours = train(Table("t", 5, store=place))
     ours.commit()
     ours.update([1, 2], np.ones((2, 5)))

@@ -186,7 +186,7 @@ def test_ssd_put_of_other_width_is_a_schema_mismatch(tmp_path):
 def test_ssd_budget_too_small_says_what_would_do(tmp_path):
     with pytest.raises(errors.BudgetExceeded, match="give at least"):
         table_of(cached_ssd(tmp_path, 1000))
-    t = table_of(cached_ssd(tmp_path, "100KiB"))
+    t = table_of(cached_ssd(tmp_path, "400KiB"))
     keys = np.arange(100_000)
     t.lookup(keys[:500], train=True)
     t.commit()
@@ -207,7 +207,7 @@ def test_ssd_budget_too_small_says_what_would_do(tmp_path):
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
 def test_ssd_budget_holds_while_the_table_grows(tmp_path, policy):
-    t = table_of(cached_ssd(tmp_path, "600KiB", policy))
+    t = table_of(cached_ssd(tmp_path, "1200KiB", policy))
     rng, lines = np.random.default_rng(0), []
     for _ in range(30):
         t.lookup(rng.integers(0, 10**6, 200), train=True)
