@@ -12,8 +12,8 @@ process of its own: memory by its own count and by the system's, and how long it
 
 Caveats:
 
-- "ceiling" is the disk's own: 4 KiB at random places of hbkit's segment files past the system's cache, at the same
-  depth, without looking anything up, verifying or copying.
+- "ceiling" is the disk's own: 4 KiB, or 8 as hbkit's blocks of such rows have, at random places of hbkit's segment
+  files past the system's cache, at the same depth, without looking anything up, verifying or copying.
 - Cold means that the contender has closed and opened its files and the system's cache was emptied of them.
 - Peers read a batch by as many threads as hbkit keeps reads under way, or fewer where that is faster (both are given);
   RocksDB by MultiGet with asynchronous reads, past the system's cache and not; LMDB by transactions that touch pages
@@ -93,16 +93,20 @@ class Hbkit:
 class Ceiling(Hbkit):
     """Reads blocks of the segments of hbkit's directory, and does nothing with them."""
 
+    def __init__(self, path: Path, size: int) -> None:
+        self.size = size
+        super().__init__(path)
+
     def open(self) -> None:
         from hbkit.store.disk import Disk, aligned
 
         self.disk = Disk()
         paths = sorted(self.path.glob("segment-*"))
         self.handles = [self.disk.open(p, direct=True) for p in paths]
-        blocks = np.array([p.stat().st_size // 4096 for p in paths])
+        blocks = np.array([p.stat().st_size // self.size for p in paths])
         self.first = np.cumsum(blocks) - blocks
         self.n = int(blocks.sum())
-        self.out = aligned(BATCH * 4096)
+        self.out = aligned(BATCH * self.size)
 
     def close(self) -> None:
         for handle in self.handles:
@@ -111,10 +115,8 @@ class Ceiling(Hbkit):
     def read(self, keys: np.ndarray) -> Any:
         block = np.sort(np.random.default_rng(keys[:4]).integers(0, self.n, len(keys)))
         file = np.searchsorted(self.first, block, side="right") - 1
-        handles = np.array(self.handles, np.int32)[file]
-        self.disk.read(
-            handles, (block - self.first[file]) * 4096, np.full(len(keys), 4096), self.out[: len(keys) * 4096]
-        )
+        lengths, out = np.full(len(keys), self.size), self.out[: len(keys) * self.size]
+        self.disk.read(np.array(self.handles, np.int32)[file], (block - self.first[file]) * self.size, lengths, out)
 
 
 class Threaded:
@@ -427,7 +429,8 @@ def main() -> None:
 
         for direct in (True, False):
             c = stores(direct, (DEPTH, 16))
-            c["ceiling"] = Contender(sys.executable, "ceiling", root / "hbkit"), DEPTH
+            for size in (4096, 8192):
+                c[f"ceiling, {size} bytes"] = Contender(sys.executable, "ceiling", root / "hbkit", size=size), DEPTH
             how = "past the system's cache" if direct else "by the system's cache"
             rounds(f"cold random rows, {how}", c, "cold", n, args.rounds, args.batches)
             close(c)

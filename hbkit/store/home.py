@@ -25,6 +25,7 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
 from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
-from hbkit.store.log import READ, RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
+from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
 
 FORMAT = "hbkit-ssd"
 VERSION = 2
 MANIFEST = "manifest.json"
 BUFFER_NBYTES = 4 * 2**20
+BUFFERS = 3  # so much memory as that: one, and what compaction (a quarter) and a reading thread take (the rest)
 PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and are in memory at a time
 MOST_PART_ROWS = 2**24
 SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
@@ -51,7 +53,6 @@ TAIL = 12  # a checkpoint is written once the log has grown by so many times its
 LEAST_TAIL_NBYTES = 4 * 2**20
 SPACE = 1.8  # compaction holds all segments below about so many times the bytes of the records that live
 SWEEP = 4  # blocks of sparse segments that are gone through for each block written, while there are too many
-STEP_NBYTES = 2**20  # compaction reads at a time
 
 ADDED, GONE = 2**32 - 1, 2**32 - 2
 _OTHERS = re.compile(r"(index|kept)-\d+\.hbi|manifest\.json\.new")
@@ -67,7 +68,7 @@ class Home:
     directory : Path
         Made if need be; a table found in it goes on from its last commit.
     buffer_nbytes : int
-        Of what is to be written; a read takes twice as much, compaction once.
+        Of what is to be written; a read and compaction take twice as much.
     segment_nbytes : int
         The most that a segment file may have.
     disk_budget : int, optional
@@ -154,7 +155,7 @@ class Home:
         )  # fmt: skip
         weakref.finalize(self, self._log.close)
         self._most_blocks = max(1, buffer_nbytes // self._blocks.block_nbytes)  # that are in memory at a time
-        self._step_blocks = max(1, min(STEP_NBYTES // self._blocks.block_nbytes, self._most_blocks))
+        self._step_blocks = max(1, self._most_blocks // 4)  # that compaction reads at a time
         self._clean()
         self._log.clear()
         self._kept = self._read_kept()
@@ -419,8 +420,8 @@ class Home:
 
     @property
     def buffers_nbytes(self) -> int:
-        """Bytes of buffers: for what is to be written, and what a read and compaction take."""
-        return (READ + 2) * self._log.buffer_nbytes
+        """Bytes of buffers: one for what is to be written, and what a read and compaction take."""
+        return BUFFERS * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether there is such a row, of each key: bool[n]."""
@@ -551,12 +552,11 @@ class Home:
 
     def in_order(self) -> Iterator[Int64s]:
         """All keys, ascending, `SORTED_ROWS` or a few more at a time: each piece takes a pass over the index."""
-        counts = np.zeros(1 << 16, np.int64)  # by leading bits
-        for keys in self._parts():
-            counts += np.bincount((keys >> 48) + (1 << 15), minlength=1 << 16)
-        piece = np.cumsum(counts) // SORTED_ROWS
-        for i in np.unique(piece[counts > 0]):
-            found = [keys[piece[(keys >> 48) + (1 << 15)] == i] for keys in self._parts()]
+        sample = np.sort(next(self._parts()))  # the keys of a part are as good as drawn at random
+        n = -(-len(self) // SORTED_ROWS)
+        ends = sample[np.arange(1, n) * len(sample) // n].tolist() if len(sample) else []
+        for first, last in pairwise([-(2**63), *ends, 2**63 - 1]):
+            found = [keys[(keys >= first) & ((keys < last) | (last == 2**63 - 1))] for keys in self._parts()]
             yield np.sort(np.concatenate(found))
 
     def latest_step(self) -> int:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +36,9 @@ SLOTS = 2**20  # records of a segment at the most, so that there are addresses f
 N_ADDRESSES = 2**32 - 2  # the last two have a meaning of their own, see home.py
 GAP_NBYTES = 16_384  # what lies between two wanted blocks is read too when it is less: another read costs more
 RUN_NBYTES = 2**20  # the most that one read asks for
-READ = 2  # a read takes as many times the memory of the buffer, so that its queue seldom runs dry
+AHEAD = 3  # lots of blocks that a read has under way, so that the disk is never idle
+OVERLAP_NBYTES = 2**18  # smaller lots are not worth a thread
+READ = 1.75  # all of them together take as many times the memory of the buffer
 PIECE_NBYTES = 2**18  # a long read is so many at once
 OPEN_FILES = 256
 SPARE_NBYTES = 2**25  # left free on the file system: so much a commit can always write
@@ -131,6 +135,7 @@ class Log:
         self.voids: list[tuple[int, int, int]] = []  # file, first and last slot: records of writes that failed
         self.read_nbytes = self.written_nbytes = self.n_reads = self.n_waiting = 0
         self._counting = threading.Lock()
+        self._readers = ThreadPoolExecutor(2 * AHEAD, "hbkit-read")
         for place, file, n_blocks in committed:
             with named("find a segment", self.path(file)):
                 size = disk.size(self.path(file))
@@ -522,19 +527,41 @@ class Log:
         ends = np.append(begins[1:], n)
         n_blocks = block[ends - 1] - block[begins] + 1
         after = np.cumsum(n_blocks)
-        lots = np.flatnonzero(np.diff(after // max(1, READ * len(self._buffer) // size), prepend=-1, append=-1))
-        for a, b in pairwise(lots.tolist()):
-            runs, some = slice(a, b), slice(int(begins[a]), int(ends[b - 1]))
-            places = held.places[begins[runs]]
-            out = aligned(int(n_blocks[runs].sum()) * size)
+        overlap = READ * len(self._buffer) >= AHEAD * OVERLAP_NBYTES
+        most = max(1, int(READ * len(self._buffer)) // (AHEAD if overlap else 1) // size)
+        lots = np.flatnonzero(np.diff(after // most, prepend=-1, append=-1))
+
+        def read(a: int, b: int) -> tuple[int, int, Bytes]:
+            runs = slice(a, b)
+            places, out = held.places[begins[runs]], aligned(int(n_blocks[runs].sum()) * size)
             offsets, lengths = block[begins[runs]] * size, n_blocks[runs] * size
             self._read(held.handles[places], held.files[places], offsets, lengths, out)
+            return a, b, out
+
+        def take(a: int, b: int, out: Bytes) -> None:
+            runs, some = slice(a, b), slice(int(begins[a]), int(ends[b - 1]))
             shift = after[runs] - n_blocks[runs] - (after[a] - n_blocks[a]) - block[begins[runs]]
             at = held.slots[some] + np.repeat(shift, ends[runs] - begins[runs]) * self._per_block
             files = held.files[held.places[some]]
             bad = self._blocks.take(out, at, files, block[some], keys, held.which[some], freq, last_step, lines)
             if bad >= 0:
                 raise self._corrupt(int(files[bad]), int(block[some][bad]) * size, "a row does not match its checksum")
+
+        pairs = list(pairwise(lots.tolist()))
+        if len(pairs) == 1 or not overlap:
+            for pair in pairs:
+                take(*read(*pair))
+            return
+        ahead: deque[Future[tuple[int, int, Bytes]]] = deque()  # while one lot is taken, others are read
+        try:
+            for pair in pairs:
+                ahead.append(self._readers.submit(read, *pair))
+                if len(ahead) == AHEAD:
+                    take(*ahead.popleft().result())
+            while ahead:
+                take(*ahead.popleft().result())
+        finally:
+            wait(ahead)
 
     def _corrupt(self, file: int, offset: int, problem: str) -> Corrupt:
         return Corrupt(problem, file=self.path(file), offset=offset, remedy=RESTORE)
@@ -611,5 +638,6 @@ class Log:
 
     def close(self) -> None:
         """Close the files. Idempotent."""
+        self._readers.shutdown()
         while self._handles:
             self.disk.close(self._handles.popitem()[1])

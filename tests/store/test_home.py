@@ -22,6 +22,8 @@ from hbkit.store.base import Layout, Part
 from hbkit.store.disk import Disk, aligned
 from hbkit.store.home import Home
 
+from .powerless import MemoryDisk
+
 
 def layout(dim=4, n_state=4, metadata=True, dtype="float32"):
     return Layout(
@@ -96,7 +98,7 @@ ACTS = ("write", "write", "write", "add", "erase", "commit", "reopen")
     tail=st.sampled_from([1, 2**40]),
     space=st.sampled_from([1.0, 1.8]),
 )
-def test_home_is_a_dictionary(tmp_path_factory, seed, acts, n, line, metadata, tail, space):
+def test_home_is_a_dictionary(seed, acts, n, line, metadata, tail, space):
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(module, "LEAST_TAIL_NBYTES", tail)
@@ -104,10 +106,9 @@ def test_home_is_a_dictionary(tmp_path_factory, seed, acts, n, line, metadata, t
         m.setattr(module, "PART_ROWS", 50)
         m.setattr(module, "SPACE", space)
         m.setattr(module, "SWEEP", 40)
-        m.setattr(module, "STEP_NBYTES", 4096)
         m.setattr(log, "SPARE_NBYTES", 0)
-        path = tmp_path_factory.mktemp("home")
-        twin = Twin(path, layout(*line, metadata=metadata), buffer_nbytes=8192, segment_nbytes=16_384)
+        how = {"buffer_nbytes": 8192, "segment_nbytes": 16_384, "disk": MemoryDisk()}
+        twin = Twin(Path("/t"), layout(*line, metadata=metadata), **how)
         for act in acts:
             keys = rng.integers(-n, n, n)
             if act in ("commit", "reopen"):
@@ -125,7 +126,7 @@ def test_home_is_a_dictionary(tmp_path_factory, seed, acts, n, line, metadata, t
 @pytest.mark.parametrize("direct", [True, False])
 def test_home_reads_the_same_by_every_engine(tmp_path, ring, direct):
     disk = Disk(direct, ring)
-    twin = Twin(tmp_path, layout(16, 16), disk=disk, buffer_nbytes=2**16, segment_nbytes=2**20)
+    twin = Twin(tmp_path, layout(16, 16), disk=disk, buffer_nbytes=2**19, segment_nbytes=2**20)
     rng = np.random.default_rng(0)
     twin.write(np.arange(30_000), rng)
     twin.write(rng.integers(0, 30_000, 5000), rng)
@@ -133,7 +134,7 @@ def test_home_reads_the_same_by_every_engine(tmp_path, ring, direct):
     twin.check()
     s = twin.home.stats()
     assert s["engine"] == ("io_uring" if ring and Disk().engine == "io_uring" else "threads")
-    assert s["reads"] > 10 and s["direct"] <= direct and s["waiting"] == 0
+    assert s["reads"] >= 10 and s["direct"] <= direct and s["waiting"] == 0
     twin.reopen()
     twin.check()
     twin.home.close()
@@ -285,7 +286,7 @@ def test_home_space_and_writes_stay_bounded(tmp_path):
     for first in range(0, n, 500):
         home.write(np.arange(first, first + 500), zeros, *np.zeros((2, 500), np.uint32))
     begin, worst = home.stats(), 0.0
-    for i in range(400):
+    for i in range(250):
         home.write(rng.permutation(n)[:500], zeros, *np.zeros((2, 500), np.uint32))
         if i % 5 == 4:
             home.commit()
@@ -318,7 +319,7 @@ def test_home_erased_rows_leave_nothing_once_a_checkpoint_knows(tmp_path, monkey
 
 
 def test_home_compaction_of_the_tail_keeps_erased_rows_erased(tmp_path, monkeypatch):
-    for name, value in (("TAIL", 0), ("LEAST_TAIL_NBYTES", 1), ("SPACE", 1.1), ("STEP_NBYTES", 8192)):
+    for name, value in (("TAIL", 0), ("LEAST_TAIL_NBYTES", 1), ("SPACE", 1.1)):
         monkeypatch.setattr(module, name, value)
     twin = Twin(tmp_path, layout(), buffer_nbytes=8192, segment_nbytes=8192)
     rng = np.random.default_rng(0)
@@ -520,6 +521,20 @@ def test_home_hostile_manifests_raise(tmp_path):
         path.write_bytes(junk)
         with pytest.raises(errors.Corrupt):
             open_and_read(twin)
+
+
+@pytest.mark.parametrize("n", [0, 1, 40, 5000])
+@pytest.mark.parametrize("spread", [1, 2**40])
+def test_home_keys_come_in_order(tmp_path, monkeypatch, n, spread):
+    monkeypatch.setattr(module, "PART_ROWS", 300)
+    monkeypatch.setattr(module, "SORTED_ROWS", 100)
+    home, keys = Home(layout(), tmp_path), np.arange(-(n // 2), n - n // 2) * spread
+    keys = np.union1d(keys, np.array([-(2**63), 2**63 - 1], np.int64)[: min(n, 2)])
+    home.add(keys)
+    pieces = list(home.in_order())
+    assert np.array_equal(np.concatenate([keys[:0], *pieces]), keys)
+    assert max(map(len, pieces), default=0) <= 400
+    home.close()
 
 
 def test_home_keys_come_by_parts(tmp_path):
