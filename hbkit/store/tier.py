@@ -45,6 +45,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
 AWAY = 1 << 40  # a lease's slot for a row that is only at home
 GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
+UNFIT = (StorageError, Corrupt, DeviceUnavailable)  # whoever meets one of them in a change does not commit any more
 FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
 
 
@@ -115,6 +116,10 @@ class Home(Protocol):
 
     def erase(self, keys: Int64s) -> int:
         """Forget rows; how many there were."""
+        ...
+
+    def drop(self, keys: Int64s) -> int:
+        """`erase` in memory alone, for a table that will not be committed any more: the disk may be full."""
         ...
 
     def read(self, keys: Int64s) -> tuple[Bytes, Counts, Counts]:
@@ -415,7 +420,7 @@ class TieredStore(ABC):
         with self._open():
             try:
                 yield
-            except (StorageError, Corrupt, DeviceUnavailable) as e:
+            except UNFIT as e:
                 self._failed = e
                 raise
 
@@ -547,8 +552,8 @@ class TieredStore(ABC):
                     self._scratch.scatter(scratch, values[n:])
                     self._write_home(some[n:], self._scratch.pack(scratch), zeros, zeros)
                     lease.slots[new[part][n:]] = AWAY
-        except BaseException:
-            self._erase(keys)
+        except BaseException as e:
+            self._erase(keys, self._home.drop if isinstance(e, UNFIT) else self._home.erase)
             raise
 
     def _stream(self, keys: Int64s, away: Int64s) -> Iterator[tuple[Int64s, Int64s, Int64s, Slabs]]:
@@ -639,14 +644,14 @@ class TieredStore(ABC):
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._whole():
-            return self._erase(np.ascontiguousarray(keys))
+            return self._erase(np.ascontiguousarray(keys), self._home.erase)
 
-    def _erase(self, keys: Int64s) -> int:
+    def _erase(self, keys: Int64s, at_home: Callable[[Int64s], int]) -> int:
         lines = self._find(keys)
         lines = np.unique(lines[lines >= 0])
         self._lost(lines, -1)
         self._cache.remove(lines)
-        return self._home.erase(keys)
+        return at_home(keys)
 
     def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether each key has a row: bool[n]."""

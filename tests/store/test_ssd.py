@@ -415,3 +415,28 @@ def test_ssd_training_goes_on_from_the_last_commit_whatever_the_disk_does(monkey
         assert contents(t.store) == states[12]
         t.close()
     assert nth > 40
+
+
+def test_ssd_full_file_system_leaves_the_store_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "SPARE_NBYTES", 0)  # else the end is seen long before
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        t = table_of(Tiny(tmp_path, 64, budget=2**23))
+        t.lookup(np.arange(500), train=True)
+        t.commit()
+        want = contents(t.store)
+        with pytest.raises(errors.StorageError, match=r"segment-.*free some space"):
+            t.lookup(np.arange(30_000), train=True)
+        t.store.validate()
+        assert contents(t.store) == want
+        t.lookup(np.arange(500))
+        t.close()
+        t = table_of(Tiny(tmp_path, 64, budget=2**23))
+        assert contents(t.store) == want
+        t.update(np.arange(100), np.ones((100, 4)))
+        t.commit()
+        t.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
