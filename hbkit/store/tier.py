@@ -293,6 +293,8 @@ class TieredStore(ABC):
 
     def _move(self, lines: Int64s) -> None:
         """Give the keys of lines others, the lowest that are free."""
+        living = list(self._leases)
+        self._unpin_abandoned()
         cache, moved = self._cache, np.arange(self._cache.n_lines)
         keys, packed, metadata = cache.key[lines], self._lines.pack(lines), self._metadata.get(lines)
         kept = cache.dirty[lines], cache.pins[lines], cache.next_use[lines]
@@ -301,8 +303,6 @@ class TieredStore(ABC):
         self._lines.unpack(to, packed)
         self._metadata.put(to, *metadata)
         cache.dirty[to], cache.pins[to], cache.next_use[to] = kept
-        living = list(self._leases)
-        self._unpin_abandoned()
         for lease in living:
             near, lease.settled = _near(lease.slots), False
             lease.slots[near] = moved[lease.slots[near]]
@@ -430,7 +430,7 @@ class TieredStore(ABC):
     def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Announce a batch's distinct keys; `ahead` of others that were, so that the cache may reckon with it."""
         with self._open():
-            lease = TierLease(keys, np.full(len(keys), -1, np.int64), counts, padding)
+            lease = TierLease(keys, np.full(len(keys), -1, np.int64), counts, padding, abandoned=self._abandoned)
             if ahead:
                 lease.batch = self._window.announce(keys)
                 lines = self._cache.find(keys)
@@ -452,7 +452,7 @@ class TieredStore(ABC):
 
     def _fetch(self, lease: TierLease) -> None:
         if not lease.fetched:
-            lease.fetched, lease.abandoned = True, self._abandoned
+            lease.fetched = True
             self._leases.add(lease)
             away = self._refresh(lease)
             near = _near(lease.slots)
@@ -502,7 +502,12 @@ class TieredStore(ABC):
                 lines = lease.slots if len(away) == 0 else np.where(_near(lease.slots), lease.slots, -1)
                 lease.settled = len(away) == len(absent(lines, lease.padding)) == 0
                 return lines, away
-            self._arrived.wait()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Return once something has arrived, for whoever holds the lock."""
+        self._arrived.wait()
+        self._check_open()
 
     def _find(self, keys: Int64s) -> Int64s:
         """Lines of keys, -1 where there is none; nothing is arriving."""
@@ -510,7 +515,7 @@ class TieredStore(ABC):
             lines = self._cache.find(keys)
             if not count_at(self._arriving.view(np.uint8), lines):
                 return lines
-            self._arrived.wait()
+            self._wait()
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
@@ -636,8 +641,9 @@ class TieredStore(ABC):
             self._leases.discard(lease)
             if lease.batch is not None and not self._closed:
                 use = self._window.release(lease.batch)
-                near = _near(lease.slots)
-                self._cache.next_use[lease.slots[near]] = use[near]
+                lines = lease.slots if lease.fetched else self._cache.find(lease.keys)
+                near = _near(lines)
+                self._cache.next_use[lines[near]] = use[near]
                 lease.batch = None
             lease.fetched = True
 
