@@ -13,7 +13,7 @@ Caveats:
   key and halves all counts each 10 C accesses, W-TinyLFU (window 1%, protected 80%) has exact counts in place of
   a sketch, up to 15 and halved each 10 C accesses. S3-FIFO is that of the paper (small queue 10%, ghosts as the main
   one). "Belady" keeps the keys that are needed soonest and may leave out a newcomer: the best there is.
-- "cost" is CPU time in a full cache of a million lines; most of it is waiting for memory, so others on the machine show.
+- "cost" is CPU time in a full cache of a million lines; most of it waits for memory, so others on the machine show.
 - Hits of the first quarter of a trace are not counted: caches are filling.
 - Synthetic traces: 200,000 keys by Zipf(1.05). "churn" gives keys new places in the order of popularity, half of all
   within 1,000 batches; "rotate" shifts the whole order by one key a batch.
