@@ -1,6 +1,6 @@
 """Hit rates of the cache of near lines, on traces, beside reference policies and what a clairvoyant would reach.
 
-``python bench/cache.py [--data DIR] [--only zipf|churn|rotate|movielens|criteo] [--ahead 1,2,4,...] [--policies lfu]``
+``python bench/cache.py [--data DIR] [--only cost|zipf|churn|rotate|movielens|criteo] [--ahead 1,2,...]``
 
 Everything of hbkit goes through the real `Cache` and `Window`. A trace is a list of batches of distinct keys. What a
 batch misses is held in addition while the batch is used, so the capacity C counts what is kept from batch to batch: the
@@ -13,6 +13,7 @@ Caveats:
   key and halves all counts each 10 C accesses, W-TinyLFU (window 1%, protected 80%) has exact counts in place of
   a sketch, up to 15 and halved each 10 C accesses. S3-FIFO is that of the paper (small queue 10%, ghosts as the main
   one). "Belady" keeps the keys that are needed soonest and may leave out a newcomer: the best there is.
+- "cost" is CPU time in a full cache of a million lines; most of it waits for memory, so others on the machine show.
 - Hits of the first quarter of a trace are not counted: caches are filling.
 - Synthetic traces: 200,000 keys by Zipf(1.05). "churn" gives keys new places in the order of popularity, half of all
   within 1,000 batches; "rotate" shifts the whole order by one key a batch.
@@ -32,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hbkit.cli.plan import clairvoyant, hits
+from hbkit.store.cache import Cache, Window
 from hbkit.store.policy import POLICIES
 
 N_KEYS, DRAWS, N_BATCHES = 200_000, 2_000, 2_000
@@ -295,6 +297,47 @@ REFERENCES = {
 }
 
 
+def cost(policies: list[str], n_lines: int = 1_000_000, batch: int = 20_000, rounds: int = 200) -> None:
+    """CPU time of each call for a batch of distinct keys, in a full cache; medians over the batches."""
+    rng = np.random.default_rng(0)
+    law = np.cumsum(np.arange(1, 5 * n_lines + 1) ** -1.05)
+    keys = np.concatenate([np.unique(np.searchsorted(law, rng.random(2 * batch) * law[-1])) for _ in range(rounds * 2)])
+    trace = [np.unique(keys[i * batch : (i + 1) * batch]) * 7919 for i in range(rounds)]
+    n = np.mean([len(b) for b in trace])
+    print(f"\n{n_lines:,} lines, batches of {n:.0f} distinct keys; us a batch, ns a key or victim")
+    for policy in policies:
+        cache, spent, counts = Cache(n_lines, POLICIES[policy]), {}, {}
+
+        def call(what: str, count: int, function: Callable, *args: np.ndarray) -> np.ndarray:
+            start = time.process_time()
+            out = function(*args)
+            spent.setdefault(what, []).append(time.process_time() - start)  # noqa: B023  # called within the loop
+            counts.setdefault(what, []).append(count)  # noqa: B023
+            return out
+
+        cache.insert(rng.permutation(n_lines) - 10**9)
+        for b in trace:
+            lines = call("find", len(b), cache.find, b)
+            call("access", len(b), cache.access, b, lines)
+            new = b[lines < 0]
+            victims = call("victims", len(new), cache.victims, len(new))
+            call("remove", len(new), cache.remove, victims)
+            call("insert", len(new), cache.insert, new)
+        text = [
+            f"{what} {1e6 * np.median(t):.0f} ({1e9 * np.median(np.array(t) / np.maximum(counts[what], 1)):.0f} ns)"
+            for what, t in spent.items()
+        ]
+        print(f"{policy:8s} {', '.join(text)}; {cache.nbytes / n_lines:.0f} bytes a line")
+    window, t = Window(), []
+    for i, b in enumerate(trace):
+        start = time.process_time()
+        window.announce(b)
+        if i >= 32:
+            window.release(i - 32)
+        t.append(time.process_time() - start)
+    print(f"window   announce and release {1e6 * np.median(t):.0f}; {window.nbytes / 32 / n:.0f} bytes a key announced")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with ml-1m and criteo-80k")
@@ -302,6 +345,8 @@ def main() -> None:
     parser.add_argument("--ahead", default="1,2,4,8,16,32,64,128", help="batches that the default policy looks ahead")
     parser.add_argument("--policies", default=",".join(POLICIES))
     args = parser.parse_args()
+    if args.only in (None, "cost"):
+        cost(args.policies.split(","))
     makers: dict[str, Callable[[], dict[str, Trace]]] = {
         "zipf": lambda: {"zipf": zipf()},
         "churn": lambda: {"churn": churn()},

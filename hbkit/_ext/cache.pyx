@@ -195,10 +195,18 @@ cdef class Lines:
                             line = end  # as most are
                         while line < end:
                             w = -<double>self.next_use[line] if known else worth[line]
-                            if not w > limit and self.offered(line, known):
+                            if not w > limit:
                                 at[m] = Entry(w, line)
                                 m += 1
+                                HB_PREFETCH(&self.state[line])
+                                HB_PREFETCH(&self.pins[line])
+                                HB_PREFETCH(&self.next_use[line])
                             line += 1
+                    end, m = m, 0
+                    for line in range(end):
+                        if self.offered(at[line].line, known):
+                            at[m] = at[line]
+                            m += 1
                     if m >= n or limit == INFINITY:
                         break
                     limit = INFINITY

@@ -8,9 +8,10 @@ cache sweeps over the numbers and takes the least ones of a region at a time (se
 
 - `LRU`: worth is the time of the last use.
 - `LFU`: worth is the number of uses, which must age: without ageing yesterday's favourites never leave (Arlitt et al.,
-  "Evaluating content management techniques for Web proxy caches", 2000). A use counts half after `HALF_LIFE` accesses
-  a line. Keys that are not near are remembered too, so that one that returns has its history: else every key that comes
-  in with a count of one is the next to go, and nothing new ever gets in (see `hbkit._ext.cache.History`).
+  "Evaluating content management techniques for Web proxy caches", 2000). A use counts half after a while that is found
+  out as the cache goes (see `hbkit._ext.cache.Tuner`): the shorter, the more like `LRU`. Keys that are not near are
+  remembered too, so that one that returns has its history: else every key that comes in with a count of one is the
+  next to go, and nothing new ever gets in (see `hbkit._ext.cache.History`).
 - `TinyLFU`: like `LRU`, but a newcomer stays only if a frequency sketch has seen it more often than whom it would drive
   out (Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ToS 2017).
 """
