@@ -18,7 +18,7 @@
  * fractions, so both sides are gone through front to back. With MOST_PARTS it becomes two shards instead, by one more
  * leading bit (extendible hashing: Fagin et al., TODS 1979). One shard at a time is in memory twice, and the load stays
  * near 0.6 to 0.9. Lest all shards grow in the same batch, half of them grow by 4, 6, 4 + 4 parts and half by 5, 7,
- * 5 + 5, and their limits differ a little. All parts have one size: what one shard lets go of, the next takes, its
+ * 5 + 5, and their limits differ. All parts have one size: what one shard lets go of, the next takes, its
  * pages touched already. Erasing shrinks and merges likewise. While the index is small its parts are too, and all are
  * replaced by larger ones now and then.
  *
@@ -131,7 +131,7 @@ static inline uint32_t prefix_of(uint64_t mix, uint32_t depth) { return (uint32_
 static inline uint64_t places(const hb_index *t, uint32_t k) { return ((uint64_t)HB_WAYS * k) << t->shift; }
 
 static uint32_t limit_of(const hb_index *t, uint32_t k, uint32_t prefix) {
-    uint64_t limit = places(t, k) * (52 * 64 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, for neighbours far apart */
+    uint64_t limit = places(t, k) * (3328 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, neighbours far apart */
     return limit < UINT32_MAX ? (uint32_t)limit : UINT32_MAX;
 }
 

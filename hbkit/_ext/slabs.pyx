@@ -232,11 +232,10 @@ cdef class Slabs:
     def lookup(self, Index index, const int64_t[::1] keys, float[:, ::1] out):
         """``out[i]`` = the row of ``keys[i]`` by `index`, zeros where it has none: `gather` of what is found.
 
-        Keys may repeat. Nothing is deduplicated: while rows of some keys are copied, those of the next are on their way.
+        Keys may repeat. Nothing is deduplicated: rows are on their way while further keys are looked up.
         """
         cdef hb_fp_state fp
         cdef int64_t n = keys.shape[0], i = 0, some, lot = self._near()
-        cdef const int64_t[::1] part
         if out.shape[0] != n or out.shape[1] != self.s.dim:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} keys",
                                   remedy=f"give one row a key, {self.s.dim} wide")

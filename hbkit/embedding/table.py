@@ -485,12 +485,12 @@ class Request:
         table.store.apply(lease, grads, table.optimizer, hyper, step, skip=table.nonfinite == "skip")
 
     def _refuse_nonfinite(self, sums: Float32s) -> None:
-        bad = ~_ext.finite_rows(sums)
-        if self._lease.padding >= 0:
-            bad[self._lease.padding] = False
+        lease, bad = self._use(), ~_ext.finite_rows(sums)
+        if lease.padding >= 0:
+            bad[lease.padding] = False
         if bad.any():
             raise nonfinite_gradient(
-                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=self._lease.keys[bad][0]
+                f"{np.count_nonzero(bad)} of {len(bad)} keys", table=self.table.name, key=lease.keys[bad][0]
             )
 
     def _use(self) -> Lease:
