@@ -5,9 +5,9 @@
 Threads look up evenly drawn keys with `Table.lookup`, or update them with `Table.update` (row-wise Adagrad), for some
 time; what they get done is counted, in wall time. A round measures, one after the other: a reader alone, an updater
 alone, two readers, a reader beside an updater; and the same pairs as one thread in each of two processes, which share
-nothing but the machine: the ceiling. "speed-up" is the sum of what each of the two gets done, as a share of what it does
-alone; medians over rounds, within a round. On a machine whose cores are busy otherwise the ceiling is below 2, and
-only "of the ceiling" says something about hbkit.
+nothing but the machine: the ceiling. A speed-up is the sum of what each of the two gets done, as a share of what it
+does alone; medians over rounds, within a round. On a machine whose cores are busy otherwise the ceiling is below 2, and
+only the share of it says something about hbkit.
 """
 
 from __future__ import annotations

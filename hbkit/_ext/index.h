@@ -5,8 +5,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct hb_slabs; /* kernels.h */
-
 enum { HB_WAYS = 5 };
 
 /* One cache line. The first state % 8 places are taken; state / 8 keys lie further on, since this bucket was full. */
@@ -48,8 +46,6 @@ typedef struct {
     int (*create)(hb_index *, int64_t capacity); /* the struct is zeros, but for countdown */
     void (*destroy)(hb_index *);
     void (*find)(const hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
-    /* find, and the rows of the slots on their way into the cache. */
-    void (*find_rows)(const hb_index *, const int64_t *keys, int64_t n, int64_t *slots, const struct hb_slabs *rows);
     int (*insert)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new);
     int (*erase)(hb_index *, const int64_t *keys, int64_t n, int64_t *slots);
     /* Undo the last change, an insert before which next_slot was as given. */

@@ -18,7 +18,7 @@
  * fractions, so both sides are gone through front to back. With MOST_PARTS it becomes two shards instead, by one more
  * leading bit (extendible hashing: Fagin et al., TODS 1979). One shard at a time is in memory twice, and the load stays
  * near 0.6 to 0.9. Lest all shards grow in the same batch, half of them grow by 4, 6, 4 + 4 parts and half by 5, 7,
- * 5 + 5, and their limits differ a little. All parts have one size: what one shard lets go of, the next takes, its
+ * 5 + 5, and their limits differ. All parts have one size: what one shard lets go of, the next takes, its
  * pages touched already. Erasing shrinks and merges likewise. While the index is small its parts are too, and all are
  * replaced by larger ones now and then.
  *
@@ -131,7 +131,7 @@ static inline uint32_t prefix_of(uint64_t mix, uint32_t depth) { return (uint32_
 static inline uint64_t places(const hb_index *t, uint32_t k) { return ((uint64_t)HB_WAYS * k) << t->shift; }
 
 static uint32_t limit_of(const hb_index *t, uint32_t k, uint32_t prefix) {
-    uint64_t limit = places(t, k) * (52 * 64 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, for neighbours far apart */
+    uint64_t limit = places(t, k) * (3328 + (prefix * 37 & 63) * 6) / 4096; /* 0.81 to 0.90, neighbours far apart */
     return limit < UINT32_MAX ? (uint32_t)limit : UINT32_MAX;
 }
 
@@ -439,18 +439,12 @@ static inline int64_t slot_in(const hb_bucket *b, int64_t key) {
     return (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
 }
 
-static inline void fetch_row(const hb_slabs *rows, int64_t slot) {
-    if (!rows || slot < 0) return;
-    for (int64_t i = 0; i < rows->row_stride && i < rows->dim * 4; i += 64)
-        __builtin_prefetch((const char *)hb_row(rows, slot) + i, 0, 2);
-}
-
 /* The slots of at most GROUP keys, and where each search ended. Keys that went past their home wait until the next
  * bucket has been fetched for all of them. No branch depends on whether a key is found or where. `more`: the state from
  * which on a search goes to the next bucket, PASSED, or FULL to reach, for an absent key, the one where it will go. */
 enum { FULL = HB_WAYS, PASSED = 8 };
 static inline void find_group(const hb_index *t, const int64_t *keys, int m, uint32_t more, int64_t *restrict slots,
-                              hb_bucket **restrict end, const hb_slabs *rows) {
+                              hb_bucket **restrict end) {
     uint64_t h[GROUP];
     int32_t again[GROUP];
     uint32_t pos[GROUP];
@@ -462,7 +456,6 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         const hb_bucket *b = end[j];
         uint32_t found = match(b, (uint64_t)keys[j]);
         slots[j] = (int64_t)b->slots[__builtin_ctz(found | 1u << (HB_WAYS - 1))] | -(int64_t)!found;
-        fetch_row(rows, slots[j]);
         again[n] = j;
         n += !found & (b->state >= more);
     }
@@ -479,7 +472,6 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
         for (int i = 0; i < n; i++) {
             int j = again[i];
             slots[j] = slot_in(end[j], keys[j]);
-            fetch_row(rows, slots[j]);
             again[left] = j, pos[left] = pos[i];
             left += (slots[j] < 0) & (end[j]->state >= more);
         }
@@ -489,14 +481,7 @@ static inline void find_group(const hb_index *t, const int64_t *keys, int m, uin
 static void find_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots) {
     hb_bucket *end[GROUP];
     for (int64_t g = 0; g < n; g += GROUP)
-        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, NULL);
-}
-
-static void find_rows_all(const hb_index *t, const int64_t *keys, int64_t n, int64_t *restrict slots,
-                          const hb_slabs *rows) {
-    hb_bucket *end[GROUP];
-    for (int64_t g = 0; g < n; g += GROUP)
-        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end, rows);
+        find_group(t, keys + g, n - g < GROUP ? (int)(n - g) : GROUP, PASSED, slots + g, end);
 }
 
 /* The bucket that holds key, from bucket *at on, and the place in it; or NULL. */
@@ -564,7 +549,7 @@ static int insert_all(hb_index *t, const int64_t *keys, int64_t n, int64_t *slot
     for (int64_t g = 0; g < n; g += LOT) {
         int m = n - g < LOT ? (int)(n - g) : LOT, absent[LOT], n_absent = 0;
         uint64_t moved = 0; /* a bit for the keys, by the top of their mix, whose shard has grown meanwhile */
-        find_group(t, keys + g, m, FULL, slots + g, end, NULL);
+        find_group(t, keys + g, m, FULL, slots + g, end);
         for (int j = 0; j < m; j++) {
             absent[n_absent] = j;
             n_absent += slots[g + j] < 0;
@@ -795,12 +780,6 @@ static void find(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slo
     pthread_rwlock_unlock(t->lock);
 }
 
-static void find_rows(const hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, const hb_slabs *rows) {
-    pthread_rwlock_rdlock(t->lock);
-    find_rows_all(t, keys, n, slots, rows);
-    pthread_rwlock_unlock(t->lock);
-}
-
 static int insert(hb_index *t, const int64_t *keys, int64_t n, int64_t *slots, uint8_t *is_new) {
     pthread_rwlock_wrlock(t->lock);
     int rc = insert_all(t, keys, n, slots, is_new);
@@ -871,5 +850,4 @@ static const char *validate(const hb_index *t) {
 int64_t PASTE(hb_dedupe_, HBKIT_ISA)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *);
 
 const hb_indexers PASTE(hb_indexers_, HBKIT_ISA) = {
-    create, destroy, find, find_rows, insert, erase, take_back, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA),
-    put, drop};
+    create, destroy, find, insert, erase, take_back, items, part, validate, PASTE(hb_dedupe_, HBKIT_ISA), put, drop};

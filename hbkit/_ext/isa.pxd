@@ -53,13 +53,6 @@ cdef extern from "decode.h" nogil:
     int HB_SLACK, HB_CODES, HB_SHORT, HB_E_END, HB_E_FORMAT, HB_E_RANGE
 
 
-cdef extern from "kernels.h" nogil:
-    ctypedef struct hb_slabs:
-        char **chunks
-        int64_t dim, n_state, row_stride, state_stride, state_at
-        int32_t shift, dtype
-
-
 cdef extern from "index.h" nogil:
     ctypedef struct hb_index:
         int64_t n, next_slot, nbytes
@@ -71,7 +64,6 @@ cdef extern from "index.h" nogil:
         int (*create)(hb_index *, int64_t) noexcept nogil
         void (*destroy)(hb_index *) noexcept nogil
         void (*find)(const hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
-        void (*find_rows)(const hb_index *, const int64_t *, int64_t, int64_t *, const hb_slabs *) noexcept nogil
         int (*insert)(hb_index *, const int64_t *, int64_t, int64_t *, uint8_t *) noexcept nogil
         int (*erase)(hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
         void (*take_back)(hb_index *, const int64_t *, int64_t, const uint8_t *, int64_t) noexcept nogil
@@ -86,6 +78,11 @@ cdef extern from "index.h" nogil:
 
 
 cdef extern from "kernels.h" nogil:
+    ctypedef struct hb_slabs:
+        char **chunks
+        int64_t dim, n_state, row_stride, state_stride, state_at
+        int32_t shift, dtype
+
     ctypedef struct hb_gradients:
         const float *values
         int64_t dim, n_segments

@@ -40,7 +40,9 @@ INLINE void fetch(const void *p, int64_t nbytes) {
 }
 
 /* How many rows ahead: 32, or what about 32 KiB hold. */
-INLINE int64_t ahead(int64_t row_nbytes) { return row_nbytes <= 1024 ? 32 : row_nbytes <= 16384 ? 32768 / row_nbytes : 2; }
+INLINE int64_t ahead(int64_t row_nbytes) {
+    return row_nbytes <= 1024 ? 32 : row_nbytes <= 16384 ? 32768 / row_nbytes : 2;
+}
 
 INLINE int64_t item_nbytes(const hb_slabs *s) { return s->dtype == HB_FLOAT32 ? 4 : 2; }
 

@@ -19,7 +19,7 @@ enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
 
 /* Lines [row | state] in chunks that never move. A row's `dim` columns have the type `dtype`, state is float32. Strides
  * and places are in bytes: state lies beside its row, or all of a chunk's states behind its rows (see slabs.pyx). */
-typedef struct hb_slabs {
+typedef struct {
     char **chunks;
     int64_t dim, n_state;
     int64_t row_stride, state_stride, state_at;

@@ -14,7 +14,7 @@ from hbkit.errors import InvalidArgument
 
 cdef extern from *:
     """
-    #define HB_PREFETCH(p) __builtin_prefetch(p, 0, 2) /* the first-level cache has too few places for lines on their way */
+    #define HB_PREFETCH(p) __builtin_prefetch(p, 0, 2) /* the first-level cache has too few places for what comes */
     """
     void HB_PREFETCH(const void *) nogil
 

@@ -42,7 +42,7 @@ cdef uintptr_t PAGE = 4096
 cdef int MADV_DONTNEED = 4
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 cdef int64_t TILE = 64       # lines that are drawn at once
-cdef int64_t NEAR = 1 << 17  # bytes of rows found before they are read: they wait in the second-level cache
+cdef int64_t NEAR = 1 << 17  # bytes of rows whose keys are looked up at once
 cdef int64_t REGION = 16     # chunks of a region, once there are FEW
 cdef int64_t FEW = 4
 cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
@@ -262,11 +262,10 @@ cdef class Slabs:
     def lookup(self, Index index, const int64_t[::1] keys, float[:, ::1] out):
         """``out[i]`` = the row of ``keys[i]`` by `index`, zeros where it has none: `gather` of what is found.
 
-        Keys may repeat. Nothing is deduplicated: while rows of some keys are copied, those of the next are on their way.
+        Keys may repeat; nothing is deduplicated. They are taken by lots, so that slots are still in the cache.
         """
         cdef hb_fp_state fp
         cdef int64_t n = keys.shape[0], i = 0, some, lot = self._near()
-        cdef const int64_t[::1] part
         if out.shape[0] != n or out.shape[1] != self.s.dim:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} keys",
                                   remedy=f"give one row a key, {self.s.dim} wide")
@@ -278,7 +277,7 @@ cdef class Slabs:
             fp = hb_fp_enter()
             while i < n and not bad:
                 some = lot if n - i > lot else n - i
-                kernels().index.find_rows(&index.index, &keys[i], some, &slots[i], &self.s)
+                kernels().index.find(&index.index, &keys[i], some, &slots[i])
                 bad = self._outside(&slots[i], some, -1)
                 if not bad:
                     kernels().gather(&self.s, &slots[i], NULL, some, self.s.dim, &out[i, 0])
@@ -305,7 +304,7 @@ cdef class Slabs:
                 while done == 0 and not bad and b < n_out:
                     some = lot if n - i > lot else n - i
                     if some:
-                        kernels().index.find_rows(&index.index, &keys[i], some, &slots[i], &self.s)
+                        kernels().index.find(&index.index, &keys[i], some, &slots[i])
                         bad = self._outside(&slots[i], some, -1)
                     i += some
                     last = b

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit._ext import isa, random, segment
+from hbkit._ext.index import Index
 from hbkit._ext.slabs import ROW_DTYPES, Slabs, n_state
 from hbkit.errors import InvalidArgument
 
@@ -135,6 +136,12 @@ def test_kernels_agree_on_all_instruction_sets(seed, dim):
             after = np.empty_like(lines)
             slabs.gather(np.arange(u), after)
             out.append(after)
+            rows, sums = np.empty((n, dim), np.float32), np.empty((60, dim), np.float32)
+            index = Index()
+            index.find_or_insert(np.arange(u))
+            slabs.lookup(index, seg, rows)
+            slabs.lookup_pooled(index, seg, splits, sums, wild(rng, n), wild(rng, 60))
+            out += [rows, sums]
         return tuple(out)
 
     chosen = isa.name()

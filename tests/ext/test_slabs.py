@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hbkit._ext import segment
+from hbkit._ext.index import Index
 from hbkit._ext.random import initialize
 from hbkit._ext.slabs import ROW_DTYPES, Slabs, n_state
 from hbkit.errors import InvalidArgument
@@ -37,6 +38,12 @@ def filled(lines, dim, dtype="float32", chunk=1 << 12):
     slabs.reserve(len(lines))
     slabs.scatter(np.arange(len(lines)), lines)
     return slabs
+
+
+def full(n):
+    index = Index()
+    index.find_or_insert(np.arange(n))
+    return index
 
 
 def held(slabs, n, width=None):
@@ -111,6 +118,32 @@ def test_rows_of_a_batch_are_those_of_its_distinct_keys(seed, lengths, dim, dtyp
     slabs.pool(slots, inverse, splits, got, weight, scale)
     segment.pool(rows, inverse, splits, want, weight, scale)
     assert got.tobytes() == want.tobytes()
+
+
+@settings(max_examples=60)
+@given(SEED, st.lists(st.sampled_from([0, 1, 3, 90, 700]), max_size=20), DIMS, DTYPES, st.booleans(), st.booleans())
+def test_rows_of_keys_are_those_of_their_slots(seed, lengths, dim, dtype, with_weight, with_scale):
+    rng = np.random.default_rng(seed)
+    index, splits = Index(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    slabs = filled(rng.normal(size=(500, dim + 1)).astype(np.float32), dim, dtype)
+    index.find_or_insert(rng.permutation(700)[:500])
+    keys = rng.integers(0, 700, splits[-1])
+    got, want = (np.full((len(keys), dim), np.nan, np.float32) for _ in range(2))
+    slabs.lookup(index, keys, got)
+    slabs.gather(index.find(keys), want)
+    assert got.tobytes() == want.tobytes()
+    weight = rng.normal(size=len(keys)).astype(np.float32) if with_weight else None
+    scale = rng.normal(size=len(lengths)).astype(np.float32) if with_scale else None
+    got, want = (np.full((len(lengths), dim), np.nan, np.float32) for _ in range(2))
+    slabs.lookup_pooled(index, keys, splits, got, weight, scale)
+    slabs.pool(index.find(keys), np.arange(len(keys)), splits, want, weight, scale)
+    assert got.tobytes() == want.tobytes()
+
+
+def test_chunks_cut_from_regions_hold_their_lines():
+    slabs = filled(np.arange(7 << 15, dtype=np.float32)[:, None] * np.ones((1, 17), np.float32), 16, chunk=1 << 22)
+    assert slabs.capacity == 7 << 15 and slabs.nbytes < slabs.capacity * 17 * 4 + 100
+    assert np.array_equal(held(slabs, 7 << 15)[:, [0, 15, 16]], np.arange(7 << 15)[:, None] * [1, 1, 1])
 
 
 @settings(max_examples=30)
@@ -273,6 +306,12 @@ def test_expand_and_segments_equal_numpy(seed, index, u):
         lambda s: s.gather(np.array([0]), np.zeros((1, 3), np.float32), np.array([1])),
         lambda s: s.pool(np.array([0]), np.array([1]), np.array([0, 1]), np.zeros((1, 3), np.float32)),
         lambda s: s.pool(np.array([0]), np.array([0]), np.array([0, 2]), np.zeros((1, 3), np.float32)),
+        lambda s: s.lookup(Index(), np.array([1]), np.zeros((1, 2), np.float32)),
+        lambda s: s.lookup(full(s.capacity + 1), np.array([s.capacity]), np.zeros((1, 3), np.float32)),
+        lambda s: s.lookup_pooled(
+            full(s.capacity + 1), np.array([s.capacity]), np.array([0, 1]), np.zeros((1, 3), np.float32)
+        ),
+        lambda s: s.lookup_pooled(Index(), np.array([1]), np.array([0, 2]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([-1]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([0]), np.zeros((1, 3), np.float32), 3),
         lambda s: s.apply(0, np.array([0]), np.zeros((1, 2), np.float32), [1.0]),

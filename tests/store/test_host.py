@@ -118,6 +118,18 @@ def test_host_scan_spans_chunks():
     assert np.array_equal(np.concatenate([c.row for c in chunks])[:, 0], (np.arange(n) / 8).astype(np.float32))
 
 
+def test_host_stamps_what_came_after_create_too():
+    store, keys, one = open_store(), np.arange(4), np.ones(4, np.int64)
+    lease = store.reserve(keys, one)
+    store.create(lease, 1, Even())
+    late = store.reserve(keys[1:2], one[:1])
+    store.create(late, 1)
+    grads = np.ones((4, DIM), np.float32)
+    assert store.apply(lease, grads, RULE, RULE.hyper(5), 5) == 1  # of another step than the rows were made in
+    freq, last_step = store.metadata(np.array([0, 1, 2]))
+    assert freq.tolist() == [1, 1, 1] and last_step.tolist() == [5, 5, 5]
+
+
 def test_host_put_refuses_lines_of_another_width():
     one = np.ones(1, np.int64)
     with pytest.raises(SchemaMismatch, match="table t"):
