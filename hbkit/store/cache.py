@@ -31,7 +31,6 @@ from hbkit.store.policy import FIXED_NBYTES, POLICY_NBYTES, Policy
 __all__ = ["LINE_NBYTES", "NEVER", "Cache", "Window", "as_nbytes"]
 
 REGION, SHARE = 1 << 16, 64
-WAYS = 1  # used by tiers that are written for the cache before this one
 # key, next use, pins, dirty, state, newcomer; the index; the policy; a slab's pointer.
 LINE_NBYTES = 8 + 8 + 4 + 1 + 1 + 1 + 24 + POLICY_NBYTES + 8
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -121,7 +120,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes, at most `LINE_NBYTES` a line and a few KiB; the lines themselves not counted."""
+        """Memory held, in bytes, at most `LINE_NBYTES` a line and `FIXED_NBYTES`; of lines not the rows."""
         arrays = (self.key, self.dirty, self.pins, self.next_use, self._state, self._newcomer, self._queue)
         return sum(a.nbytes for a in arrays) + int(self._index.nbytes) + self.policy.nbytes
 
@@ -223,11 +222,11 @@ class Cache:
         new = np.flatnonzero(self._newcomer)
         new = new[(self._state[new] == USED) & (self.pins[new] == 0) & (self.next_use[new] == NEVER)][: len(found)]
         old, rest = found[: len(new)], found[len(new) :]
-        wins = self._ask("admit", self.policy.admit, self.key[new], self.key[old])
+        wins = self._ask("admit", self.policy.admit, self.key[new], new.copy(), self.key[old], old.copy())
         if not (isinstance(wins, np.ndarray) and wins.dtype == np.bool_ and wins.shape == new.shape):
             raise self._wrong("admit", f"gave no bool[{len(new)}]")
         self._newcomer[new[wins]] = False
-        self._queue = np.concatenate([old[~wins], self._queue])
+        self._lines.mark(old[~wins], USED)
         return np.concatenate([old[wins], rest, new[~wins]])
 
     def remove(self, lines: Int64s) -> None:

@@ -166,6 +166,10 @@ class Below:
         with self._lock:
             return int(np.count_nonzero(self._unwritten.erase(keys) >= 0)) + self.store.erase(keys)
 
+    def drop(self, keys: Int64s) -> int:
+        """Forget rows; how many there were."""
+        return self.erase(keys)
+
     def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
         """Lines, frequencies and last steps of rows that were written."""
         lines = np.empty((len(keys), self.store.layout.width), np.float32)

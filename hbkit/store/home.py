@@ -462,6 +462,15 @@ class Home:
             self._log.count(before[(before >= 0) & (before != ADDED)], -1)
             return int(np.count_nonzero(before >= 0))
 
+    def drop(self, keys: Int64s) -> int:
+        """`erase` in memory alone: for a table that will not be committed any more, since its disk failed."""
+        with self._lock:
+            self._use()
+            before = self._places.drop(keys)
+            self._n_added -= int(np.count_nonzero(before == ADDED))
+            self._log.count(before[(before >= 0) & (before != ADDED)], -1)
+            return int(np.count_nonzero(before >= 0))
+
     def write(self, keys: Int64s, lines: Bytes, freq: UInt32s, last_step: UInt32s) -> None:
         """Lines of distinct keys, in place of what may be there. All or none.
 

@@ -33,8 +33,7 @@ Float64s = npt.NDArray[np.float64]
 HALF_LIVES = np.array([0.15, 0.5, 1.5, 4, 10, 25, 60, 150])  # candidates, in accesses a line
 GHOSTS = 4  # keys remembered, a line
 SKETCHED, SAMPLED = 4, 10  # keys the sketch is made for, a line, and accesses a line after which its counts halve
-POLICY_NBYTES, FIXED_NBYTES = 40, 2**17  # the most a policy may hold: a line, and beside
-Metas = object  # named by tiers that are written for the cache before this one
+POLICY_NBYTES, FIXED_NBYTES = 24, 2**17  # the most a policy may hold: a line, and beside
 
 
 class Policy(ABC):
@@ -45,7 +44,7 @@ class Policy(ABC):
     worth : float64[n_lines]
         What each line is worth; those of the least go first. Of lines that hold no key it may be anything.
     nbytes : int
-        Memory held, at most `POLICY_NBYTES` a line.
+        Memory held, at most `POLICY_NBYTES` a line and `FIXED_NBYTES`.
 
     Notes
     -----
@@ -95,9 +94,9 @@ class Policy(ABC):
         """The n of ``lines[m]`` to go first: int64[n], distinct; the least of `worth`, if this is not overridden."""
         return lines[np.argsort(self.worth[lines], kind="stable")[:n]]
 
-    admit: Callable[[Int64s, Int64s], npt.NDArray[np.bool_]] | None = None
-    """``admit(keys, others) -> bool[n]``: whether each newcomer is worth more than the key whose line it would take;
-    None where all are, which spares the question."""
+    admit: Callable[[Int64s, Int64s, Int64s, Int64s], npt.NDArray[np.bool_]] | None = None
+    """``admit(keys, lines, others, their_lines) -> bool[n]``: whether each newcomer in ``lines[n]`` is worth more than
+    the key that would go for it; if not, the newcomer goes. None admits all, and spares the question."""
 
 
 class LRU(Policy):
@@ -164,9 +163,10 @@ class TinyLFU(LRU):
         super().on_access(keys, lines)
         self._sketch.add(keys)
 
-    def admit(self, keys: Int64s, others: Int64s) -> npt.NDArray[np.bool_]:
-        """See `Policy.admit`."""
+    def admit(self, keys: Int64s, lines: Int64s, others: Int64s, their_lines: Int64s) -> npt.NDArray[np.bool_]:
+        """See `Policy.admit`. A key that stays is not asked to prove itself again at once: it counts as used."""
         admitted: npt.NDArray[np.bool_] = self._sketch.estimate(keys) > self._sketch.estimate(others)
+        self.worth[their_lines[~admitted]] = self._now
         return admitted
 
 

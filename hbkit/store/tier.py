@@ -45,6 +45,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
 AWAY = 1 << 40  # a lease's slot for a row that is only at home
 GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
+UNFIT = (StorageError, Corrupt, DeviceUnavailable)  # whoever meets one of them in a change does not commit any more
 FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
 
 
@@ -115,6 +116,10 @@ class Home(Protocol):
 
     def erase(self, keys: Int64s) -> int:
         """Forget rows; how many there were."""
+        ...
+
+    def drop(self, keys: Int64s) -> int:
+        """`erase` in memory alone, for a table that will not be committed any more: the disk may be full."""
         ...
 
     def read(self, keys: Int64s) -> tuple[Bytes, Counts, Counts]:
@@ -288,6 +293,8 @@ class TieredStore(ABC):
 
     def _move(self, lines: Int64s) -> None:
         """Give the keys of lines others, the lowest that are free."""
+        living = list(self._leases)
+        self._unpin_abandoned()
         cache, moved = self._cache, np.arange(self._cache.n_lines)
         keys, packed, metadata = cache.key[lines], self._lines.pack(lines), self._metadata.get(lines)
         kept = cache.dirty[lines], cache.pins[lines], cache.next_use[lines]
@@ -296,8 +303,6 @@ class TieredStore(ABC):
         self._lines.unpack(to, packed)
         self._metadata.put(to, *metadata)
         cache.dirty[to], cache.pins[to], cache.next_use[to] = kept
-        living = list(self._leases)
-        self._unpin_abandoned()
         for lease in living:
             near, lease.settled = _near(lease.slots), False
             lease.slots[near] = moved[lease.slots[near]]
@@ -415,7 +420,7 @@ class TieredStore(ABC):
         with self._open():
             try:
                 yield
-            except (StorageError, Corrupt, DeviceUnavailable) as e:
+            except UNFIT as e:
                 self._failed = e
                 raise
 
@@ -425,7 +430,7 @@ class TieredStore(ABC):
     def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Announce a batch's distinct keys; `ahead` of others that were, so that the cache may reckon with it."""
         with self._open():
-            lease = TierLease(keys, np.full(len(keys), -1, np.int64), counts, padding)
+            lease = TierLease(keys, np.full(len(keys), -1, np.int64), counts, padding, abandoned=self._abandoned)
             if ahead:
                 lease.batch = self._window.announce(keys)
                 lines = self._cache.find(keys)
@@ -447,7 +452,7 @@ class TieredStore(ABC):
 
     def _fetch(self, lease: TierLease) -> None:
         if not lease.fetched:
-            lease.fetched, lease.abandoned = True, self._abandoned
+            lease.fetched = True
             self._leases.add(lease)
             away = self._refresh(lease)
             near = _near(lease.slots)
@@ -497,7 +502,12 @@ class TieredStore(ABC):
                 lines = lease.slots if len(away) == 0 else np.where(_near(lease.slots), lease.slots, -1)
                 lease.settled = len(away) == len(absent(lines, lease.padding)) == 0
                 return lines, away
-            self._arrived.wait()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Return once something has arrived, for whoever holds the lock."""
+        self._arrived.wait()
+        self._check_open()
 
     def _find(self, keys: Int64s) -> Int64s:
         """Lines of keys, -1 where there is none; nothing is arriving."""
@@ -505,7 +515,7 @@ class TieredStore(ABC):
             lines = self._cache.find(keys)
             if not count_at(self._arriving.view(np.uint8), lines):
                 return lines
-            self._arrived.wait()
+            self._wait()
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
@@ -547,8 +557,8 @@ class TieredStore(ABC):
                     self._scratch.scatter(scratch, values[n:])
                     self._write_home(some[n:], self._scratch.pack(scratch), zeros, zeros)
                     lease.slots[new[part][n:]] = AWAY
-        except BaseException:
-            self._erase(keys)
+        except BaseException as e:
+            self._erase(keys, self._home.drop if isinstance(e, UNFIT) else self._home.erase)
             raise
 
     def _stream(self, keys: Int64s, away: Int64s) -> Iterator[tuple[Int64s, Int64s, Int64s, Slabs]]:
@@ -631,22 +641,23 @@ class TieredStore(ABC):
             self._leases.discard(lease)
             if lease.batch is not None and not self._closed:
                 use = self._window.release(lease.batch)
-                near = _near(lease.slots)
-                self._cache.next_use[lease.slots[near]] = use[near]
+                lines = lease.slots if lease.fetched else self._cache.find(lease.keys)
+                near = _near(lines)
+                self._cache.next_use[lines[near]] = use[near]
                 lease.batch = None
             lease.fetched = True
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._whole():
-            return self._erase(np.ascontiguousarray(keys))
+            return self._erase(np.ascontiguousarray(keys), self._home.erase)
 
-    def _erase(self, keys: Int64s) -> int:
+    def _erase(self, keys: Int64s, at_home: Callable[[Int64s], int]) -> int:
         lines = self._find(keys)
         lines = np.unique(lines[lines >= 0])
         self._lost(lines, -1)
         self._cache.remove(lines)
-        return self._home.erase(keys)
+        return at_home(keys)
 
     def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether each key has a row: bool[n]."""

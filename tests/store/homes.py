@@ -58,6 +58,9 @@ class DictHome:
         assert not self.reading & {int(k) for k in keys}, "erased while it was read"
         return sum(self.rows.pop(int(k), self) is not self for k in keys)
 
+    def drop(self, keys):
+        return sum(self.rows.pop(int(k), self) is not self for k in keys)
+
     def read(self, keys):
         self.reading |= {int(k) for k in keys}
         rows = [self.rows[int(k)] for k in keys]

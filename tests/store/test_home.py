@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from powerless import MemoryDisk
 
 from hbkit import errors
 from hbkit._ext.blocks import Blocks
@@ -21,8 +22,6 @@ from hbkit.store import log
 from hbkit.store.base import Layout, Part
 from hbkit.store.disk import Disk, aligned
 from hbkit.store.home import Home
-
-from .powerless import MemoryDisk
 
 
 def layout(dim=4, n_state=4, metadata=True, dtype="float32"):

@@ -11,7 +11,7 @@ from hbkit.errors import InvalidArgument
 from hbkit.store import LFU, LRU, Policy, TinyLFU, cached_ssd
 from hbkit.store import cache as cache_module
 from hbkit.store.cache import LINE_NBYTES, NEVER, Cache, Window, as_nbytes
-from hbkit.store.policy import HALF_LIVES, make_policy
+from hbkit.store.policy import FIXED_NBYTES, HALF_LIVES, make_policy
 
 BIG = 2**62  # keys are any 64 bits
 
@@ -66,7 +66,9 @@ class Greatest(Policy):
         lines[:] = -7
         return chosen
 
-    def admit(self, keys, others):
+    def admit(self, keys, lines, others, their_lines):
+        assert np.array_equal(self.key[lines], keys) and np.array_equal(self.key[their_lines], others)
+        lines[:] = their_lines[:] = -7
         return keys < others
 
 
@@ -130,7 +132,7 @@ def test_cache_counts_its_memory(policy):
         cache = Cache(n_lines, ALL[policy])
         for keys in np.random.default_rng(0).permutation(2**20)[:n_lines].reshape(2, -1):
             cache.insert(keys << 42)
-        assert cache.nbytes <= n_lines * LINE_NBYTES + 65_536
+        assert cache.nbytes <= n_lines * LINE_NBYTES + FIXED_NBYTES + 65_536
 
 
 def test_cache_refuses_what_is_not_so():
@@ -283,7 +285,7 @@ def _raise(*_):
             {"worth": property(lambda self: "no", lambda self, w: None), "on_insert": lambda *_: None, "nbytes": 0},
             "worth",
         ),
-        ({"admit": lambda self, keys, others: keys}, r"Rogue.admit gave no bool\[2\]"),
+        ({"admit": lambda self, keys, *_: keys}, r"Rogue.admit gave no bool\[2\]"),
         ({"admit": _raise}, "Rogue.admit raised"),
         ({"nbytes": 10**9}, "holds 1000000000 bytes"),
         ({"__init__": _raise}, "raised RuntimeError"),

@@ -1,6 +1,8 @@
 """The SSD tier against host memory, bit for bit, and its budget. What disks can do to it is in test_home and
 test_faults."""
 
+import contextlib
+import errno
 import gc
 import os
 import random
@@ -16,10 +18,11 @@ import pytest
 from homes import ACTS, OPTIMIZERS, any_table, contents, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from powerless import MemoryDisk, PowerLoss, seeded
 
 from hbkit import errors
 from hbkit.embedding import SGD, Adagrad, Adam, BloomAdmission, Collection, CountAdmission, Table, lookahead
-from hbkit.store import cached_ssd, host_memory
+from hbkit.store import cached_ssd, host_memory, log
 from hbkit.store.base import Chunk
 from hbkit.store.policy import make_policy
 from hbkit.store.ssd import SsdStore
@@ -346,3 +349,94 @@ def test_ssd_budget_has_room_for_the_index(tmp_path, n):
     t.store.erase(keys)
     t.store.validate()
     t.close()
+
+
+class Powered:
+    """A place for one table on a disk in memory."""
+
+    def __init__(self, disk):
+        self.disk = disk
+
+    def open(self, layout):
+        how = {"cache_lines": 16, "segment_nbytes": 20_000, "disk": self.disk}
+        return SsdStore(layout, Path("/t"), 2**20, make_policy("lfu"), **how)
+
+
+def trains_and_commits(table, n, done):
+    """Steps with a commit after every second one; `done` gets the number of steps when a commit begins and ends."""
+    for i in range(table.step, n):
+        step(table, np.random.default_rng(i), 150, 40)
+        if i % 2:
+            done.append(i + 1)
+            table.commit()
+            done.append(i + 1)
+
+
+FAULTS = {"power": 0, "eio": errno.EIO, "full": errno.ENOSPC}
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ssd_training_goes_on_from_the_last_commit_whatever_the_disk_does(monkeypatch, fault, every):
+    monkeypatch.setattr(log, "SPARE_NBYTES", 0)
+    host, states = table_of(host_memory()), {0: contents(table_of(host_memory()).store)}
+    for n in range(2, 13, 2):
+        trains_and_commits(host, n, [])
+        states[n] = contents(host.store)
+    nth, went = 1, True
+    while went:
+        nth += every
+        disk, done, went = MemoryDisk(), [0, 0], False
+
+        def fails(call, name, nth=nth, disk=disk):
+            nonlocal went
+            if call >= nth and not (went and fault == "power"):
+                went = True
+                raise (
+                    PowerLoss if fault == "power" else OSError(errno.EIO if fault == "eio" else errno.ENOSPC, "planted")
+                )
+
+        disk.fault = fails
+        t = None
+        with contextlib.suppress(PowerLoss, errors.StorageError):
+            t = table_of(Powered(disk))
+            trains_and_commits(t, 12, done)
+        disk.fault = None
+        if fault == "power":
+            disk.lose_power(seeded(nth, 0))
+        elif t is not None:
+            t.store.validate()
+            t.close()
+        t = table_of(Powered(disk))
+        t.store.validate()
+        t.store.verify()
+        assert contents(t.store) in (states[done[-1]], states[done[-2]]) and t.step in (done[-1], done[-2])
+        trains_and_commits(t, 12, done)
+        assert contents(t.store) == states[12]
+        t.close()
+    assert nth > 40
+
+
+def test_ssd_full_file_system_leaves_the_store_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "SPARE_NBYTES", 0)  # else the end is seen long before
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        t = table_of(Tiny(tmp_path, 64, budget=2**23))
+        t.lookup(np.arange(500), train=True)
+        t.commit()
+        want = contents(t.store)
+        with pytest.raises(errors.StorageError, match=r"segment-.*free some space"):
+            t.lookup(np.arange(30_000), train=True)
+        t.store.validate()
+        assert contents(t.store) == want
+        t.lookup(np.arange(500))
+        t.close()
+        t = table_of(Tiny(tmp_path, 64, budget=2**23))
+        assert contents(t.store) == want
+        t.update(np.arange(100), np.ones((100, 4)))
+        t.commit()
+        t.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
