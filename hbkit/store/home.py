@@ -331,6 +331,10 @@ class Home:
         place_of = np.array([place for place, _ in c["places"]], np.int64)
         gone = place_of[moved] if len(place_of) else place_of
         n_gone, offset, row = 0, 0, 20 if c["metadata"] else 12
+        if c["n_rows"] * row > size:
+            raise self._corrupt("the index has not as many rows as its manifest says", name)
+        # Rows come in the order of an index: one that grew meanwhile would be searched along ever longer ways.
+        self._places = Places(c["n_rows"])
         with named("read", self._directory / name):
             handle = self._disk.open(self._directory / name)
         try:
