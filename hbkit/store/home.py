@@ -331,6 +331,10 @@ class Home:
         place_of = np.array([place for place, _ in c["places"]], np.int64)
         gone = place_of[moved] if len(place_of) else place_of
         n_gone, offset, row = 0, 0, 20 if c["metadata"] else 12
+        if c["n_rows"] * row > size:
+            raise self._corrupt("the index has not as many rows as its manifest says", name)
+        # Rows come in the order of an index: one that grew meanwhile would be searched along ever longer ways.
+        self._places = Places(c["n_rows"])
         with named("read", self._directory / name):
             handle = self._disk.open(self._directory / name)
         try:
@@ -550,10 +554,10 @@ class Home:
         return out[0], out[1]
 
     def _parts(self) -> Iterator[Int64s]:
-        """All keys, in the order of their mix, about `PART_ROWS` at a time."""
+        """All keys, about `PART_ROWS` at a time, in no order that matters."""
         n = max(1, len(self._places) // PART_ROWS)
-        for i in range(n):
-            yield Part.share(i, n).of(self._places)
+        for part in (Part.share(i, n) for i in range(n)):
+            yield self._places.part(part.first, part.last - 1)
 
     def keys(self, part: Part | None = None) -> Int64s:
         """Keys of a part in the order of their mix, or all: int64[m]. Passes over their shards of the index alone."""

@@ -301,4 +301,4 @@ def test_faults_last_commit_survives_fifty_kills(tmp_path):
     spec = importlib.util.spec_from_file_location("crash", path)
     crash = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(crash)
-    assert crash.kills(tmp_path, 50, seed=0, seconds=0.3) > 20
+    assert crash.kills(tmp_path, 50, seed=0, seconds=0.05) > 30
