@@ -103,7 +103,7 @@ def test_part_shares_cover_all_keys_once(n, bits):
 
 @pytest.mark.parametrize("place", ["host", "ssd"])
 def test_eviction_every_n_steps_looks_at_a_part_and_does_not_depend_on_the_tier(place, tmp_path):
-    store = host_memory() if place == "host" else cached_ssd(tmp_path, "256KiB")
+    store = host_memory() if place == "host" else cached_ssd(tmp_path, "1MiB")
     t, exported = table(store=store, eviction=[IdleSteps(3)], evict_every=5, on_evict=lambda c: exported.append(c)), []
     looked, part = [], t.store.part
 
