@@ -23,7 +23,24 @@ cdef size_t HUGE = 2 << 20  # blocks from here on ask for huge pages: decoding i
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 
 
+cdef extern from *:
+    """
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    #define HB_TRIM() malloc_trim(0)
+    #else
+    #define HB_TRIM() 0
+    #endif
+    """
+    int HB_TRIM() nogil
+
 cdef int64_t _countdown = 0
+
+
+def give_back():
+    """Give free memory of the C library's heap back to the system, where the library can. Takes some milliseconds."""
+    with nogil:
+        HB_TRIM()
 
 
 cdef int64_t *countdown() noexcept nogil:

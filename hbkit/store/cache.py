@@ -76,6 +76,8 @@ class Cache:
         There are no lines; or, in any method, a policy of the user's own raised or answered with something wrong.
     """
 
+    policy: Policy
+
     def __init__(self, n_lines: int, policy: Callable[[int], Policy]) -> None:
         if n_lines < 1:
             raise InvalidArgument(f"a cache of {n_lines} lines", remedy="give it at least one")
@@ -92,9 +94,8 @@ class Cache:
 
     def resize(self, n_lines: int) -> None:
         """Have `n_lines`, none of those beyond being in use. The policy begins anew, with the keys that are near."""
-        keys, lines = self._index.items()
-        if n_lines <= lines.max(initial=0):
-            raise InvalidArgument(f"{n_lines} lines, of which {lines.max()} is in use", remedy="remove it before")
+        if n_lines < 1 or len(self.held(n_lines)):
+            raise InvalidArgument(f"{n_lines} lines, and one beyond is in use", remedy="remove it before")
         self.n_lines = n_lines
         for name, rest in (("key", 0), ("dirty", 0), ("pins", 0), ("next_use", NEVER), ("_state", FREE)):
             old = getattr(self, name)
@@ -104,6 +105,8 @@ class Cache:
         self._state[self._state == QUEUED] = USED
         self._lines = Lines(self._state, self.pins, self.next_use)
         self._queue, self._hand = np.zeros(0, np.int64), 0
+        if self._ours and hasattr(self, "policy"):
+            del self.policy  # that there are not two at once
         self.policy = self._ask("", self._make_policy, n_lines)
         if not isinstance(self.policy, Policy):
             raise InvalidArgument(f"{self._name} made no Policy", remedy="give a class derived from hbkit.store.Policy")
@@ -113,7 +116,13 @@ class Cache:
                 f"{self._name} holds {self.policy.nbytes} bytes for {n_lines} lines",
                 remedy=f"let it hold at most {POLICY_NBYTES} a line",
             )
-        self._tell("on_insert", keys, lines)
+        for first in range(0, n_lines, REGION):
+            lines = first + np.flatnonzero(self._state[first : first + REGION] != FREE)
+            self._tell("on_insert", self.key[lines], lines)
+
+    def held(self, first: int = 0) -> Int64s:
+        """Lines from `first` on that hold a key: int64[m], ascending."""
+        return first + np.flatnonzero(self._state[first:] != FREE)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -123,11 +132,6 @@ class Cache:
         """Memory held, in bytes, at most `LINE_NBYTES` a line and `FIXED_NBYTES`; of lines not the rows."""
         arrays = (self.key, self.dirty, self.pins, self.next_use, self._state, self._newcomer, self._queue)
         return sum(a.nbytes for a in arrays) + int(self._index.nbytes) + self.policy.nbytes
-
-    def keys(self) -> Int64s:
-        """Keys that are near: int64[n]."""
-        keys: Int64s = self._index.items()[0]
-        return keys
 
     def find(self, keys: Int64s) -> Int64s:
         """Line of each key, -1 where it is not near: int64[n]."""

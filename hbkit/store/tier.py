@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import absent, add_at, count_at, set_at
 from hbkit._ext.metadata import Metadata
+from hbkit._ext.pool import give_back
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
@@ -278,17 +279,18 @@ class TieredStore(ABC):
         if over > 0:
             lines = cache.victims(over)
             if len(lines) < over:
-                pinned = np.setdiff1d(cache.find(cache.keys()), lines)[: over - len(lines)]
+                pinned = np.setdiff1d(cache.held(), lines)[: over - len(lines)]
                 self._lost(pinned, AWAY)
                 lines = np.concatenate([lines, pinned])
             self._evict(lines)
-        used = cache.find(cache.keys())
-        for part in _parts(int(np.count_nonzero(used >= n_lines)), self._scratch_lines):
-            self._move(used[used >= n_lines][part])
+        beyond = cache.held(n_lines)
+        for part in _parts(len(beyond), self._scratch_lines):
+            self._move(beyond[part])
         cache.resize(n_lines)
         self._lines.trim(n_lines)
         self._metadata.trim(n_lines)
         self._arriving = self._arriving[:n_lines].copy()
+        give_back()
         return True
 
     def _move(self, lines: Int64s) -> None:
@@ -343,6 +345,7 @@ class TieredStore(ABC):
         self._cache.resize(n_lines)
         self._metadata.reserve(n_lines)
         self._arriving = np.concatenate([self._arriving, np.zeros(n_lines - len(self._arriving), np.bool_)])
+        give_back()
 
     def _evict(self, lines: Int64s) -> None:
         self._write_back(lines[self._cache.dirty[lines]])
@@ -804,7 +807,7 @@ class TieredStore(ABC):
             cache = self._cache
             cache.validate()
             self._unpin_abandoned()
-            keys = cache.keys()
+            keys = cache.key[cache.held()]
             assert self._home.find(keys).all(), "a line's row is gone"
             lines = cache.find(keys)
             pins = np.zeros(cache.n_lines, np.int64)
