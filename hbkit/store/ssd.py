@@ -21,6 +21,7 @@ from hbkit.store.tier import Lines, TieredStore
 BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; all of the home's buffers are some times as large
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
 BUFFERS, SCRATCH = 32, 8  # they are no larger than such a part of the budget
+SLACK = 32  # and such a part of it is left to what passes through, and to the allocator
 LEAST_LINES = 16  # a cache has at least so many
 FEW_NBYTES = 24_000 + FIXED_NBYTES  # of index, cache and policy, however few rows they hold
 SETTLED = 2**20  # rows from which on the index takes about as many bytes a row as it does now
@@ -122,7 +123,7 @@ class SsdStore(TieredStore):
         self._scratch_nbytes = min(SCRATCH_NBYTES, host_budget // SCRATCH)
         self._line_nbytes = layout.line_nbytes + LINE_NBYTES + 9  # frequency, last step, whether it is arriving
         home = Home(layout, directory, min(BUFFER_NBYTES, host_budget // BUFFERS), segment_nbytes, disk_budget, disk)
-        self._fixed_nbytes = home.buffers_nbytes + self._scratch_nbytes + FEW_NBYTES
+        self._fixed_nbytes = home.buffers_nbytes + self._scratch_nbytes + FEW_NBYTES + host_budget // SLACK
         try:
             super().__init__(layout, home, policy, max(1, self._scratch_nbytes // (4 * (layout.line_nbytes + 16))))
         except BaseException:
@@ -140,8 +141,9 @@ class SsdStore(TieredStore):
             least = rows + LEAST_LINES * self._line_nbytes + FEW_NBYTES
             # The buffers grow with the budget, up to a size.
             n = home.buffers_nbytes // home.buffer_nbytes
-            share = n / BUFFERS + 1 / SCRATCH
-            least = min(least + n * BUFFER_NBYTES + SCRATCH_NBYTES, int(least / (1 - share)) + home.buffers_nbytes)
+            share = n / BUFFERS + 1 / SCRATCH + 1 / SLACK
+            most = int((least + n * BUFFER_NBYTES + SCRATCH_NBYTES) * SLACK / (SLACK - 1))
+            least = min(most, int(least / (1 - share)) + home.buffers_nbytes)
             raise BudgetExceeded(
                 f"host_budget of {self._budget} bytes has no room for a cache beside an index of {n_rows} rows",
                 table=self.layout.table,
