@@ -61,7 +61,7 @@ def main() -> None:
             told = len(table) * 10 // a.keys
             report(table, "made", time.perf_counter() - began, longest)
     rng = np.random.default_rng(0)
-    numbers = rng.integers(0, a.keys, min(a.keys, 200 * a.rows), dtype=np.uint64)
+    numbers = rng.integers(0, a.keys, min(a.keys, (200 if a.ssd is None else 2 * STEPS) * a.rows), dtype=np.uint64)
     known = (numbers * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
     began, longest = time.perf_counter(), 0.0
     for first in range(0, len(known), a.rows):
