@@ -24,9 +24,9 @@ BUFFERS, SCRATCH = 32, 8  # they are no larger than such a part of the budget
 SLACK = 32  # and such a part of it is left to what passes through, and to the allocator
 LEAST_LINES = 16  # a cache has at least so many
 FEW_NBYTES = 24_000 + FIXED_NBYTES  # of index, cache and policy, however few rows they hold
-SETTLED = 2**20  # rows from which on the index takes about as many bytes a row as it does now
-INDEX_NBYTES, METADATA_NBYTES = 24, 16  # before that, at the most, and of the index
-MORE_NBYTES, MORE = 16, 2**21  # so many more a row, but no more than these in all
+INDEX_NBYTES, METADATA_NBYTES = 24, 16  # a row, at the most
+SETTLED, SETTLED_NBYTES = 2**21, 19  # rows from which on the index takes fewer: 17 to 19, as it grows
+MORE_NBYTES, MORE = 16, 2**21  # and of few rows, so many more each, but no more than these in all
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,8 @@ class SsdStore(TieredStore):
 
     def _capacity(self, n_rows: int) -> int:
         home: Any = self._home
-        per_row: float = INDEX_NBYTES + METADATA_NBYTES * self.layout.metadata
-        if len(home) >= SETTLED:
-            per_row = (home.nbytes - home.buffers_nbytes) / len(home)
-        rows = int(per_row * n_rows) + min(MORE_NBYTES * n_rows, MORE)
+        per_row = INDEX_NBYTES if len(home) < SETTLED else SETTLED_NBYTES
+        rows = (per_row + METADATA_NBYTES * self.layout.metadata) * n_rows + min(MORE_NBYTES * n_rows, MORE)
         n_lines = (self._budget - self._fixed_nbytes - rows) // self._line_nbytes
         if n_lines < 1:
             least = rows + LEAST_LINES * self._line_nbytes + FEW_NBYTES
