@@ -60,18 +60,22 @@ def lines_of(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.frombuffer(rng.bytes(n * LINE), np.uint8).reshape(n, LINE)
 
 
+def layout() -> Any:
+    from hbkit.store.base import Layout
+
+    return Layout("t", 64, np.zeros(64, np.float32), lambda keys: np.zeros((len(keys), 64), np.float32), False)
+
+
 class Hbkit:
     def __init__(self, path: Path, direct: bool = True) -> None:
         self.path, self.direct = path, direct
         self.open()
 
     def open(self) -> None:
-        from hbkit.store.base import Layout
         from hbkit.store.disk import Disk
         from hbkit.store.home import Home
 
-        layout = Layout("t", 64, np.zeros(64, np.float32), lambda keys: np.zeros((len(keys), 64), np.float32), False)
-        self.home = Home(layout, self.path, disk=Disk(self.direct))
+        self.home = Home(layout(), self.path, disk=Disk(self.direct))
 
     def close(self) -> None:
         self.home.close()
@@ -88,6 +92,25 @@ class Hbkit:
 
     def stats(self) -> dict[str, Any]:
         return self.home.stats()
+
+
+class Near(Hbkit):
+    """hbkit's store over the same directory, with a cache that holds what is read."""
+
+    def open(self) -> None:
+        from hbkit.store.policy import make_policy
+        from hbkit.store.ssd import SsdStore
+
+        self.home = SsdStore(layout(), self.path, 2**30, make_policy("lfu"))
+
+    def read(self, keys: np.ndarray) -> Any:
+        from hbkit.shuffle.dedupe import dedupe
+
+        unique, inverse, counts = dedupe(keys)
+        lease, out = self.home.reserve(unique, counts), np.empty((len(keys), LINE // 4), np.float32)
+        self.home.gather(lease, out, inverse)
+        self.home.release(lease)
+        return out
 
 
 class Ceiling(Hbkit):
@@ -213,7 +236,7 @@ class Lmdb(Threaded):
         self.env.sync(True)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"hbkit": Hbkit, "ceiling": Ceiling, "rocksdb": RocksDB, "lmdb": Lmdb}
+KINDS: dict[str, Callable[..., Any]] = {"hbkit": Hbkit, "near": Near, "ceiling": Ceiling, "rocksdb": RocksDB, "lmdb": Lmdb}
 
 
 def worker(kind: str, path: str, how: str) -> None:
@@ -436,6 +459,11 @@ def main() -> None:
             close(c)
         c = stores(False, (1, DEPTH))
         rounds("rows in the system's cache", c, "warm", n, args.rounds, args.batches)
+        close(c)
+        c = {"hbkit": (Contender(sys.executable, "near", root / "hbkit"), 1)}
+        for kind in [k for k in python if k != "hbkit"]:
+            c[kind] = Contender(python[kind], kind, root / kind, direct=False), 1
+        rounds("rows in hbkit's cache, the peers' in the system's", c, "warm", n, args.rounds, args.batches)
         close(c)
         c = stores(True, (1,))
         rounds("rows just written", c, "buffer", n, args.rounds, args.batches)
