@@ -461,10 +461,7 @@ class Home:
             self._tidy(len(real))
             zeros = np.zeros(len(real), np.uint32)
             self._log.append(real, zeros, zeros, None)
-            before = self._places.drop(keys)  # `_tidy` may have moved rows
-            self._n_added -= int(np.count_nonzero(before == ADDED))
-            self._log.count(before[(before >= 0) & (before != ADDED)], -1)
-            return int(np.count_nonzero(before >= 0))
+            return self.drop(keys)
 
     def drop(self, keys: Int64s) -> int:
         """`erase` in memory alone: for a table that will not be committed any more, since its disk failed."""

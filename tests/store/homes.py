@@ -12,6 +12,7 @@ from hbkit.embedding import (
     SGD,
     Adagrad,
     Adam,
+    Collection,
     CountAdmission,
     Ftrl,
     IdleSteps,
@@ -19,6 +20,7 @@ from hbkit.embedding import (
     RowWiseAdagrad,
     RowWiseAdam,
     Table,
+    lookahead,
 )
 from hbkit.embedding.table import Request
 from hbkit.store.base import Chunk
@@ -210,3 +212,21 @@ def any_table(store, optimizer, dim, dtype, metadata, min_count):
         admission=CountAdmission(min_count) if min_count else None, metadata=metadata,
         eviction=[IdleSteps(3), MaxRows(2000)] if metadata else (),
     )  # fmt: skip
+
+
+def looking_ahead(store, window):
+    """Train with look-ahead: what was read, and what is there in the end."""
+    rng = np.random.default_rng(3)
+    tables = [Table("a", 8, store=store), Table("b", 4, optimizer=Adam(), store=store)]
+    c = Collection(tables, {"x": "a", "y": "b", "z": "b"})
+    batches = [{f: rng.zipf(1.3, 100) % 400 for f in "xyz"} for _ in range(30)]
+    seen = []
+    for _, staged in lookahead(batches, c, window):
+        out = staged.outputs()
+        seen.append([v.tobytes() for v in out.values()])
+        staged.apply({f: np.sin(v) for f, v in out.items()})
+    found = [contents(t.store) for t in tables]
+    for t in tables:
+        t.store.validate()
+        t.close()
+    return seen, found
