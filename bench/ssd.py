@@ -236,7 +236,13 @@ class Lmdb(Threaded):
         self.env.sync(True)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"hbkit": Hbkit, "near": Near, "ceiling": Ceiling, "rocksdb": RocksDB, "lmdb": Lmdb}
+KINDS: dict[str, Callable[..., Any]] = {
+    "hbkit": Hbkit,
+    "near": Near,
+    "ceiling": Ceiling,
+    "rocksdb": RocksDB,
+    "lmdb": Lmdb,
+}
 
 
 def worker(kind: str, path: str, how: str) -> None:

@@ -58,7 +58,7 @@ class Lookahead:
 
 Step = TypeVar("Step")
 T = TypeVar("T")
-FETCHERS = 2  # batches whose rows are on their way at once: while the last rows of one come, the disk has others to do
+FETCHERS = 4  # batches whose rows are on their way at once: while the last rows of one come, the disk has others to do
 
 
 class Pipeline(Generic[Step]):
@@ -95,7 +95,7 @@ def lookahead(
     """Pairs (batch, `Staged`) in order, staged up to `lookahead` batches before their step.
 
     The keys of all of them are known to the tables' stores, which keep near what is used soonest; the rows of the next
-    three are fetched in the background. Rows are read at the step, after the previous update, so every value of
+    five are fetched in the background. Rows are read at the step, after the previous update, so every value of
     `lookahead` gives the same results.
 
     >>> for batch, staged in lookahead(dataset, collection):

@@ -44,7 +44,7 @@ FORMAT = "hbkit-ssd"
 VERSION = 2
 MANIFEST = "manifest.json"
 BUFFER_NBYTES = 4 * 2**20
-BUFFERS = 3  # so much memory as that: one, and what compaction (a quarter) and a reading thread take (the rest)
+BUFFERS = 8  # so much memory as that: one, and what compaction (a quarter) and four reading threads take (the rest)
 PART_ROWS = 65_536  # about as many rows of a checkpoint share a checksum, and are in memory at a time
 MOST_PART_ROWS = 2**24
 SORTED_ROWS = 2**20  # what is gone through in the order of keys is sorted so many at a time
@@ -424,7 +424,7 @@ class Home:
 
     @property
     def buffers_nbytes(self) -> int:
-        """Bytes of buffers: one for what is to be written, and what a read and compaction take."""
+        """Bytes of buffers: one for what is to be written, and what reads and compaction take."""
         return BUFFERS * self._log.buffer_nbytes
 
     def find(self, keys: Int64s) -> npt.NDArray[np.bool_]:

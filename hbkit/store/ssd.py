@@ -20,7 +20,7 @@ from hbkit.store.tier import Lines, TieredStore
 
 BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; all of the home's buffers are some times as large
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
-BUFFERS, SCRATCH = 32, 8  # they are no larger than such a part of the budget
+BUFFERS, SCRATCH = 64, 8  # they are no larger than such a part of the budget
 SLACK = 32  # and such a part of it is left to what passes through, and to the allocator
 LEAST_LINES = 16  # a cache has at least so many
 FEW_NBYTES = 24_000 + FIXED_NBYTES  # of index, cache and policy, however few rows they hold
