@@ -418,14 +418,13 @@ class TieredStore(ABC):
             raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _change(self) -> Iterator[None]:
         """A change that leaves the store unfit to commit if it fails half-way."""
-        with self._open():
-            try:
-                yield
-            except UNFIT as e:
-                self._failed = e
-                raise
+        try:
+            yield
+        except UNFIT as e:
+            self._failed = e
+            raise
 
     def __len__(self) -> int:
         return len(self._home)
@@ -522,22 +521,23 @@ class TieredStore(ABC):
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
-        with self._whole():
+        with self._open():
             lines, away = self._ready(lease)
-            new = absent(lease.slots, lease.padding)
-            if len(new):
-                with admitted(admission, lease.keys[new], lease.counts[new]) as accepted:
-                    new = new[accepted]
-                    self._make(lease, new)
-                lines, away = self._ready(lease)
-            self._metadata.stamp(lines, step, lease.counts)
-            if self.layout.metadata:
-                set_at(self._cache.dirty.view(np.uint8), lines)
-            for some, freq, last_step, held in self._stream(lease.keys, away):
-                freq = np.minimum(freq + lease.counts[some], 2**32 - 1)
-                last_step[:] = step
-                self._write_home(lease.keys[some], held.pack(np.arange(len(some))), freq, last_step)
-            return len(new)
+            with self._change():
+                new = absent(lease.slots, lease.padding)
+                if len(new):
+                    with admitted(admission, lease.keys[new], lease.counts[new]) as accepted:
+                        new = new[accepted]
+                        self._make(lease, new)
+                    lines, away = self._ready(lease)
+                self._metadata.stamp(lines, step, lease.counts)
+                if self.layout.metadata:
+                    set_at(self._cache.dirty.view(np.uint8), lines)
+                for some, freq, last_step, held in self._stream(lease.keys, away):
+                    freq = np.minimum(freq + lease.counts[some], 2**32 - 1)
+                    last_step[:] = step
+                    self._write_home(lease.keys[some], held.pack(np.arange(len(some))), freq, last_step)
+                return len(new)
 
     def _make(self, lease: Lease, new: Int64s) -> None:
         """Rows for the lease's keys at positions `new`; those that find no line go home at once."""
@@ -618,21 +618,22 @@ class TieredStore(ABC):
     ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
         bad, seed = "skip" if skip else "apply", self.layout.seed
-        with self._whole():
+        with self._open():
             lines, away = self._ready(lease)
-            self._n_skipped += self._lines.apply(rule.code, lines, grads, hyper, lease.keys, seed, step, bad)
-            set_at(self._cache.dirty.view(np.uint8), lines)
-            n_absent = self._metadata.stamp(lines, step) - len(away)
-            if len(away):
-                sums = grads.sum() if isinstance(grads, Gradients) else grads
-                for some, freq, last_step, held in self._stream(lease.keys, away):
-                    keys, at = lease.keys[some], np.arange(len(some))
-                    self._n_skipped += held.apply(rule.code, at, sums[some], hyper, keys, seed, step, bad)
-                    last_step[:] = step
-                    self._write_home(keys, held.pack(at), freq, last_step)
-            ignored = n_absent - (lease.padding >= 0)
-            self._n_ignored += ignored
-            return ignored
+            with self._change():
+                self._n_skipped += self._lines.apply(rule.code, lines, grads, hyper, lease.keys, seed, step, bad)
+                set_at(self._cache.dirty.view(np.uint8), lines)
+                n_absent = self._metadata.stamp(lines, step) - len(away)
+                if len(away):
+                    sums = grads.sum() if isinstance(grads, Gradients) else grads
+                    for some, freq, last_step, held in self._stream(lease.keys, away):
+                        keys, at = lease.keys[some], np.arange(len(some))
+                        self._n_skipped += held.apply(rule.code, at, sums[some], hyper, keys, seed, step, bad)
+                        last_step[:] = step
+                        self._write_home(keys, held.pack(at), freq, last_step)
+                ignored = n_absent - (lease.padding >= 0)
+                self._n_ignored += ignored
+                return ignored
 
     def release(self, lease: Lease) -> None:
         """Unpin the lease's rows. Idempotent."""
@@ -652,7 +653,7 @@ class TieredStore(ABC):
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
-        with self._whole():
+        with self._open(), self._change():
             return self._erase(np.ascontiguousarray(keys), self._home.erase)
 
     def _erase(self, keys: Int64s, at_home: Callable[[Int64s], int]) -> int:
@@ -725,7 +726,7 @@ class TieredStore(ABC):
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
         all_keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
-        with self._whole():
+        with self._open(), self._change():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]
                 values = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)

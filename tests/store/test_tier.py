@@ -74,7 +74,13 @@ def test_tier_a_failing_read_leaves_everything_as_it_was():
     t.lookup(np.arange(100), train=True)
     want = contents(t.store)
     t.store.home.fail["read"] = errors.StorageError("cannot read rows: test", remedy="none")
-    for use in (lambda: t.lookup(np.arange(100)), lambda: t.request(np.arange(40, 80)).fetch()):
+    some, ones = np.arange(40, 50), np.ones((10, 4))  # which all find lines
+    for use in (
+        lambda: t.lookup(np.arange(100)),
+        lambda: t.lookup(some, train=True),
+        lambda: t.update(some, ones),
+        lambda: t.request(np.arange(40, 80)).fetch(),
+    ):
         with pytest.raises(errors.StorageError):
             use()
         t.store.validate()
