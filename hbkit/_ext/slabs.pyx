@@ -346,7 +346,7 @@ cdef class Slabs:
             for i in range(n):
                 memcpy(&to[i, 0], hb_row(&self.s, slots[i]), self.s.row_stride)
                 if self.apart:
-                    memcpy(&to[i, self.s.row_stride], hb_state(&self.s, slots[i]), self.s.state_stride)
+                    memcpy(&to[i, 0] + self.s.row_stride, hb_state(&self.s, slots[i]), self.s.state_stride)
         return out
 
     def unpack(self, const int64_t[::1] slots, const uint8_t[:, ::1] lines):
@@ -360,7 +360,7 @@ cdef class Slabs:
             for i in range(n):
                 memcpy(hb_row(&self.s, slots[i]), &lines[i, 0], self.s.row_stride)
                 if self.apart:
-                    memcpy(hb_state(&self.s, slots[i]), &lines[i, self.s.row_stride], self.s.state_stride)
+                    memcpy(hb_state(&self.s, slots[i]), &lines[i, 0] + self.s.row_stride, self.s.state_stride)
 
     def fill(self, const int64_t[::1] slots, const int64_t[::1] keys, draws, const float[::1] state):
         """Make new lines: rows drawn for their keys, and `state` beside each.
