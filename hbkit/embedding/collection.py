@@ -105,6 +105,7 @@ class Collection:
         train: bool = True,
         size: int | None = None,
         weights: Mapping[str, Any] | None = None,
+        ahead: bool = False,
     ) -> Staged:
         """Begin a batch: dedupe its keys and make their rows resident. May run ahead, in batch order.
 
@@ -119,8 +120,10 @@ class Collection:
             Rows of the outputs; those beyond the batch are zeros and take no gradient.
         weights : mapping of feature to one float a key, optional
             Multiplied into each row before pooling.
+        ahead : bool
+            Whether more batches are staged before this one is read, so that caches keep what is used sooner.
         """
-        return Staged(self, batch, train, size, weights or {})
+        return Staged(self, batch, train, size, weights or {}, ahead)
 
     def lookup(
         self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None

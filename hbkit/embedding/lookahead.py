@@ -131,7 +131,7 @@ def lookahead(
             if getattr(batch, "n_rows", 1) == 0:
                 continue
             prepared = batch if prepare is None else prepare(batch)
-            waiting.add(staged := Staged(collection, batch, train, size, {}, ahead=lookahead > 0))
+            waiting.add(staged := collection.stage(batch, train, size, ahead=lookahead > 0))
             yield prepared, staged
 
     def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
