@@ -85,7 +85,15 @@ class DeviceLines:
             self._device.sync()
 
     def apply(
-        self, rule: Any, slots: Int64s, grads: Any, hyper: Float32s, keys: Int64s, seed: int, step: int, bad: str
+        self,
+        rule: Any,
+        slots: Int64s,
+        grads: Any,
+        hyper: Float32s,
+        keys: Int64s | None = None,
+        seed: int = 0,
+        step: int = 0,
+        bad: str = "apply",
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`, in float32.
 
