@@ -297,6 +297,31 @@ REFERENCES = {
 }
 
 
+def cost_of(cache: Cache, trace: Trace) -> str:
+    """What each call takes: us a batch (ns a key or victim)."""
+    spent: dict[str, list[float]] = {}
+    counts: dict[str, list[int]] = {}
+
+    def call(what: str, count: int, function: Callable, *args: np.ndarray) -> np.ndarray:
+        start = time.process_time()
+        out = function(*args)
+        spent.setdefault(what, []).append(time.process_time() - start)
+        counts.setdefault(what, []).append(count)
+        return out
+
+    for b in trace:
+        lines = call("find", len(b), cache.find, b)
+        call("access", len(b), cache.access, b, lines)
+        new = b[lines < 0]
+        victims = call("victims", len(new), cache.victims, len(new))
+        call("remove", len(new), cache.remove, victims)
+        call("insert", len(new), cache.insert, new)
+    return ", ".join(
+        f"{what} {1e6 * np.median(t):.0f} ({1e9 * np.median(np.array(t) / np.maximum(counts[what], 1)):.0f} ns)"
+        for what, t in spent.items()
+    )
+
+
 def cost(policies: list[str], n_lines: int = 1_000_000, batch: int = 20_000, rounds: int = 200) -> None:
     """CPU time of each call for a batch of distinct keys, in a full cache; medians over the batches."""
     rng = np.random.default_rng(0)
@@ -306,28 +331,9 @@ def cost(policies: list[str], n_lines: int = 1_000_000, batch: int = 20_000, rou
     n = np.mean([len(b) for b in trace])
     print(f"\n{n_lines:,} lines, batches of {n:.0f} distinct keys; us a batch, ns a key or victim")
     for policy in policies:
-        cache, spent, counts = Cache(n_lines, POLICIES[policy]), {}, {}
-
-        def call(what: str, count: int, function: Callable, *args: np.ndarray) -> np.ndarray:
-            start = time.process_time()
-            out = function(*args)
-            spent.setdefault(what, []).append(time.process_time() - start)  # noqa: B023  # called within the loop
-            counts.setdefault(what, []).append(count)  # noqa: B023
-            return out
-
+        cache = Cache(n_lines, POLICIES[policy])
         cache.insert(rng.permutation(n_lines) - 10**9)
-        for b in trace:
-            lines = call("find", len(b), cache.find, b)
-            call("access", len(b), cache.access, b, lines)
-            new = b[lines < 0]
-            victims = call("victims", len(new), cache.victims, len(new))
-            call("remove", len(new), cache.remove, victims)
-            call("insert", len(new), cache.insert, new)
-        text = [
-            f"{what} {1e6 * np.median(t):.0f} ({1e9 * np.median(np.array(t) / np.maximum(counts[what], 1)):.0f} ns)"
-            for what, t in spent.items()
-        ]
-        print(f"{policy:8s} {', '.join(text)}; {cache.nbytes / n_lines:.0f} bytes a line")
+        print(f"{policy:8s} {cost_of(cache, trace)}; {cache.nbytes / n_lines:.0f} bytes a line")
     window, t = Window(), []
     for i, b in enumerate(trace):
         start = time.process_time()
