@@ -9,12 +9,15 @@ from hbkit.snapshot.interop import (
     import_parquet,
     saved,
 )
+from hbkit.snapshot.maintain import Diff, diff, prune, squash
 from hbkit.snapshot.reader import Commit, Loaded, load, log, verify
 from hbkit.snapshot.writer import save
 
 __all__ = [
     "Commit",
+    "Diff",
     "Loaded",
+    "diff",
     "export_arrow",
     "export_dense",
     "export_npy",
@@ -23,7 +26,9 @@ __all__ = [
     "import_parquet",
     "load",
     "log",
+    "prune",
     "save",
     "saved",
+    "squash",
     "verify",
 ]

@@ -19,10 +19,11 @@ from hbkit._ext.batch import all_finite
 from hbkit.errors import InvalidArgument, SchemaMismatch, StorageError, UnknownColumn
 from hbkit.parquet import Field, File, Slab, list_files
 from hbkit.ragged import Ragged
-from hbkit.snapshot.files import local, storage_errors
+from hbkit.snapshot.files import storage_errors
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest
 from hbkit.snapshot.merge import merged
+from hbkit.snapshot.place import place_of
 from hbkit.snapshot.rows import rows_schema
 from hbkit.snapshot.table import TableLike
 from hbkit.store.base import CHUNK_ROWS, Chunk, Float32s, Int64s
@@ -336,7 +337,7 @@ def saved(path: str | os.PathLike[str], table: str | None = None, commit: str | 
     NotFound, UnknownColumn, Corrupt, StorageError
         As `load`.
     """
-    history = History(local(path))
+    history = History(place_of(path))
     manifest = history.find(commit)
     if table is None and len(manifest.tables) == 1:
         (table,) = manifest.tables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,49 +15,55 @@ from hbkit.snapshot.manifest import Manifest
 from hbkit.store.base import Chunk, Int64s
 
 
-class _Part(NamedTuple):
-    """Lines, or keys that are erased, of one file; both ascend."""
+class Part(NamedTuple):
+    """Lines, or keys that are erased; they ascend.
+
+    Attributes
+    ----------
+    key : int64[n]
+    lines : Chunk or None
+    """
 
     key: Int64s
     lines: Chunk | None
 
-    def upto(self, last: int) -> tuple[_Part, _Part]:
-        """What has keys of at most `last`, and what is left."""
-        n = int(np.searchsorted(self.key, last, side="right"))
-        if n == len(self.key):
-            return self, self._slice(n, n)
-        return self._slice(0, n), self._slice(n, len(self.key))
-
-    def _slice(self, first: int, last: int) -> _Part:
+    def cut(self, first: int, last: int) -> Part:
+        """Entries ``first:last``."""
         lines = None if self.lines is None else Chunk._make(column[first:last] for column in self.lines)
-        return _Part(self.key[first:last], lines)
+        return Part(self.key[first:last], lines)
 
 
 class _Run:
-    """The parts of one file, one at a time."""
+    """Parts that ascend, one at a time."""
 
-    def __init__(self, parts: Iterator[_Part]) -> None:
-        self._parts = parts
-        self._held: _Part | None = None
-        self._fill()
-
-    def _fill(self) -> None:
-        while self._held is None or not len(self._held.key):
-            self._held = next(self._parts, None)
-            if self._held is None:
-                return
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = (part for part in parts if len(part.key))
+        self._part = next(self._parts, _END)
+        self._at = 0
 
     @property
     def last(self) -> int | None:
         """Last key at hand; None at the end."""
-        return None if self._held is None else int(self._held.key[-1])
+        return int(self._part.key[-1]) if len(self._part.key) else None
 
-    def take(self, last: int) -> _Part:
+    def take(self, last: int) -> Part:
         """What is at hand and has keys of at most `last`."""
-        assert self._held is not None
-        part, self._held = self._held.upto(last)
-        self._fill()
+        first, self._at = self._at, int(np.searchsorted(self._part.key, last, side="right"))
+        part = self._part.cut(first, self._at)
+        if self._at == len(self._part.key):
+            self._part, self._at = next(self._parts, _END), 0
         return part
+
+
+def side_by_side(runs: Iterable[Iterable[Part]]) -> Iterator[list[Part]]:
+    """Pass over several runs at once: a part of each, of keys that no other part of its run has in between.
+
+    Holds one part of each run; what it yields may be views of them.
+    """
+    at_hand = [_Run(run) for run in runs]
+    while ends := [run.last for run in at_hand if run.last is not None]:
+        last = min(ends)  # no run goes on below it, and one part ends there
+        yield [run.take(last) for run in at_hand]
 
 
 def merged(history: History, chain: list[Manifest], table: str) -> Iterator[Chunk]:
@@ -74,30 +80,28 @@ def merged(history: History, chain: list[Manifest], table: str) -> Iterator[Chun
     Corrupt
         The files do not fit their manifests. Their checksums are the caller's to check.
     """
-    runs: list[_Run] = []  # from old to new
+    runs: list[Iterable[Part]] = []  # from old to new
     for manifest in chain:
         entry = manifest.tables[table]
         for file in entry.erased:
-            runs.append(_Run(iter([_Part(rows.read_keys(history.root, file, entry), None)])))
+            runs.append([Part(rows.read_keys(history.place, file, entry), None)])
         for file in entry.rows:
-            runs.append(_Run(_Part(chunk.key, chunk) for chunk in rows.read_rows(history.root, file, entry)))
+            runs.append(Part(chunk.key, chunk) for chunk in rows.read_rows(history.place, file, entry))
     n = 0
-    while runs := [run for run in runs if run.last is not None]:
-        # No run goes on below the least of these keys, and one ends there.
-        last = min(run.last for run in runs if run.last is not None)
-        chunk = _newest([part for part in (run.take(last) for run in runs) if len(part.key)])
+    for parts in side_by_side(runs):
+        chunk = _newest([part for part in parts if len(part.key)])
         n += len(chunk.key)
         yield chunk
     if n != (said := chain[-1].tables[table].n_rows):
         raise Corrupt(
             f"commit {chain[-1].commit} has {n} rows, its manifest says {said}",
-            file=str(history.root / f"{chain[-1].commit}.json"),
+            file=history.place.where(f"{chain[-1].commit}.json"),
             table=table,
             remedy=RESTORE,
         )
 
 
-def _newest(parts: list[_Part]) -> Chunk:
+def _newest(parts: list[Part]) -> Chunk:
     """Of each key the line of the last part that has it, unless that erases it."""
     if len(parts) == 1 and parts[0].lines is not None:
         return parts[0].lines
@@ -109,9 +113,10 @@ def _newest(parts: list[_Part]) -> Chunk:
     is_line = np.concatenate([np.full(len(part.key), part.lines is not None) for part in parts])
     order = (np.cumsum(is_line) - 1)[order[is_line[order]]]
     lines = [part.lines for part in parts if part.lines is not None]
-    return Chunk._make(
-        np.take(np.concatenate(columns), order, axis=0) for columns in zip(*(lines or [_NONE]), strict=True)
-    )
+    if not lines:
+        return _NO_LINES
+    return Chunk._make(np.take(np.concatenate(columns), order, axis=0) for columns in zip(*lines, strict=True))
 
 
-_NONE = Chunk(*(np.zeros(0, np.int64),) * 3, *(np.zeros((0, 0), np.float32),) * 2)
+_NO_LINES = Chunk(*(np.zeros(0, np.int64),) * 3, *(np.zeros((0, 0), np.float32),) * 2)
+_END = Part(np.zeros(0, np.int64), None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from hbkit.errors import Corrupt, Locked, NotFound, StorageError, Unsupported
 from hbkit.snapshot.files import RESTORE, FileEntry, Sink, check, storage_errors
-from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES
+from hbkit.snapshot.manifest import COMMIT, DIRECTORY, MAX_NBYTES
 from hbkit.store.disk import Disk
 
 __all__ = ["Directory", "Draft", "Place", "place_of"]
@@ -95,6 +95,10 @@ class Place(ABC):
     @abstractmethod
     def remove(self, paths: Iterable[str]) -> None:
         """Remove manifests, or directories of commits, durably; nothing where they are gone already."""
+
+    @abstractmethod
+    def directories(self) -> list[str]:
+        """Directories of commits, also of such as were not finished; `remove` takes their names."""
 
     def manifest(self, commit: str) -> bytes:
         """The bytes of a commit's manifest. Raises Corrupt."""
@@ -218,6 +222,10 @@ class Directory(Place):
         with storage_errors(self.root):
             self._remove([self.root / path for path in paths])
             self._disk.sync_directory(self.root)
+
+    def directories(self) -> list[str]:
+        with storage_errors(self.root):
+            return sorted(name for name in os.listdir(self.root) if DIRECTORY.fullmatch(name))
 
     def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:

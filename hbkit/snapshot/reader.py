@@ -197,7 +197,8 @@ def _replace(table: TableLike, history: History, chain: list[Manifest]) -> None:
     table.step = entry.step
     if keeps:
         for link in chain:
-            descend(table, history.digest(link))
+            for digest in history.same(link):
+                descend(table, digest)
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:
