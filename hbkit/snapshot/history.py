@@ -59,6 +59,10 @@ class History:
         """What identifies a commit of this history wherever it is copied."""
         return self._read[manifest.commit][1]
 
+    def same(self, manifest: Manifest) -> list[str]:
+        """Digests of the commits whose rows a commit has: its own, and that of the one it was squashed from."""
+        return [self.digest(manifest), *filter(None, [manifest.squashed])]
+
     def chain(self, manifest: Manifest, table: str) -> list[Manifest]:
         """The commits that hold a table's rows as of `manifest`: the one with all rows first. Raises Corrupt."""
         chain = [manifest]
