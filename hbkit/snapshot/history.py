@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,7 @@ class _Keys:
 
 def _merged(a: list[Int64s], b: list[Int64s]) -> tuple[list[Int64s], bool]:
     """Both together, each ascending, without repeats; and whether there were none."""
+    a, b = ([keys for keys in some if len(keys)] for some in (a, b))
     if not a or not b or a[-1][-1] < b[0][0]:
         return a + b, True
     both = np.concatenate(a + b)

@@ -19,14 +19,13 @@ import numpy as np
 
 from hbkit.errors import Corrupt, Locked, NotFound, StorageError
 from hbkit.parquet.source import Source, resolve
-from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
+from hbkit.snapshot.files import DIRECT_NBYTES, PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
 from hbkit.snapshot.manifest import COMMIT, DIRECTORY, MAX_NBYTES
 from hbkit.store.disk import Disk
 
 __all__ = ["Directory", "Draft", "Place", "place_of"]
 
 DRAFT = ".hbkit-draft"
-_DIRECT_NBYTES = 1 << 20  # smaller writes wait less for the page cache than for the disk
 
 
 class Draft(ABC):
@@ -310,7 +309,7 @@ class _File:
 
     def write(self, data: Any) -> None:
         view = np.frombuffer(data, np.uint8)
-        if view.size >= _DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
+        if view.size >= DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
             if self._direct < 0:
                 self._direct = self._disk.open(self._path, direct=True)
             self._disk.write(self._direct, view, self._at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from hbkit._ext import pool
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, FileEntry, check, opened, read_ahead
+from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, Bytes, FileEntry, check, opened, read_ahead
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
@@ -98,24 +98,14 @@ def _narrow(keys: Int64s, key_dtype: str, table: str) -> npt.NDArray[Any]:
     return narrow
 
 
-def _regroup(chunks: Iterable[Chunk], n_rows: int, table: str) -> Iterator[list[Chunk]]:
-    """The same rows as pieces of groups of exactly `n_rows`: row groups must not depend on the tier that scans."""
-    held: list[Chunk] = []
-    n, last = 0, None
+def _in_order(chunks: Iterable[Chunk], table: str) -> Iterator[Chunk]:
+    last: int | None = None
     for chunk in chunks:
-        if len(chunk.key) and ((last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any()):
-            raise StorageError("the store does not scan in key order", table=table, remedy="report this")
-        last = chunk.key[-1] if len(chunk.key) else last
-        while len(chunk.key):
-            room = n_rows - n
-            held.append(Chunk._make(column[:room] for column in chunk))
-            n += len(held[-1].key)
-            chunk = Chunk._make(column[room:] for column in chunk)
-            if n == n_rows:
-                yield held
-                held, n = [], 0
-    if held:
-        yield held
+        if len(chunk.key):
+            if (last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any():
+                raise StorageError("the store does not scan in key order", table=table, remedy="report this")
+            last = int(chunk.key[-1])
+            yield chunk
 
 
 def _write(draft: Draft, path: str, schema: pa.Schema, groups: Iterable[list[pa.Array]]) -> FileEntry:
@@ -137,26 +127,45 @@ def write_rows(
 ) -> FileEntry:
     """Write lines, which must come in key order."""
     layout = Layout(rows_schema(key_dtype, dim, n_state), CHUNK_ROWS)
-    total, bounds = 0, []
+    full, total, n, bounds = layout.group(layout.group_rows), 0, 0, []
+    data: Bytes
+    columns: list[npt.NDArray[Any]] = []
+
+    def end_group() -> None:
+        bounds.append([_bounds(values[:n]) for values in columns])
+        layout.frame(layout.group(n), total == n, data)
+        sink.lend(data)
+
     with draft.create(path) as sink:
-        for pieces in _regroup(chunks, layout.group_rows, table):
-            n = sum(len(chunk.key) for chunk in pieces)
-            group = layout.group(n)
-            nbytes = layout.group_nbytes if n == layout.group_rows else group.nbytes
-            data = np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8)
-            layout.frame(group, total == 0, data)
-            columns = [column.of(data) for column in group.columns]
+        # Row groups must not depend on the tier that scans, but lines are copied while they are in the CPU's cache.
+        for chunk in _in_order(chunks, table):
+            parts = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
             first = 0
-            for chunk in pieces:
-                for values, lines in zip(columns, (_narrow(chunk.key, key_dtype, table), *chunk[1:]), strict=False):
-                    values[first : first + len(lines)] = lines
-                first += len(chunk.key)
-            bounds.append([_bounds(values) for values in columns])
-            sink.lend(data)
-            total += n
+            while first < len(chunk.key):
+                if n == 0:
+                    data = _empty(layout.group_nbytes)
+                    columns = [column.of(data) for column in full.columns]
+                some = min(len(chunk.key) - first, layout.group_rows - n)
+                for values, lines in zip(columns, parts, strict=False):
+                    values[n : n + some] = lines[first : first + some]
+                n, total, first = n + some, total + some, first + some
+                if n == layout.group_rows:
+                    end_group()
+                    n = 0
+        if n:
+            last = layout.group(n)
+            data = _empty(last.nbytes)
+            columns, filled = [column.of(data) for column in last.columns], columns
+            for values, lines in zip(columns, filled, strict=True):
+                values[:] = lines[:n]
+            end_group()
         footer = layout.footer(total, bounds)
         sink.write(footer if total else layout.beginning + footer)
     return sink.entry(path, total)
+
+
+def _empty(nbytes: int) -> Bytes:
+    return np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8)
 
 
 def _bounds(values: npt.NDArray[Any]) -> tuple[Any, Any] | None:
@@ -293,7 +302,7 @@ def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Ite
     sizes = [layout.group_nbytes if g.n_rows == layout.group_rows else g.nbytes for g in groups] or [8]
     sizes.append(entry.nbytes - sum(sizes))
     with ThreadPoolExecutor(1, "hbkit-snapshot") as thread, closing(read_ahead(fd, path, sizes)) as parts:
-        jobs = []
+        jobs: list[Future[None]] = []
         for number, (group, data) in enumerate(zip(groups, parts, strict=False)):
             jobs = [*jobs[-1:], thread.submit(digest.update, data)]
             if not layout.is_framed(group, number == 0, data):
@@ -303,7 +312,7 @@ def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Ite
             yield columns
             jobs[0].result()  # so that no more than two groups wait to be digested
         thread.submit(lambda: None).result()
-        rest = b"".join(parts)
+        rest = b"".join(part.data for part in parts)
         digest.update(rest)
     if rest != (b"" if groups else layout.beginning) + layout.footer(entry.n_rows, bounds):
         raise Corrupt("the footer does not say what the file holds", file=str(path), remedy=RESTORE)

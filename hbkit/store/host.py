@@ -245,11 +245,12 @@ class HostStore:
                 table=self.layout.table,
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
-        lines = np.concatenate([chunk.row, chunk.state], axis=1, dtype=np.float32)
+        row, state = (np.ascontiguousarray(lines, np.float32) for lines in chunk[3:])
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._lock.exclusive:
             with self._inserted(keys) as slots:
-                self._slabs.scatter(slots, lines)
+                self._slabs.scatter(slots, row)
+                self._slabs.scatter(slots, state, self.layout.dim)
                 self._metadata.put(slots, freq, last_step)
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
