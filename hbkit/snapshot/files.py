@@ -11,7 +11,7 @@ import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,6 +180,11 @@ def opened(path: Path, entry: FileEntry) -> Iterator[int]:
         os.close(fd)
 
 
+def empty(nbytes: int) -> Bytes:
+    """Memory of undefined contents: uint8[nbytes], aligned to PAGE_NBYTES."""
+    return np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8) if nbytes else np.zeros(0, np.uint8)
+
+
 def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Generator[Bytes]:
     """The bytes of a file from its beginning, in pieces of these sizes: uint8[size], aligned to PAGE_NBYTES.
 
@@ -188,15 +193,25 @@ def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Generator[Bytes]:
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
 
+    def past_cache(on: bool) -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0) * on)
+        except OSError:  # the file system cannot
+            return False
+        return on
+
     def read(offset: int, nbytes: int) -> Bytes:
-        if hasattr(os, "O_DIRECT"):
-            direct = nbytes >= DIRECT_NBYTES and not (offset | nbytes) % PAGE_NBYTES
-            with suppress(OSError):  # the file system cannot
-                fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT * direct)
-        data = np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8) if nbytes else np.zeros(0, np.uint8)
+        direct = past_cache(nbytes >= DIRECT_NBYTES and not (offset | nbytes) % PAGE_NBYTES)
+        data = empty(nbytes)
         done = 0
         while done < nbytes:
-            got = os.preadv(fd, [data[done:].data], offset + done)
+            try:
+                got = os.preadv(fd, [data[done:].data], offset + done)
+            except OSError as e:
+                if e.errno != errno.EINVAL or not direct:
+                    raise
+                direct = past_cache(False)  # it wants other places than these
+                continue
             if got == 0:
                 raise Corrupt("the file has become shorter", file=str(path), remedy=RESTORE)
             done += got

@@ -6,6 +6,7 @@ that they will have, then `Draft.publish` puts the manifest there, and with it t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -312,7 +313,13 @@ class _File:
         if view.size >= DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
             if self._direct < 0:
                 self._direct = self._disk.open(self._path, direct=True)
-            self._disk.write(self._direct, view, self._at)
+            try:
+                self._disk.write(self._direct, view, self._at)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # The file system wants other places than these, or is full in the midst of a page: the cache can tell.
+                self._disk.write(self._handle, view, self._at)
         else:
             self._disk.write(self._handle, view, self._at)
         self._at += view.size

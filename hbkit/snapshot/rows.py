@@ -14,10 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hbkit._ext import pool
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, Bytes, FileEntry, check, opened, read_ahead
+from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened, read_ahead
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
@@ -143,7 +142,7 @@ def write_rows(
             first = 0
             while first < len(chunk.key):
                 if n == 0:
-                    data = _empty(layout.group_nbytes)
+                    data = empty(layout.group_nbytes)
                     columns = [column.of(data) for column in full.columns]
                 some = min(len(chunk.key) - first, layout.group_rows - n)
                 for values, lines in zip(columns, parts, strict=False):
@@ -154,7 +153,7 @@ def write_rows(
                     n = 0
         if n:
             last = layout.group(n)
-            data = _empty(last.nbytes)
+            data = empty(last.nbytes)
             columns, filled = [column.of(data) for column in last.columns], columns
             for values, lines in zip(columns, filled, strict=True):
                 values[:] = lines[:n]
@@ -162,10 +161,6 @@ def write_rows(
         footer = layout.footer(total, bounds)
         sink.write(footer if total else layout.beginning + footer)
     return sink.entry(path, total)
-
-
-def _empty(nbytes: int) -> Bytes:
-    return np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8)
 
 
 def _bounds(values: npt.NDArray[Any]) -> tuple[Any, Any] | None:

@@ -249,8 +249,10 @@ class HostStore:
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._lock.exclusive:
             with self._inserted(keys) as slots:
-                self._slabs.scatter(slots, row)
-                self._slabs.scatter(slots, state, self.layout.dim)
+                for i in range(0, len(slots), NEAR_ROWS):  # so that a line is written while it is in the cache
+                    some = slice(i, i + NEAR_ROWS)
+                    self._slabs.scatter(slots[some], row[some])
+                    self._slabs.scatter(slots[some], state[some], self.layout.dim)
                 self._metadata.put(slots, freq, last_step)
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
@@ -291,3 +293,4 @@ class HostStore:
 
 
 _NONE = np.zeros(0, np.int64)
+NEAR_ROWS = 1024
