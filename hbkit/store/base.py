@@ -350,6 +350,18 @@ class Store(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """Something that goes on with a table in the background."""
+
+    def check(self) -> None:
+        """Raise what made it fail, if it has and nobody was told yet."""
+        ...
+
+    def settle(self) -> None:
+        """Return once it is over; raises as `check`."""
+        ...
+
+
 class StoreSpec(Protocol):
     """What ``host_memory()`` and its siblings return: a place for tables, opened once for each table."""
 

@@ -225,7 +225,7 @@ class Point:
             found[apart] = True
         self._check()  # what was just read may have failed to be set aside
         if not self._source.layout.metadata:
-            last_step[:] = self._latest
+            freq[:], last_step[:] = 0, self._latest
         if not found.all():
             keys, freq, last_step, lines = keys[found], freq[found], last_step[found], lines[found]
         dim = self._source.layout.dim
