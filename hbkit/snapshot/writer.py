@@ -202,15 +202,6 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
     return values, blobs
 
 
-<<<<<<< HEAD
-def _write_table(draft: Draft, table: TableLike, history: History, parent: Manifest | None) -> TableEntry:
-    directory, name = table_directory(draft.directory, table.name), table.name
-    n_state = table.optimizer.n_state(table.dim)
-    step = int(table.step)
-    base = parent.tables.get(name) if parent is not None else None
-    if parent is None or base is None or not _is_delta(table, base, history.same(parent)):
-        base = None
-=======
 def _take(
     draft: Draft, table: TableLike, history: History, parent: Manifest | None
 ) -> tuple[TableEntry, Point, str | None]:
@@ -223,12 +214,11 @@ def _take(
             why = f"it is not in commit {parent.commit}"
         elif any(mine.get(k) != base.optimizer.get(k) for k in ("name", "columns")):
             why = "its optimizer is another"
-        elif not descends(table, history.digest(parent)):
-            why = f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
-        else:
-            digest = history.digest(parent)
+        elif (digest := next((d for d in history.same(parent) if descends(table, d)), None)) is None:
+            why = (
+                f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
+            )
     admission = table.admission
->>>>>>> points
 
     def keep() -> tuple[int, dict[str, Any]]:
         counts = {} if admission is None else {k: np.array(column) for k, column in admission.state().items()}
@@ -255,13 +245,6 @@ def _take(
     return entry, point, None if why is None else f"table {name} is written in full: {why}"
 
 
-<<<<<<< HEAD
-def _is_delta(table: TableLike, base: TableEntry, digests: list[str]) -> bool:
-    """Whether the rows stamped after `base` are all that changed since."""
-    mine = config(table.optimizer)
-    same_rule = all(mine.get(k) == base.optimizer.get(k) for k in ("name", "columns"))
-    return any(descends(table, digest) for digest in digests) and table.step >= base.step and same_rule
-=======
 def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point) -> TableEntry:
     """Write the files of a table; its entry with them."""
     directory, key_dtype = table_directory(draft.directory, name), entry.key_dtype
@@ -275,7 +258,6 @@ def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point) -> Ta
         path = f"{directory}/admission-00000.parquet"
         admission.append(rows.write_columns(draft, path, point.kept[1]))
     return dataclasses.replace(entry, rows=[file], erased=erased, admission_files=admission)
->>>>>>> points
 
 
 def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:
