@@ -95,4 +95,4 @@ def test_export_writes_what_others_read(path, tmp_path):
     early = "--commit", "c00000001", "--format", "npy"
     assert run("export", path, "--table", "user", *early, "-o", tmp_path / "early").startswith("1,000 rows")
     output = run("export", path, "-o", tmp_path / "x", status=2)
-    assert "no table named" in output and "user, item" in output
+    assert "no table named" in output and "name one of item, user" in output
