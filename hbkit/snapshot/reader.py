@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
 from hbkit.snapshot.table import TableLike, config, descend, forget
+from hbkit.store.base import Chunk, Part
+
+N_SHARDS = 1024  # of keys, by the leading bits of their mix
+EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,27 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike[str],
+    tables: Sequence[TableLike] | Mapping[str, TableLike],
+    commit: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Loaded:
     """Replace the rows of tables by those of a commit.
 
     Parameters
     ----------
     path : str or path
         Directory of a snapshot.
-    tables : sequence of Table
-        Any of the snapshot's, found by name; their rows, optimizer state, admission counts and step are replaced. Where
-        the optimizer is another class than the one saved, or keeps other state, the rows get its initial state and
-        `Loaded.notes` says so.
+    tables : sequence of Table, or mapping of str to Table
+        Any of the snapshot's, found by name, or by the name that a mapping gives: that of the table when it was saved.
+        Their rows, optimizer state, admission counts and step are replaced. Where the optimizer is another class than
+        the one saved, or keeps other state, the rows get its initial state and `Loaded.notes` says so.
     commit : str, optional
         Its id; the newest when left out.
+    shard : (i, n)
+        Load the rows, and the counts, of those keys alone that rank i of n owns, 0 <= i < n, whoever saved them. The n
+        shards share no key and together are the whole.
 
     Raises
     ------
@@ -90,21 +102,25 @@ def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str 
     """
     history = History(place_of(path))
     manifest = history.find(commit)
-    if len({t.name for t in tables}) != len(tables):
-        raise InvalidArgument("two tables have one name", remedy="name each table differently")
+    named = dict(tables) if isinstance(tables, Mapping) else {t.name: t for t in tables}
+    if len({id(t) for t in named.values()}) != len(tables):
+        raise InvalidArgument("two tables have one name", remedy="name each table differently, and once")
+    if not 0 <= shard[0] < shard[1]:
+        raise InvalidArgument(f"shard {shard}", remedy="give (i, n) with 0 <= i < n")
+    part = Part.share(*shard, bits=10)
     notes: list[str] = []
-    for table in tables:
-        notes += _compare(table, manifest, history.place.name)
-    chains = {t.name: history.chain(manifest, t.name) for t in tables}
+    for name, table in named.items():
+        notes += _compare(name, table, manifest, history.place.name)
+    chains = {name: history.chain(manifest, name) for name in named}
     history.check_files(_files(manifest, chains))
     for name, chain in chains.items():
         history.check_rows(chain, name)
     state = dict(manifest.state)
     for name, file in manifest.state_files.items():
         state[name] = history.place.read(file.path, file.nbytes)
-    _load_admission(history, manifest, tables)
-    for table in tables:
-        _replace(table, history, chains[table.name])
+    _load_admission(history, manifest, named, part)
+    for name, table in named.items():
+        _replace(name, table, history, chains[name], part)
     return Loaded(manifest.step, state, manifest.commit, notes)
 
 
@@ -116,15 +132,15 @@ def _files(manifest: Manifest, chains: dict[str, list[Manifest]]) -> Iterable[Fi
         yield from manifest.tables[name].admission_files
 
 
-def _compare(table: TableLike, manifest: Manifest, path: str) -> list[str]:
+def _compare(name: str, table: TableLike, manifest: Manifest, path: str) -> list[str]:
     """Notes on a table that differs from the one saved; raises where it cannot take the rows."""
-    if table.name not in manifest.tables:
+    if name not in manifest.tables:
         raise UnknownColumn(
-            f"table {table.name!r} is not in commit {manifest.commit}",
+            f"table {name!r} is not in commit {manifest.commit}",
             file=path,
             remedy=f"it has {', '.join(manifest.tables) or 'none'}",
         )
-    entry = manifest.tables[table.name]
+    entry = manifest.tables[name]
     for what in ("dim", "dtype", "key_dtype"):
         have, saved = getattr(table, what), getattr(entry, what)
         if have != saved:
@@ -159,18 +175,20 @@ def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
     return same and table.optimizer.n_state(table.dim) == entry.n_state
 
 
-def _load_admission(history: History, manifest: Manifest, tables: Sequence[TableLike]) -> None:
+def _load_admission(history: History, manifest: Manifest, tables: dict[str, TableLike], part: Part) -> None:
     """Replace the filters' counts, of all tables or of none."""
-    filters = [(t.admission, manifest.tables[t.name].admission_files) for t in tables if t.admission is not None]
-    new = [(f, rows.read_columns(history.place, files[0])) for f, files in filters if files]
-    old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in new]
-    for (_, columns), (_, like) in zip(new, old, strict=True):
-        if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
-            raise Corrupt(
-                f"admission counts with columns {sorted(columns)}",
-                file=history.place.where(f"{manifest.commit}.json"),
-                remedy="load another commit",
-            )
+    filters = [(t.admission, manifest.tables[n].admission_files) for n, t in tables.items() if t.admission is not None]
+    read = [(f, [rows.read_columns(history.place, file) for file in files]) for f, files in filters if files]
+    old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in read]
+    for (_, parts), (_, like) in zip(read, old, strict=True):
+        for columns in parts:
+            if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
+                raise Corrupt(
+                    f"admission counts with columns {sorted(columns)}",
+                    file=history.place.where(f"{manifest.commit}.json"),
+                    remedy="load another commit",
+                )
+    new = [(f, _counts(parts, like, part)) for (f, parts), (_, like) in zip(read, old, strict=True)]
     try:
         for admission, columns in new:
             admission.load_state(columns)
@@ -180,24 +198,44 @@ def _load_admission(history: History, manifest: Manifest, tables: Sequence[Table
         raise
 
 
-def _replace(table: TableLike, history: History, chain: list[Manifest]) -> None:
-    entry = chain[-1].tables[table.name]
+def _counts(files: list[rows.Columns], like: rows.Columns, part: Part) -> rows.Columns:
+    """The counts of a part of all keys, from those of all ranks."""
+    if "key" in like:
+        whole = {name: np.concatenate([file[name] for file in files]) for name in like}
+        own = part.has(whole["key"])
+        return {name: column[own] for name, column in whole.items()}
+    if any(len(file[name]) != len(like[name]) for file in files for name in like):
+        return files[0]  # `load_state` says what is wrong with it
+    # Counters, as many for each virtual shard. Each is raised by the rank that owns the shard, and never lowered.
+    first, last = (-(-bound * N_SHARDS >> 64) for bound in part)
+    counts = {name: np.maximum.reduce([file[name] for file in files]) for name in like}
+    for column in counts.values():
+        in_shards = column.reshape(N_SHARDS, -1)
+        in_shards[:first] = in_shards[last:] = 0
+    return counts
+
+
+def _replace(name: str, table: TableLike, history: History, chain: list[Manifest], part: Part) -> None:
+    entry = chain[-1].tables[name]
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
     forget(table)
     for chunk in table.store.scan():
         table.store.erase(chunk.key)
-    for erased, lines in history.replay(chain, table.name):
+    for erased, lines in history.replay(chain, name):
         if lines is None:
             table.store.erase(erased)
-        elif keeps:
-            table.store.put(lines)
         else:
-            table.store.put(lines._replace(state=np.tile(initial, (len(lines.key), 1))))
+            if part != EVERYTHING:
+                own = part.has(lines.key)
+                lines = Chunk._make(column[own] for column in lines)
+            table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
     table.step = entry.step
-    if keeps:
+    # A delta of other rows, or by another name, would be none to this commit.
+    if keeps and part == EVERYTHING and name == table.name:
         for link in chain:
-            descend(table, history.digest(link))
+            for digest in history.same(link):
+                descend(table, digest)
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:

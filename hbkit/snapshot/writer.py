@@ -142,7 +142,7 @@ def _write_table(draft: Draft, table: TableLike, history: History, parent: Manif
     n_state = table.optimizer.n_state(table.dim)
     step = int(table.step)
     base = parent.tables.get(name) if parent is not None else None
-    if parent is None or base is None or not _is_delta(table, base, history.digest(parent)):
+    if parent is None or base is None or not _is_delta(table, base, history.same(parent)):
         base = None
 
     held = rows.NO_METADATA if base is None or parent is None else history.metadata(history.chain(parent, name), name)
@@ -185,11 +185,11 @@ def _write_table(draft: Draft, table: TableLike, history: History, parent: Manif
     )
 
 
-def _is_delta(table: TableLike, base: TableEntry, digest: str) -> bool:
+def _is_delta(table: TableLike, base: TableEntry, digests: list[str]) -> bool:
     """Whether the rows stamped after `base` are all that changed since."""
     mine = config(table.optimizer)
     same_rule = all(mine.get(k) == base.optimizer.get(k) for k in ("name", "columns"))
-    return descends(table, digest) and table.step >= base.step and same_rule
+    return any(descends(table, digest) for digest in digests) and table.step >= base.step and same_rule
 
 
 def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:
