@@ -11,12 +11,14 @@ from hbkit.snapshot.interop import (
 )
 from hbkit.snapshot.maintain import Diff, diff, prune, squash
 from hbkit.snapshot.reader import Commit, Loaded, load, log, verify
+from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.writer import save
 
 __all__ = [
     "Commit",
     "Diff",
     "Loaded",
+    "Saving",
     "diff",
     "export_arrow",
     "export_dense",

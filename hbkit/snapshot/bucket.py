@@ -36,6 +36,7 @@ __all__ = ["Bucket"]
 PART = 16 << 20  # bytes of a part of a large object; a service allows 10,000 of them, so 156 GiB
 N_PARTS = 4  # parts under way at a time: what an upload holds in memory is at most N_PARTS + 1 of them
 AGE = 24 * 3600.0  # seconds since the last upload to a directory after which its writer counts as dead
+WITHDRAWN = b"removed\n"  # what stands in a manifest's place, so that no slow writer puts another there
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # schemes whose services put on a condition
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Bucket(Place):
         return RemoteSource(self.where(path), filesystem, f"{inner}/{path}")
 
     def commits(self) -> list[str]:
-        names = [info.base_name for info in self._list(recursive=False)]
+        names = [info.base_name for info in self._list(recursive=False) if info.size != len(WITHDRAWN)]
         return sorted(name[:-5] for name in names if name.endswith(".json") and COMMIT.fullmatch(name[:-5]))
 
     def _list(self, recursive: bool) -> list[Any]:
@@ -145,7 +146,7 @@ class Bucket(Place):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nothing: whoever removes commits must see to it that nobody saves against them."""
+        """Nothing: whoever removes commits must see to it that nobody saves against others than the newest."""
         yield
 
     @contextmanager
@@ -161,6 +162,12 @@ class Bucket(Place):
     def join(self, commit: str, directory: str) -> Iterator[Draft]:
         yield _BucketDraft(self, self._service(), commit, directory)
 
+    def withdraw(self, commit: str) -> None:
+        path = f"{commit}.json"
+        with refused(self.where(path)), Sink(self._service().open(path)) as sink:
+            sink.write(WITHDRAWN)
+            sink.sync()
+
     def remove(self, paths: Iterable[str]) -> None:
         service = self._service()
         for path in paths:
@@ -170,8 +177,9 @@ class Bucket(Place):
         newest: dict[str, float] = {}
         _, inner = self._files()
         for info in self._list(recursive=True):
-            directory = info.path[len(inner) :].lstrip("/").partition("/")[0]
-            if DIRECTORY.fullmatch(directory) and info.type == pafs.FileType.File:
+            directory, _, below = info.path[len(inner) :].lstrip("/").partition("/")
+            withdrawn = not below and directory.endswith(".json") and info.size == len(WITHDRAWN)
+            if (DIRECTORY.fullmatch(directory) or withdrawn) and info.type == pafs.FileType.File:
                 at = info.mtime.timestamp() if info.mtime else time.time()
                 newest[directory] = max(newest.get(directory, 0.0), at)
         known = set(kept.values())

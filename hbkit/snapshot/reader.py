@@ -110,6 +110,8 @@ def load(
     part = Part.share(*shard, bits=10)
     notes: list[str] = []
     for name, table in named.items():
+        if table.pending is not None:
+            table.pending.settle()
         notes += _compare(name, table, manifest, history.place.name)
     chains = {name: history.chain(manifest, name) for name in named}
     history.check_files(_files(manifest, chains))
@@ -222,20 +224,21 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
     forget(table)
     for chunk in table.store.scan():
         table.store.erase(chunk.key)
-    for erased, lines in history.replay(chain, name):
-        if lines is None:
-            table.store.erase(erased)
-        else:
+    # A delta of other rows, or by another name, would be none to this commit.
+    descends = keeps and part == EVERYTHING and name == table.name
+    for link in chain:
+        for erased, lines in history.replay([link], name):
+            if lines is None:
+                table.store.erase(erased)
+                continue
             if part != EVERYTHING:
                 own = part.has(lines.key)
                 lines = Chunk._make(column[own] for column in lines)
             table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
-    table.step = entry.step
-    # A delta of other rows, or by another name, would be none to this commit.
-    if keeps and part == EVERYTHING and name == table.name:
-        for link in chain:
+        if descends:
             for digest in history.same(link):
                 descend(table, digest)
+    table.step = entry.step
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:
