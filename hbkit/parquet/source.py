@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 from hbkit import errors
 from hbkit.parquet import fetch
 
-__all__ = ["SUFFIXES", "LocalSource", "RemoteSource", "Source", "list_files", "open_source", "unreadable"]
+__all__ = ["SUFFIXES", "LocalSource", "RemoteSource", "Source", "list_files", "open_source", "resolve", "unreadable"]
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 LEAST = 4096  # bytes of a remote request: pyarrow's S3 files find no room for the service's reasons in less
@@ -301,7 +301,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         No file system is known for the URI's scheme.
     """
     text = os.fspath(path)
-    filesystem, inner = _resolve(text, repeats=False)
+    filesystem, inner = resolve(text, repeats=False)
     return LocalSource(inner) if filesystem is None else RemoteSource(text, filesystem, inner)
 
 
@@ -318,7 +318,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
         Nothing is there, or the directory holds no such file.
     """
     text = os.fspath(path)
-    filesystem, inner = _resolve(text)
+    filesystem, inner = resolve(text)
     prefix = suffix = ""
     if filesystem is None:
         filesystem = pafs.LocalFileSystem()
@@ -372,8 +372,8 @@ def _glob_regex(pattern: str) -> str:
     return out
 
 
-def _resolve(text: str, repeats: bool = True) -> tuple[Any, str]:
-    """``(file system, path inside it)``; the file system is None for a local path.
+def resolve(text: str, repeats: bool = True) -> tuple[Any, str]:
+    """``(file system, path inside it)`` of a path or URI; the file system is None for a local path.
 
     Without ``repeats``, a file system that would repeat its requests by itself does not.
     """
