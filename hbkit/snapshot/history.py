@@ -86,51 +86,119 @@ class History:
             self.place.check(file)
 
     def check_rows(self, chain: list[Manifest], table: str) -> Int64s:
-        """Decode all rows of a table; its keys, ascending: int64[n]. Raises Corrupt."""
-        return self._metadata(chain, table, rows.read_rows).key
+        """Read all rows of a table and check them; its keys, ascending: int64[n]. Raises Corrupt."""
+        held = _Keys()
+        for _ in self._replay(chain, table, held):
+            pass
+        return held.all()
 
     def metadata(self, chain: list[Manifest], table: str) -> Metadata:
         """Key, freq and last_step of a table's rows, in key order; no other columns are read. Raises Corrupt."""
-        return self._metadata(chain, table, rows.read_metadata)
-
-    def _metadata(
-        self,
-        chain: list[Manifest],
-        table: str,
-        read: Callable[[Place, FileEntry, TableEntry], Iterable[Chunk | Metadata]],
-    ) -> Metadata:
         held = rows.NO_METADATA
         for manifest in chain:
             entry = manifest.tables[table]
             for file in entry.erased:
                 held = held.without(rows.read_keys(self.place, file, entry))
             for file in entry.rows:
-                held = held.updated([Metadata._make(chunk[:3]) for chunk in read(self.place, file, entry)])
+                held = held.updated(list(rows.read_metadata(self.place, file, entry)))
             if len(held.key) != entry.n_rows:
-                raise Corrupt(
-                    f"commit {manifest.commit} has {len(held.key)} rows, its manifest says {entry.n_rows}",
-                    file=self.place.where(f"{manifest.commit}.json"),
-                    table=table,
-                    remedy=RESTORE,
-                )
+                raise self._miscounted(manifest, table, len(held.key))
         return held
 
     def replay(self, chain: list[Manifest], table: str) -> Iterator[tuple[Int64s, Chunk | None]]:
         """What makes an empty table the one saved, in order: keys to erase, or lines to put.
+
+        Everything is checked on the way: checksums, schema, that keys ascend and are in no two files of a commit, and
+        counts. What was yielded is right if all comes without an error. Raises Corrupt.
 
         Yields
         ------
         erased : int64[n]
         chunk : Chunk or None
         """
+        return self._replay(chain, table, _Keys())
+
+    def _replay(self, chain: list[Manifest], table: str, held: _Keys) -> Iterator[tuple[Int64s, Chunk | None]]:
         nothing = np.zeros(0, np.int64)
         for manifest in chain:
             entry = manifest.tables[table]
             for file in entry.erased:
-                yield rows.read_keys(self.place, file, entry), None
+                keys = rows.read_keys(self.place, file, entry)
+                held.erase(keys)
+                yield keys, None
             for file in entry.rows:
                 for chunk in rows.read_rows(self.place, file, entry):
+                    held.put(chunk.key)
                     yield nothing, chunk
+                if not held.end_file():
+                    raise Corrupt(
+                        "a key is in two files of one commit",
+                        file=self.place.where(file.path),
+                        table=table,
+                        remedy=RESTORE,
+                    )
+            if held.end_commit() != entry.n_rows:
+                raise self._miscounted(manifest, table, held.n)
+
+    def _miscounted(self, manifest: Manifest, table: str, n_rows: int) -> Corrupt:
+        return Corrupt(
+            f"commit {manifest.commit} has {n_rows} rows, its manifest says {manifest.tables[table].n_rows}",
+            file=self.place.where(f"{manifest.commit}.json"),
+            table=table,
+            remedy=RESTORE,
+        )
+
+
+class _Keys:
+    """The keys of a table along a chain, merged no sooner than there are others to compare them with.
+
+    Attributes
+    ----------
+    n : int
+        Keys as of the last commit.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._held: list[Int64s] = []  # of the commits before; together they ascend
+        self._files: list[Int64s] = []  # of this commit so far; together they ascend
+        self._file: list[Int64s] = []
+
+    def all(self) -> Int64s:
+        """All of them, ascending: int64[n]."""
+        return np.concatenate([np.zeros(0, np.int64), *self._held])
+
+    def erase(self, keys: Int64s) -> None:
+        """Without these."""
+        held = self.all()
+        self._held = [held[~np.isin(held, keys, assume_unique=True)]]
+
+    def put(self, keys: Int64s) -> None:
+        """With these, which ascend within a file. They are copied."""
+        self._file.append(keys.copy())
+
+    def end_file(self) -> bool:
+        """Whether the keys of this file are in no other of this commit."""
+        self._files, apart = _merged(self._files, self._file)
+        self._file = []
+        return apart
+
+    def end_commit(self) -> int:
+        """How many keys there are now."""
+        self._held, _ = _merged(self._held, self._files)
+        self._files = []
+        self.n = sum(map(len, self._held))
+        return self.n
+
+
+def _merged(a: list[Int64s], b: list[Int64s]) -> tuple[list[Int64s], bool]:
+    """Both together, each ascending, without repeats; and whether there were none."""
+    if not a or not b or a[-1][-1] < b[0][0]:
+        return a + b, True
+    both = np.concatenate(a + b)
+    both.sort(kind="stable")  # linear: two runs that ascend
+    is_new = np.append(True, both[1:] != both[:-1])
+    return [both[is_new]], bool(is_new.all())
 
 
 def _shape(entry: TableEntry) -> tuple[Any, ...]:

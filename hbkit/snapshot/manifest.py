@@ -210,7 +210,8 @@ def _check(manifest: Manifest, commit: str) -> None:
         _hold(file.path == state_path(place, name), f"path {file.path!r:.80}")
     paths = [f.path for f in manifest.files]
     _hold(len(set(paths)) == len(paths), "a path listed twice")
-    _hold(all(_DIGEST.fullmatch(f.blake2b) for f in manifest.files), "blake2b of a file")
+    _hold(all((f.blake2b is None) != (f.blake3 is None) for f in manifest.files), "digests of a file")
+    _hold(all(_DIGEST.fullmatch(f.digest) for f in manifest.files), "digest of a file")
 
 
 def _is_default(default: Any, dim: int) -> bool:

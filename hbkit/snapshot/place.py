@@ -19,13 +19,14 @@ import numpy as np
 
 from hbkit.errors import Corrupt, Locked, NotFound, StorageError
 from hbkit.parquet.source import Source, resolve
-from hbkit.snapshot.files import RESTORE, FileEntry, Sink, check, storage_errors
+from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
 from hbkit.snapshot.manifest import COMMIT, DIRECTORY, MAX_NBYTES
 from hbkit.store.disk import Disk
 
 __all__ = ["Directory", "Draft", "Place", "place_of"]
 
 DRAFT = ".hbkit-draft"
+_DIRECT_NBYTES = 1 << 20  # smaller writes wait less for the page cache than for the disk
 
 
 class Draft(ABC):
@@ -75,6 +76,10 @@ class Place(ABC):
     @abstractmethod
     def open(self, path: str) -> str | Source:
         """A file of the snapshot, as `hbkit.parquet.File` takes it."""
+
+    def local(self, path: str) -> Path | None:
+        """A file of the snapshot in this machine's file system, None where it is not there."""
+        return None
 
     @abstractmethod
     def commits(self) -> list[str]:
@@ -171,13 +176,16 @@ class Directory(Place):
     def __init__(self, path: str, disk: Disk | None = None) -> None:
         self.name = path
         self.root = Path(path)
-        self._disk = disk or Disk(direct=False, ring=False)
+        self._disk = disk or Disk(ring=False)
 
     def where(self, path: str) -> str:
         return str(self.root / path)
 
     def open(self, path: str) -> str:
         return self.where(path)
+
+    def local(self, path: str) -> Path:
+        return self.root / path
 
     def commits(self) -> list[str]:
         if not self.root.is_dir():
@@ -298,15 +306,21 @@ class _DirectoryDraft(Draft):
 
 
 class _File:
-    """A new local file: what a `Sink` writes to."""
+    """A new local file: what a `Sink` writes to. What lies as the disk wants it goes past the page cache."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self._disk, self._at = disk, 0
+        self._disk, self._path, self._at = disk, path, 0
         self._handle = disk.open(path, create=True)
+        self._direct = -1  # the same file
 
     def write(self, data: Any) -> None:
-        view = np.asarray(memoryview(data).cast("B"))
-        self._disk.write(self._handle, view, self._at)
+        view = np.frombuffer(data, np.uint8)
+        if view.size >= _DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
+            if self._direct < 0:
+                self._direct = self._disk.open(self._path, direct=True)
+            self._disk.write(self._direct, view, self._at)
+        else:
+            self._disk.write(self._handle, view, self._at)
         self._at += view.size
 
     def sync(self) -> None:
@@ -314,3 +328,5 @@ class _File:
 
     def close(self) -> None:
         self._disk.close(self._handle)
+        if self._direct >= 0:
+            self._disk.close(self._direct)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+REST = 3.0  # times as long as it works, a save in the background rests, unless somebody waits for it
+
+_T = TypeVar("_T")
 
 
 class Saving:
@@ -26,6 +32,7 @@ class Saving:
         self._failure: BaseException | None = None
         self._told = threading.Lock()
         self._over = threading.Event()
+        self._awaited = threading.Event()
 
     @property
     def done(self) -> bool:
@@ -34,6 +41,7 @@ class Saving:
 
     def wait(self) -> str:
         """The commit's id, once it is durable and complete. Raises what made the save fail."""
+        self._awaited.set()
         self._over.wait()
         if self._failure is not None:
             self._told.acquire(blocking=False)
@@ -47,8 +55,17 @@ class Saving:
 
     def settle(self) -> None:
         """Return once it is over; raises as `check`."""
+        self._awaited.set()
         self._over.wait()
         self.check()
+
+    def paced(self, pieces: Iterable[_T]) -> Iterator[_T]:
+        """The same pieces, with rests in between: what is saved passes through the caches that the training uses."""
+        since = time.monotonic()
+        for piece in pieces:
+            yield piece
+            self._awaited.wait(REST * (time.monotonic() - since))
+            since = time.monotonic()
 
     def begin(self, work: Callable[[], str]) -> None:
         """Do the work, which returns the commit's id, in a thread of its own. The process does not end before it."""

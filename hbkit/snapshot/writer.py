@@ -136,6 +136,8 @@ def save(
         for note in notes:
             log.warning("%s", note)
 
+        saving = Saving(notes) if background else None
+
         def write() -> str:
             with held:
                 manifest = Manifest(
@@ -143,7 +145,7 @@ def save(
                     commit=draft.commit,
                     parent=parent.commit if parent else None,
                     step=int(step),
-                    tables={t.name: _write_table(draft, t.name, *taken[t.name]) for t in tables},
+                    tables={t.name: _write_table(draft, t.name, *taken[t.name], saving) for t in tables},
                     state=values,
                     state_files={n: _write_bytes(draft, state_path(draft.directory, n), b) for n, b in blobs.items()},
                     directory=draft.directory,
@@ -155,9 +157,8 @@ def save(
             return draft.commit
 
         held = stack.pop_all()
-    if not background:
+    if saving is None:
         return write()
-    saving = Saving(notes)
     for table in tables:
         table.pending = saving
     saving.begin(write)
@@ -245,11 +246,12 @@ def _take(
     return entry, point, None if why is None else f"table {name} is written in full: {why}"
 
 
-def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point) -> TableEntry:
+def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point, saving: Saving | None) -> TableEntry:
     """Write the files of a table; its entry with them."""
     directory, key_dtype = table_directory(draft.directory, name), entry.key_dtype
     path = f"{directory}/rows-00000.parquet"
-    file = rows.write_rows(draft, path, point.scan(), name, key_dtype, entry.dim, entry.n_state)
+    chunks = point.scan() if saving is None else saving.paced(point.scan())
+    file = rows.write_rows(draft, path, chunks, name, key_dtype, entry.dim, entry.n_state)
     erased, admission = [], []
     if len(point.erased):
         path = f"{directory}/erased-00000.parquet"
