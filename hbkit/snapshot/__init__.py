@@ -3,6 +3,8 @@
 from hbkit.snapshot.interop import (
     export_arrow,
     export_dense,
+    export_dense_npy,
+    export_ipc,
     export_npy,
     export_parquet,
     import_arrays,
@@ -11,15 +13,19 @@ from hbkit.snapshot.interop import (
 )
 from hbkit.snapshot.maintain import Diff, diff, prune, squash
 from hbkit.snapshot.reader import Commit, Loaded, load, log, verify
+from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.writer import save
 
 __all__ = [
     "Commit",
     "Diff",
     "Loaded",
+    "Saving",
     "diff",
     "export_arrow",
     "export_dense",
+    "export_dense_npy",
+    "export_ipc",
     "export_npy",
     "export_parquet",
     "import_arrays",

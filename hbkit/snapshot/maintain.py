@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbkit.errors import InvalidArgument
+from hbkit.errors import Corrupt, InvalidArgument
 from hbkit.snapshot import rows
 from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
@@ -211,7 +211,8 @@ def prune(path: str | os.PathLike[str], keep: int = 3) -> list[str]:
     Notes
     -----
     Killed at any instant, this leaves a history in which every commit that is listed is whole; the next call removes
-    the rest. Who loads a commit that is removed meanwhile gets all of it, or an error that says so.
+    the rest, in a bucket when it is a day old. Who loads a commit that is removed meanwhile gets it whole, or an error.
+    In a bucket, nobody may save a delta to a commit that is removed meanwhile: to the newest is safe.
     """
     if isinstance(keep, bool) or not isinstance(keep, int | np.integer) or keep < 1:
         raise InvalidArgument(f"keep={keep!r}", remedy="keep at least 1 commit")
@@ -224,14 +225,20 @@ def prune(path: str | os.PathLike[str], keep: int = 3) -> list[str]:
         for commit in commits[-keep:]:
             kept |= _needed(history, history.manifest(commit))
         gone = [commit for commit in commits if commit not in kept]
+        directories = [_directory(history, commit) for commit in gone]
         for commit in reversed(gone):  # first those that build on others
-            place.remove([f"{commit}.json"])
-        used = {manifest.directory or manifest.commit for manifest in map(history.manifest, sorted(kept))}
-        # Of later numbers, somebody may be writing one.
-        place.remove(
-            [name for name in place.directories() if name not in used and name[: len(commits[-1])] <= commits[-1]]
-        )
+            place.withdraw(commit)
+        place.remove(directories)
+        place.remove(place.leftovers({commit: _directory(history, commit) for commit in sorted(kept)}))
     return gone
+
+
+def _directory(history: History, commit: str) -> str:
+    """Where the files of a commit are, as far as its manifest can be read."""
+    try:
+        return history.manifest(commit).directory or commit
+    except Corrupt:
+        return commit
 
 
 def _needed(history: History, manifest: Manifest) -> set[str]:

@@ -38,10 +38,13 @@ class Draft(ABC):
         Its id, one more than that of the newest commit.
     directory : str
         Where its files belong, relative to the place.
+    spill : Path or None
+        Local directory for temporary files, which have no name there; the system's where it is None.
     """
 
     commit: str
     directory: str
+    spill: Path | None = None
 
     @abstractmethod
     def create(self, path: str) -> AbstractContextManager[Sink]:
@@ -108,7 +111,7 @@ class Place(ABC):
 
     @abstractmethod
     def leftovers(self, kept: Mapping[str, str]) -> list[str]:
-        """Directories that belong to no commit and that nobody can be writing any more.
+        """What belongs to no commit, and nobody can need or be writing any more; for `remove`.
 
         Parameters
         ----------
@@ -117,12 +120,12 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def remove(self, paths: Iterable[str]) -> None:
-        """Remove manifests, or directories of commits, durably; nothing where they are gone already."""
+    def withdraw(self, commit: str) -> None:
+        """Take a commit's manifest away, durably. Whoever began a commit of this id before can no longer publish it."""
 
     @abstractmethod
-    def directories(self) -> list[str]:
-        """Directories of commits, also of such as were not finished; `remove` takes their names."""
+    def remove(self, paths: Iterable[str]) -> None:
+        """Remove manifests, or directories of commits, durably; nothing where they are gone already."""
 
     def manifest(self, commit: str) -> bytes:
         """The bytes of a commit's manifest. Raises Corrupt."""
@@ -256,16 +259,17 @@ class Directory(Place):
             yield _DirectoryDraft(self.root, commit, self._disk)
 
     def leftovers(self, kept: Mapping[str, str]) -> list[str]:
-        return []  # the next draft removes what the last one left
+        with storage_errors(self.root):
+            names = [name for name in os.listdir(self.root) if DIRECTORY.fullmatch(name)]
+        return sorted(set(names) - set(kept.values()))
+
+    def withdraw(self, commit: str) -> None:
+        self.remove([f"{commit}.json"])
 
     def remove(self, paths: Iterable[str]) -> None:
         with storage_errors(self.root):
             self._remove([self.root / path for path in paths])
             self._disk.sync_directory(self.root)
-
-    def directories(self) -> list[str]:
-        with storage_errors(self.root):
-            return sorted(name for name in os.listdir(self.root) if DIRECTORY.fullmatch(name))
 
     def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
@@ -278,6 +282,7 @@ class Directory(Place):
 class _DirectoryDraft(Draft):
     def __init__(self, root: Path, commit: str, disk: Disk) -> None:
         self.root, self.draft = root, root / DRAFT
+        self.spill = self.draft
         self.commit = self.directory = commit
         self._disk = disk
 

@@ -117,6 +117,8 @@ def load(
     part = Part.share(*shard, bits=10)
     notes: list[str] = []
     for name, table in named.items():
+        if table.pending is not None:
+            table.pending.settle()
         notes += _compare(name, table, manifest, history.place.name)
     chains = {name: history.chain(manifest, name) for name in named}
     history.check_files(
@@ -154,11 +156,6 @@ def load(
         raise
     for name, table in named.items():
         table.step = manifest.tables[name].step
-        # A delta of other rows, or by another name, would be none to this commit.
-        if _keeps_state(table, manifest.tables[name]) and part == EVERYTHING and name == table.name:
-            for link in chains[name]:
-                for digest in history.same(link):
-                    descend(table, digest)
     return Loaded(manifest.step, state, manifest.commit, notes)
 
 
@@ -258,14 +255,20 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
     _clear(table)
-    for erased, lines in history.replay(chain, name):
-        if lines is None:
-            table.store.erase(erased)
-        else:
+    # A delta of other rows, or by another name, would be none to this commit.
+    descends = keeps and part == EVERYTHING and name == table.name
+    for link, steps in history.links(chain, name):
+        for erased, lines in steps:
+            if lines is None:
+                table.store.erase(erased)
+                continue
             if part != EVERYTHING:
                 own = part.has(lines.key)
                 lines = Chunk._make(column[own] for column in lines)
             table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
+        if descends:
+            for digest in history.same(link):
+                descend(table, digest)
 
 
 def _clear(table: TableLike) -> None:

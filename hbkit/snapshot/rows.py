@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,42 +27,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _COLUMN_ROWS = 1 << 20  # rows of a row group of the narrow files
 
 
-class Metadata(NamedTuple):
-    """What a table knows of its rows beside their floats, in key order.
-
-    Attributes
-    ----------
-    key, freq, last_step : int64[n]
-    """
-
-    key: Int64s
-    freq: Int64s
-    last_step: Int64s
-
-    def without(self, keys: Int64s) -> Metadata:
-        """Without some distinct keys."""
-        kept = ~np.isin(self.key, keys, assume_unique=True)
-        return Metadata._make(column[kept] for column in self)
-
-    def updated(self, parts: list[Metadata]) -> Metadata:
-        """With the rows of `parts`, in place of those of the same keys."""
-        both = Metadata._make(np.concatenate(columns) for columns in zip(self, *parts, strict=True))
-        order = np.argsort(both.key, kind="stable")  # linear: two runs that ascend
-        keys = both.key[order]
-        order = order[np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), np.bool_))]
-        return Metadata._make(column[order] for column in both)
-
-    def has(self, chunk: Chunk) -> npt.NDArray[np.bool_]:
-        """Which of a chunk's rows are here with the same freq and last_step: bool[n]."""
-        at = np.searchsorted(self.key, chunk.key)
-        there = at < len(self.key)
-        for mine, theirs in zip(self, chunk[:3], strict=True):
-            there[there] = mine[at[there]] == theirs[there]
-        return there
-
-
 _NONE = np.zeros(0, np.int64)
-NO_METADATA = Metadata(_NONE, _NONE, _NONE)
 
 
 def key_type(key_dtype: str) -> pa.DataType:
@@ -313,13 +278,6 @@ def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Ite
         raise Corrupt("the footer does not say what the file holds", file=str(path), remedy=RESTORE)
     if digest.hexdigest() != entry.digest:
         raise Corrupt("the file's checksum is wrong", file=str(path), remedy=RESTORE)
-
-
-def read_metadata(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Metadata]:
-    """Key, freq and last_step alone; nothing is compared with the manifest's checksum."""
-    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
-    for columns in _ascending(reader.path, reader.groups(list(Metadata._fields))):
-        yield Metadata(**columns)
 
 
 def read_keys(place: Place, entry: FileEntry, table: TableEntry) -> Int64s:

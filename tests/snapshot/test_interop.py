@@ -299,7 +299,6 @@ def test_saved_names_what_is_not_there(tmp_path):
     assert saved(tmp_path, "b", first).name == "b"
 
 
-@pytest.mark.xfail(reason="deltas go by stamps, which rows that were put may have had before", strict=False)
 def test_deltas_have_imported_rows(tmp_path):
     """Rows that were put count as changed, whatever their stamps say."""
     t = trained()

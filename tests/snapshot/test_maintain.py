@@ -1,6 +1,7 @@
 """Histories that are kept: diff, squash and prune, whatever was saved, and wherever a prune is killed."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import threading
@@ -9,12 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from services import s3
 
 import hbkit
 from hbkit import errors
 from hbkit.embedding import SGD, Adam, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import diff, load, log, prune, save, squash, verify
+from hbkit.snapshot.history import History
+from hbkit.snapshot.place import place_of
 from hbkit.store.base import Chunk
+
+NUMBERS = itertools.count()
 
 
 def table(name="t", **kwargs):
@@ -339,9 +345,51 @@ def test_prune_beside_a_reader_gives_it_a_whole_commit_or_an_error(tmp_path):
 def test_prune_waits_for_no_writer_and_for_no_dead_one(tmp_path):
     history(tmp_path)
     (tmp_path / "LOCK").touch()  # of a process that died
-    place = hbkit.snapshot.place.place_of(tmp_path)
+    place = place_of(tmp_path)
     with place.lock():
         for call in (prune, squash):
             with pytest.raises(errors.Locked):
                 call(tmp_path)
     prune(tmp_path, 1)
+
+
+@pytest.fixture(params=["s3", "memory"])
+def uri(request):
+    """An empty place that is no local directory."""
+    name = f"maintained/{next(NUMBERS)}"
+    if request.param == "memory":
+        pytest.importorskip("fsspec")
+        return f"memory://{name}"
+    return s3(request.getfixturevalue("proxy"), name)
+
+
+def test_histories_in_buckets_are_kept_as_well(uri):
+    commits = history(uri)
+    before = {commit: loaded(uri, commit) for commit in commits}
+    assert [len(keys) for keys in diff(uri, commits[1])["t"]] == [1, 3, 0]
+    assert prune(uri, 4) == commits[:3]
+    assert prune(uri, 2) == commits[3:5]
+    assert [c.id for c in verify(uri)] == commits[5:]
+    assert {commit: loaded(uri, commit) for commit in commits[5:]} == {c: before[c] for c in commits[5:]}
+    place = place_of(uri)
+    kept = {commit: History(place).find(commit).directory for commit in commits[5:]}
+    assert all(entry.endswith(".json") for entry in place.leftovers(kept))
+    assert {c.id for c in log(uri)} == set(commits[5:])
+
+
+def test_slow_writer_does_not_take_the_place_of_a_commit_that_was_removed(proxy, monkeypatch):
+    uri = s3(proxy, f"maintained/{next(NUMBERS)}")
+    t = train(table(), [1])
+    save(uri, [t], 1)
+    place = place_of(uri)
+    with pytest.raises(errors.Locked, match="another writer has committed c00000002"), place.draft() as draft:
+        for step in (2, 3, 4):
+            save(uri, [t], step)
+        assert len(prune(uri, 1)) == 3
+        draft.publish(b"late")
+    assert [c.id for c in verify(uri)] == ["c00000004"]
+    # What keeps the names is removed once nobody can be that slow.
+    monkeypatch.setattr("hbkit.snapshot.bucket.AGE", -10.0)
+    assert prune(uri, 1) == []
+    assert place.leftovers({"c00000004": History(place).find("c00000004").directory}) == []
+    assert save(uri, [t], 5) == "c00000005"
