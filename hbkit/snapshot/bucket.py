@@ -10,7 +10,6 @@ where it is this writer's, since it names the writer's directory.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -27,7 +26,7 @@ from pyarrow import fs as pafs
 from hbkit.errors import Corrupt, HbkitError, InvalidArgument, Locked, NotFound, StorageError, Unsupported
 from hbkit.parquet import fetch
 from hbkit.parquet.source import RemoteSource, resolve
-from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry, Output, Sink
+from hbkit.snapshot.files import RESTORE, FileEntry, Output, Sink
 from hbkit.snapshot.manifest import COMMIT, DIRECTORY
 from hbkit.snapshot.place import Draft, Place
 
@@ -116,7 +115,7 @@ class Bucket(Place):
                 raise Corrupt(
                     f"the file has {source.nbytes} bytes, its manifest says {entry.nbytes}", file=file, remedy=RESTORE
                 )
-            digest = hashlib.blake2b(digest_size=DIGEST_NBYTES)
+            digest = entry.new_digest()
             step = fetch.LARGEST
             for begin in range(0, entry.nbytes, N_PARTS * step):
                 end = min(begin + N_PARTS * step, entry.nbytes)
@@ -124,7 +123,7 @@ class Bucket(Place):
                     digest.update(view)
         finally:
             source.close()
-        if digest.hexdigest() != entry.blake2b:
+        if digest.hexdigest() != entry.digest:
             raise Corrupt("the file's checksum is wrong", file=file, remedy=RESTORE)
 
     def _service(self) -> Service:

@@ -88,7 +88,7 @@ class History:
     def check_rows(self, chain: list[Manifest], table: str) -> Int64s:
         """Read all rows of a table and check them; its keys, ascending: int64[n]. Raises Corrupt."""
         held = _Keys()
-        for _ in self._replay(chain, table, held):
+        for _ in self._replay(chain, table, held, lambda link: None):
             pass
         return held.all()
 
@@ -105,20 +105,25 @@ class History:
                 raise self._miscounted(manifest, table, len(held.key))
         return held
 
-    def replay(self, chain: list[Manifest], table: str) -> Iterator[tuple[Int64s, Chunk | None]]:
+    def replay(
+        self, chain: list[Manifest], table: str, done: Callable[[Manifest], None] = lambda link: None
+    ) -> Iterator[tuple[Int64s, Chunk | None]]:
         """What makes an empty table the one saved, in order: keys to erase, or lines to put.
 
         Everything is checked on the way: checksums, schema, that keys ascend and are in no two files of a commit, and
-        counts. What was yielded is right if all comes without an error. Raises Corrupt.
+        counts. What was yielded is right if all comes without an error. Raises Corrupt. `done` is called with each
+        commit of the chain when all of it was yielded.
 
         Yields
         ------
         erased : int64[n]
         chunk : Chunk or None
         """
-        return self._replay(chain, table, _Keys())
+        return self._replay(chain, table, _Keys(), done)
 
-    def _replay(self, chain: list[Manifest], table: str, held: _Keys) -> Iterator[tuple[Int64s, Chunk | None]]:
+    def _replay(
+        self, chain: list[Manifest], table: str, held: _Keys, done: Callable[[Manifest], None]
+    ) -> Iterator[tuple[Int64s, Chunk | None]]:
         nothing = np.zeros(0, np.int64)
         for manifest in chain:
             entry = manifest.tables[table]
@@ -139,6 +144,7 @@ class History:
                     )
             if held.end_commit() != entry.n_rows:
                 raise self._miscounted(manifest, table, held.n)
+            done(manifest)
 
     def _miscounted(self, manifest: Manifest, table: str, n_rows: int) -> Corrupt:
         return Corrupt(

@@ -15,11 +15,10 @@ from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.snapshot.table import TableLike, config, descend, forget
+from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget
 from hbkit.store.base import Chunk, Part
 
 N_SHARDS = 1024  # of keys, by the leading bits of their mix
-EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -224,20 +223,20 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
     forget(table)
     for chunk in table.store.scan():
         table.store.erase(chunk.key)
-    # A delta of other rows, or by another name, would be none to this commit.
-    descends = keeps and part == EVERYTHING and name == table.name
-    for link in chain:
-        for erased, lines in history.replay([link], name):
-            if lines is None:
-                table.store.erase(erased)
-                continue
-            if part != EVERYTHING:
-                own = part.has(lines.key)
-                lines = Chunk._make(column[own] for column in lines)
-            table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
-        if descends:
+
+    def done(link: Manifest) -> None:
+        if keeps and name == table.name:  # by another name, a delta would be none to this commit
             for digest in history.same(link):
-                descend(table, digest)
+                descend(table, digest, part)
+
+    for erased, lines in history.replay(chain, name, done):
+        if lines is None:
+            table.store.erase(erased)
+            continue
+        if part != EVERYTHING:
+            own = part.has(lines.key)
+            lines = Chunk._make(column[own] for column in lines)
+        table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
     table.step = entry.step
 
 
