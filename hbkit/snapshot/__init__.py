@@ -3,6 +3,8 @@
 from hbkit.snapshot.interop import (
     export_arrow,
     export_dense,
+    export_dense_npy,
+    export_ipc,
     export_npy,
     export_parquet,
     import_arrays,
@@ -22,6 +24,8 @@ __all__ = [
     "diff",
     "export_arrow",
     "export_dense",
+    "export_dense_npy",
+    "export_ipc",
     "export_npy",
     "export_parquet",
     "import_arrays",

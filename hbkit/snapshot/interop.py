@@ -393,6 +393,20 @@ def _as(schema: pa.Schema, name: str, column: npt.NDArray[Any]) -> npt.NDArray[A
     return column.astype(schema.field(name).type.to_pandas_dtype(), copy=False)  # unsigned keys: the same bits
 
 
+def export_ipc(table: TableLike | Saved, path: str | os.PathLike[str]) -> int:
+    """All rows as one local Arrow IPC file (Feather) with the columns of `export_arrow`; how many."""
+    reader, n = export_arrow(table), 0
+    with (
+        _replacing(Path(path)) as part,
+        pa.OSFile(str(part), "wb") as file,
+        pa.ipc.new_file(file, reader.schema) as ipc,
+    ):
+        for batch in reader:
+            ipc.write_batch(batch)
+            n += len(batch)
+    return n
+
+
 def export_parquet(table: TableLike | Saved, path: str | os.PathLike[str]) -> int:
     """All rows as one local Parquet file with the columns of `export_arrow`, in place of one of that name; how many."""
     reader, n = export_arrow(table), 0
@@ -415,11 +429,18 @@ def export_npy(table: TableLike | Saved, directory: str | os.PathLike[str]) -> i
         there is state, ``state.npy`` (float32), which `import_arrays` takes again. Made where it is absent; files of
         these names are replaced. Takes memory for some chunks only.
     """
+    return _write_arrays(table, directory, {name: name for name in Chunk._fields})
+
+
+def _write_arrays(table: TableLike | Saved, directory: str | os.PathLike[str], names: dict[str, str]) -> int:
+    """Columns of all rows as arrays of these file names."""
     schema, n, chunks = _source(table)
     with ExitStack() as stack:
         files = {}
         for field in schema:
-            part = stack.enter_context(_replacing(Path(directory) / f"{field.name}.npy"))
+            if field.name not in names:
+                continue
+            part = stack.enter_context(_replacing(Path(directory) / f"{names[field.name]}.npy"))
             files[field.name] = stack.enter_context(open(part, "wb"))
             nested = pa.types.is_fixed_size_list(field.type)
             kind = np.dtype((field.type.value_type if nested else field.type).to_pandas_dtype())
@@ -454,6 +475,11 @@ def export_dense(table: TableLike | Saved) -> tuple[Float32s, npt.NDArray[Any]]:
         to = slice(at, at := at + len(chunk.key))
         weights[to], vocabulary[to] = chunk.row, _as(schema, "key", chunk.key)
     return weights, vocabulary
+
+
+def export_dense_npy(table: TableLike | Saved, directory: str | os.PathLike[str]) -> int:
+    """What `export_dense` gives as ``weights.npy`` and ``vocabulary.npy`` in a directory; how many rows."""
+    return _write_arrays(table, directory, {"row": "weights", "key": "vocabulary"})
 
 
 def _exactly(n: int, chunks: Iterator[Chunk], table: str) -> Iterator[Chunk]:
