@@ -108,8 +108,8 @@ def save(
 
     Notes
     -----
-    Equal rows give equal Parquet bytes, whatever tier holds them. Each table is saved as of one instant of this call, so
-    others may train it meanwhile; for several tables to be of one step, none may be trained until this returns.
+    Equal rows give equal Parquet bytes, whatever tier holds them. Each table is saved as of one instant of this call,
+    so others may train it meanwhile; for several tables to be of one step, none may be trained until this returns.
 
     In the background: rows that change before they are written are set aside, at most 64 MiB of them in memory, then in
     a temporary file in the snapshot's directory; 20 bytes for each and 8 for each row to be written come on top. A
