@@ -1,4 +1,4 @@
-"""A table as a snapshot sees it, and which commits it descends from: marks of its store go by their digests."""
+"""A table as a snapshot sees it, and which commits it descends from: its store marks them by their digests."""
 
 from __future__ import annotations
 
