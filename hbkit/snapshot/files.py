@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from hbkit.errors import Corrupt, HbkitError, StorageError
 DIGEST_NBYTES = 32
 RESTORE = "restore the file from a copy, or load another commit"
 PAGE_NBYTES = 4096
+DIRECT_NBYTES = 1 << 20  # less waits less for the page cache than for the disk
 _BLOCK_NBYTES = 4 << 20
-_AHEAD = 2  # parts that are read, or wait to be written, beside the one in use
+_AHEAD = 1  # pieces that are read or written beside the one in use
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -128,7 +130,7 @@ class Sink(io.RawIOBase):
         """Append bytes that nobody will change, while the caller makes the next ones."""
         if not self._threads:
             self._threads = [ThreadPoolExecutor(1, "hbkit-snapshot") for _ in range(2)]
-        self._settle(_AHEAD - 1)
+        self._settle(_AHEAD)
         jobs = zip(self._threads, (self._output.write, self._digest.update), strict=True)
         self._lent.append([thread.submit(job, data) for thread, job in jobs])
         self.nbytes += data.nbytes
@@ -178,17 +180,38 @@ def opened(path: Path, entry: FileEntry) -> Iterator[int]:
         os.close(fd)
 
 
-def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Iterator[Bytes]:
+def empty(nbytes: int) -> Bytes:
+    """Memory of undefined contents: uint8[nbytes], aligned to PAGE_NBYTES."""
+    return np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8) if nbytes else np.zeros(0, np.uint8)
+
+
+def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Generator[Bytes]:
     """The bytes of a file from its beginning, in pieces of these sizes: uint8[size], aligned to PAGE_NBYTES.
 
-    They belong to the caller; the next ones are read while one is in use.
+    They belong to the caller; the next one is read while one is in use. Large ones that lie as the disk wants it go
+    past the page cache, which would be filled with what is read once.
     """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+
+    def past_cache(on: bool) -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0) * on)
+        except OSError:  # the file system cannot
+            return False
+        return on
 
     def read(offset: int, nbytes: int) -> Bytes:
-        data = np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8) if nbytes else np.zeros(0, np.uint8)
+        direct = past_cache(nbytes >= DIRECT_NBYTES and not (offset | nbytes) % PAGE_NBYTES)
+        data = empty(nbytes)
         done = 0
         while done < nbytes:
-            got = os.preadv(fd, [data[done:].data], offset + done)
+            try:
+                got = os.preadv(fd, [data[done:].data], offset + done)
+            except OSError as e:
+                if e.errno != errno.EINVAL or not direct:
+                    raise
+                direct = past_cache(False)  # it wants other places than these
+                continue
             if got == 0:
                 raise Corrupt("the file has become shorter", file=str(path), remedy=RESTORE)
             done += got

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import RESTORE, FileEntry
 from hbkit.snapshot.manifest import Manifest, TableEntry, decode
 from hbkit.snapshot.place import Place
-from hbkit.snapshot.rows import Metadata
 from hbkit.store.base import Chunk, Int64s
+
+Step: TypeAlias = tuple[Int64s, Chunk | None]
 
 
 class History:
@@ -88,71 +89,59 @@ class History:
     def check_rows(self, chain: list[Manifest], table: str) -> Int64s:
         """Read all rows of a table and check them; its keys, ascending: int64[n]. Raises Corrupt."""
         held = _Keys()
-        for _ in self._replay(chain, table, held, lambda link: None):
-            pass
+        for _, steps in self._links(chain, table, held):
+            for _ in steps:
+                pass
         return held.all()
 
-    def metadata(self, chain: list[Manifest], table: str) -> Metadata:
-        """Key, freq and last_step of a table's rows, in key order; no other columns are read. Raises Corrupt."""
-        held = rows.NO_METADATA
-        for manifest in chain:
-            entry = manifest.tables[table]
-            for file in entry.erased:
-                held = held.without(rows.read_keys(self.place, file, entry))
-            for file in entry.rows:
-                held = held.updated(list(rows.read_metadata(self.place, file, entry)))
-            if len(held.key) != entry.n_rows:
-                raise self._miscounted(manifest, table, len(held.key))
-        return held
-
-    def replay(
-        self, chain: list[Manifest], table: str, done: Callable[[Manifest], None] = lambda link: None
-    ) -> Iterator[tuple[Int64s, Chunk | None]]:
+    def replay(self, chain: list[Manifest], table: str) -> Iterator[Step]:
         """What makes an empty table the one saved, in order: keys to erase, or lines to put.
 
         Everything is checked on the way: checksums, schema, that keys ascend and are in no two files of a commit, and
-        counts. What was yielded is right if all comes without an error. Raises Corrupt. `done` is called with each
-        commit of the chain when all of it was yielded.
+        counts, unless `chain` begins with a delta. What was yielded is right if all comes without an error. Raises
+        Corrupt.
 
         Yields
         ------
         erased : int64[n]
         chunk : Chunk or None
         """
-        return self._replay(chain, table, _Keys(), done)
+        for _, steps in self.links(chain, table):
+            yield from steps
 
-    def _replay(
-        self, chain: list[Manifest], table: str, held: _Keys, done: Callable[[Manifest], None]
-    ) -> Iterator[tuple[Int64s, Chunk | None]]:
-        nothing = np.zeros(0, np.int64)
+    def links(self, chain: list[Manifest], table: str) -> Iterator[tuple[Manifest, Iterator[Step]]]:
+        """`replay`, a commit after the other."""
+        return self._links(chain, table, _Keys())
+
+    def _links(self, chain: list[Manifest], table: str, held: _Keys) -> Iterator[tuple[Manifest, Iterator[Step]]]:
+        counted = bool(chain) and chain[0].tables[table].since is None
         for manifest in chain:
-            entry = manifest.tables[table]
-            for file in entry.erased:
-                keys = rows.read_keys(self.place, file, entry)
-                held.erase(keys)
-                yield keys, None
-            for file in entry.rows:
-                for chunk in rows.read_rows(self.place, file, entry):
-                    held.put(chunk.key)
-                    yield nothing, chunk
-                if not held.end_file():
-                    raise Corrupt(
-                        "a key is in two files of one commit",
-                        file=self.place.where(file.path),
-                        table=table,
-                        remedy=RESTORE,
-                    )
-            if held.end_commit() != entry.n_rows:
-                raise self._miscounted(manifest, table, held.n)
-            done(manifest)
+            yield manifest, self._steps(manifest, table, held)
+            if held.end_commit() != manifest.tables[table].n_rows and counted:
+                raise Corrupt(
+                    f"commit {manifest.commit} has {held.n} rows, its manifest says {manifest.tables[table].n_rows}",
+                    file=self.place.where(f"{manifest.commit}.json"),
+                    table=table,
+                    remedy=RESTORE,
+                )
 
-    def _miscounted(self, manifest: Manifest, table: str, n_rows: int) -> Corrupt:
-        return Corrupt(
-            f"commit {manifest.commit} has {n_rows} rows, its manifest says {manifest.tables[table].n_rows}",
-            file=self.place.where(f"{manifest.commit}.json"),
-            table=table,
-            remedy=RESTORE,
-        )
+    def _steps(self, manifest: Manifest, table: str, held: _Keys) -> Iterator[Step]:
+        entry, nothing = manifest.tables[table], np.zeros(0, np.int64)
+        for file in entry.erased:
+            keys = rows.read_keys(self.place, file, entry)
+            held.erase(keys)
+            yield keys, None
+        for file in entry.rows:
+            for chunk in rows.read_rows(self.place, file, entry):
+                held.put(chunk.key)
+                yield nothing, chunk
+            if not held.end_file():
+                raise Corrupt(
+                    "a key is in two files of one commit",
+                    file=self.place.where(file.path),
+                    table=table,
+                    remedy=RESTORE,
+                )
 
 
 class _Keys:
@@ -199,6 +188,7 @@ class _Keys:
 
 def _merged(a: list[Int64s], b: list[Int64s]) -> tuple[list[Int64s], bool]:
     """Both together, each ascending, without repeats; and whether there were none."""
+    a, b = ([keys for keys in some if len(keys)] for some in (a, b))
     if not a or not b or a[-1][-1] < b[0][0]:
         return a + b, True
     both = np.concatenate(a + b)

@@ -135,11 +135,11 @@ class Layout:
 
     def is_framed(self, group: Group, first: bool, data: npt.NDArray[np.uint8]) -> bool:
         """Whether the bytes of a group are those that `frame` writes, but for the values."""
-        view, end = memoryview(data), 4 if first else 0
+        view, end = data.data, 4 if first else 0
         if first and view[:4] != _MAGIC:
             return False
         for column in group.columns:
-            if np.any(data[end : column.at]) or view[column.at : column.values] != column.head:
+            if np.any(data[end : column.at]) or view[column.at : column.values].tobytes() != column.head:
                 return False
             end = column.values + column.nbytes
         return not np.any(data[end:])

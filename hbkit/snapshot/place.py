@@ -6,6 +6,7 @@ that they will have, then `Draft.publish` puts the manifest there, and with it t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -19,14 +20,13 @@ import numpy as np
 
 from hbkit.errors import Corrupt, Locked, NotFound, StorageError
 from hbkit.parquet.source import Source, resolve
-from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
+from hbkit.snapshot.files import DIRECT_NBYTES, PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
 from hbkit.snapshot.manifest import COMMIT, DIRECTORY, MAX_NBYTES
 from hbkit.store.disk import Disk
 
 __all__ = ["Directory", "Draft", "Place", "place_of"]
 
 DRAFT = ".hbkit-draft"
-_DIRECT_NBYTES = 1 << 20  # smaller writes wait less for the page cache than for the disk
 
 
 class Draft(ABC):
@@ -315,10 +315,16 @@ class _File:
 
     def write(self, data: Any) -> None:
         view = np.frombuffer(data, np.uint8)
-        if view.size >= _DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
+        if view.size >= DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
             if self._direct < 0:
                 self._direct = self._disk.open(self._path, direct=True)
-            self._disk.write(self._direct, view, self._at)
+            try:
+                self._disk.write(self._direct, view, self._at)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # The file system wants other places than these, or is full in the midst of a page: the cache can tell.
+                self._disk.write(self._handle, view, self._at)
         else:
             self._disk.write(self._handle, view, self._at)
         self._at += view.size

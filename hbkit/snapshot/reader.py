@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, UnknownColumn
+from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, StorageError, UnknownColumn
 from hbkit.snapshot import rows
-from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
@@ -95,9 +95,16 @@ def load(
     SchemaMismatch
         A table has another dim, key_dtype or admission rule than the one saved.
     Corrupt
-        A file is missing, damaged or hostile; no table was touched.
+        A file is missing, damaged or hostile; the tables are as they were.
     StorageError
-        The disk cannot be read.
+        The disk cannot be read; the tables are as they were, or the error says which one is empty now.
+
+    Notes
+    -----
+    A table without rows is filled while its files are read and checked, once, and is emptied again if anything is
+    wrong. The files of one that has rows are read twice: its rows go when everything was found right, since there may
+    be no memory for both. If the second reading fails all the same, or memory is short, the table is empty, and the
+    error names it. Nobody else may use the tables meanwhile.
     """
     history = History(place_of(path))
     manifest = history.find(commit)
@@ -113,24 +120,42 @@ def load(
             table.pending.settle()
         notes += _compare(name, table, manifest, history.place.name)
     chains = {name: history.chain(manifest, name) for name in named}
-    history.check_files(_files(manifest, chains))
-    for name, chain in chains.items():
-        history.check_rows(chain, name)
+    history.check_files(
+        [*manifest.state_files.values(), *(f for name in named for f in manifest.tables[name].admission_files)]
+    )
     state = dict(manifest.state)
     for name, file in manifest.state_files.items():
         state[name] = history.place.read(file.path, file.nbytes)
-    _load_admission(history, manifest, named, part)
+    held = {name for name, table in named.items() if len(table.store)}
+    for name in held:
+        history.check_rows(chains[name], name)
+    counts = _admission(history, manifest, named, part)
+    changed: list[str] = []
+
+    def replace(names: Iterable[str]) -> None:
+        for name in names:
+            changed.append(name)
+            _replace(name, named[name], history, chains[name], part)
+
+    try:
+        replace(named.keys() - held)
+        with _admitting(counts):
+            replace(held)
+    except BaseException as e:
+        for name in changed:
+            _clear(named[name])
+        lost = [named[name].name for name in changed if name in held]
+        if lost and isinstance(e, Exception):
+            raise StorageError(
+                f"the old rows are gone, and the new ones could not be read or held: {e or type(e).__name__}",
+                file=history.place.name,
+                table=", ".join(lost),
+                remedy="load again, or another commit; until then the table is empty",
+            ) from e
+        raise
     for name, table in named.items():
-        _replace(name, table, history, chains[name], part)
+        table.step = manifest.tables[name].step
     return Loaded(manifest.step, state, manifest.commit, notes)
-
-
-def _files(manifest: Manifest, chains: dict[str, list[Manifest]]) -> Iterable[FileEntry]:
-    yield from manifest.state_files.values()
-    for name, chain in chains.items():
-        for link in chain:
-            yield from link.tables[name].rows + link.tables[name].erased
-        yield from manifest.tables[name].admission_files
 
 
 def _compare(name: str, table: TableLike, manifest: Manifest, path: str) -> list[str]:
@@ -176,8 +201,10 @@ def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
     return same and table.optimizer.n_state(table.dim) == entry.n_state
 
 
-def _load_admission(history: History, manifest: Manifest, tables: dict[str, TableLike], part: Part) -> None:
-    """Replace the filters' counts, of all tables or of none."""
+def _admission(
+    history: History, manifest: Manifest, tables: dict[str, TableLike], part: Part
+) -> list[tuple[Any, rows.Columns, rows.Columns]]:
+    """Filters, and their counts as they were and as they are to be. Raises Corrupt."""
     filters = [(t.admission, manifest.tables[n].admission_files) for n, t in tables.items() if t.admission is not None]
     read = [(f, [rows.read_columns(history.place, file) for file in files]) for f, files in filters if files]
     old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in read]
@@ -189,13 +216,19 @@ def _load_admission(history: History, manifest: Manifest, tables: dict[str, Tabl
                     file=history.place.where(f"{manifest.commit}.json"),
                     remedy="load another commit",
                 )
-    new = [(f, _counts(parts, like, part)) for (f, parts), (_, like) in zip(read, old, strict=True)]
+    return [(f, like, _counts(parts, like, part)) for (f, parts), (_, like) in zip(read, old, strict=True)]
+
+
+@contextmanager
+def _admitting(counts: list[tuple[Any, rows.Columns, rows.Columns]]) -> Iterator[None]:
+    """Replace the filters' counts, of all tables or, if what is done within fails, of none."""
     try:
-        for admission, columns in new:
-            admission.load_state(columns)
+        for admission, _, new in counts:
+            admission.load_state(new)
+        yield
     except BaseException:
-        for admission, columns in old:
-            admission.load_state(columns)
+        for admission, old, _ in counts:
+            admission.load_state(old)
         raise
 
 
@@ -220,24 +253,27 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
     entry = chain[-1].tables[name]
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
-    forget(table)
-    for chunk in table.store.scan():
-        table.store.erase(chunk.key)
-
-    def done(link: Manifest) -> None:
-        if keeps and name == table.name:  # by another name, a delta would be none to this commit
+    _clear(table)
+    descends = keeps and name == table.name  # by another name, a delta would be none to this commit
+    for link, steps in history.links(chain, name):
+        for erased, lines in steps:
+            if lines is None:
+                table.store.erase(erased)
+                continue
+            if part != EVERYTHING:
+                own = part.has(lines.key)
+                lines = Chunk._make(column[own] for column in lines)
+            table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
+        if descends:
             for digest in history.same(link):
                 descend(table, digest, part)
 
-    for erased, lines in history.replay(chain, name, done):
-        if lines is None:
-            table.store.erase(erased)
-            continue
-        if part != EVERYTHING:
-            own = part.has(lines.key)
-            lines = Chunk._make(column[own] for column in lines)
-        table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
-    table.step = entry.step
+
+def _clear(table: TableLike) -> None:
+    """Without rows."""
+    forget(table)
+    for chunk in table.store.part(EVERYTHING, rows=False):
+        table.store.erase(chunk.key)
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:
@@ -254,7 +290,8 @@ def verify(path: str | os.PathLike[str]) -> list[Commit]:
     """
     history, manifests = _all(path)
     for manifest in manifests:
-        history.check_files(manifest.files)
+        others = (f for t in manifest.tables.values() for f in t.admission_files)
+        history.check_files([*manifest.state_files.values(), *others])
     # The last link of each chain passes through the others.
     passed = {(m.parent, name) for m in manifests for name, t in m.tables.items() if t.since is not None}
     for manifest in manifests:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hbkit._ext import pool
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import PAGE_NBYTES, RESTORE, FileEntry, check, opened, read_ahead
+from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened, read_ahead
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
@@ -28,42 +27,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _COLUMN_ROWS = 1 << 20  # rows of a row group of the narrow files
 
 
-class Metadata(NamedTuple):
-    """What a table knows of its rows beside their floats, in key order.
-
-    Attributes
-    ----------
-    key, freq, last_step : int64[n]
-    """
-
-    key: Int64s
-    freq: Int64s
-    last_step: Int64s
-
-    def without(self, keys: Int64s) -> Metadata:
-        """Without some distinct keys."""
-        kept = ~np.isin(self.key, keys, assume_unique=True)
-        return Metadata._make(column[kept] for column in self)
-
-    def updated(self, parts: list[Metadata]) -> Metadata:
-        """With the rows of `parts`, in place of those of the same keys."""
-        both = Metadata._make(np.concatenate(columns) for columns in zip(self, *parts, strict=True))
-        order = np.argsort(both.key, kind="stable")  # linear: two runs that ascend
-        keys = both.key[order]
-        order = order[np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), np.bool_))]
-        return Metadata._make(column[order] for column in both)
-
-    def has(self, chunk: Chunk) -> npt.NDArray[np.bool_]:
-        """Which of a chunk's rows are here with the same freq and last_step: bool[n]."""
-        at = np.searchsorted(self.key, chunk.key)
-        there = at < len(self.key)
-        for mine, theirs in zip(self, chunk[:3], strict=True):
-            there[there] = mine[at[there]] == theirs[there]
-        return there
-
-
 _NONE = np.zeros(0, np.int64)
-NO_METADATA = Metadata(_NONE, _NONE, _NONE)
 
 
 def key_type(key_dtype: str) -> pa.DataType:
@@ -98,24 +62,14 @@ def _narrow(keys: Int64s, key_dtype: str, table: str) -> npt.NDArray[Any]:
     return narrow
 
 
-def _regroup(chunks: Iterable[Chunk], n_rows: int, table: str) -> Iterator[list[Chunk]]:
-    """The same rows as pieces of groups of exactly `n_rows`: row groups must not depend on the tier that scans."""
-    held: list[Chunk] = []
-    n, last = 0, None
+def _in_order(chunks: Iterable[Chunk], table: str) -> Iterator[Chunk]:
+    last: int | None = None
     for chunk in chunks:
-        if len(chunk.key) and ((last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any()):
-            raise StorageError("the store does not scan in key order", table=table, remedy="report this")
-        last = chunk.key[-1] if len(chunk.key) else last
-        while len(chunk.key):
-            room = n_rows - n
-            held.append(Chunk._make(column[:room] for column in chunk))
-            n += len(held[-1].key)
-            chunk = Chunk._make(column[room:] for column in chunk)
-            if n == n_rows:
-                yield held
-                held, n = [], 0
-    if held:
-        yield held
+        if len(chunk.key):
+            if (last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any():
+                raise StorageError("the store does not scan in key order", table=table, remedy="report this")
+            last = int(chunk.key[-1])
+            yield chunk
 
 
 def _write(draft: Draft, path: str, schema: pa.Schema, groups: Iterable[list[pa.Array]]) -> FileEntry:
@@ -137,23 +91,38 @@ def write_rows(
 ) -> FileEntry:
     """Write lines, which must come in key order."""
     layout = Layout(rows_schema(key_dtype, dim, n_state), CHUNK_ROWS)
-    total, bounds = 0, []
+    full, total, n, bounds = layout.group(layout.group_rows), 0, 0, []
+    data: Bytes
+    columns: list[npt.NDArray[Any]] = []
+
+    def end_group() -> None:
+        bounds.append([_bounds(values[:n]) for values in columns])
+        layout.frame(layout.group(n), total == n, data)
+        sink.lend(data)
+
     with draft.create(path) as sink:
-        for pieces in _regroup(chunks, layout.group_rows, table):
-            n = sum(len(chunk.key) for chunk in pieces)
-            group = layout.group(n)
-            nbytes = layout.group_nbytes if n == layout.group_rows else group.nbytes
-            data = np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8)
-            layout.frame(group, total == 0, data)
-            columns = [column.of(data) for column in group.columns]
+        # Row groups must not depend on the tier that scans, but lines are copied while they are in the CPU's cache.
+        for chunk in _in_order(chunks, table):
+            parts = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
             first = 0
-            for chunk in pieces:
-                for values, lines in zip(columns, (_narrow(chunk.key, key_dtype, table), *chunk[1:]), strict=False):
-                    values[first : first + len(lines)] = lines
-                first += len(chunk.key)
-            bounds.append([_bounds(values) for values in columns])
-            sink.lend(data)
-            total += n
+            while first < len(chunk.key):
+                if n == 0:
+                    data = empty(layout.group_nbytes)
+                    columns = [column.of(data) for column in full.columns]
+                some = min(len(chunk.key) - first, layout.group_rows - n)
+                for values, lines in zip(columns, parts, strict=False):
+                    values[n : n + some] = lines[first : first + some]
+                n, total, first = n + some, total + some, first + some
+                if n == layout.group_rows:
+                    end_group()
+                    n = 0
+        if n:
+            last = layout.group(n)
+            data = empty(last.nbytes)
+            columns, filled = [column.of(data) for column in last.columns], columns
+            for values, lines in zip(columns, filled, strict=True):
+                values[:] = lines[:n]
+            end_group()
         footer = layout.footer(total, bounds)
         sink.write(footer if total else layout.beginning + footer)
     return sink.entry(path, total)
@@ -293,7 +262,7 @@ def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Ite
     sizes = [layout.group_nbytes if g.n_rows == layout.group_rows else g.nbytes for g in groups] or [8]
     sizes.append(entry.nbytes - sum(sizes))
     with ThreadPoolExecutor(1, "hbkit-snapshot") as thread, closing(read_ahead(fd, path, sizes)) as parts:
-        jobs = []
+        jobs: list[Future[None]] = []
         for number, (group, data) in enumerate(zip(groups, parts, strict=False)):
             jobs = [*jobs[-1:], thread.submit(digest.update, data)]
             if not layout.is_framed(group, number == 0, data):
@@ -303,19 +272,12 @@ def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Ite
             yield columns
             jobs[0].result()  # so that no more than two groups wait to be digested
         thread.submit(lambda: None).result()
-        rest = b"".join(parts)
+        rest = b"".join(part.data for part in parts)
         digest.update(rest)
     if rest != (b"" if groups else layout.beginning) + layout.footer(entry.n_rows, bounds):
         raise Corrupt("the footer does not say what the file holds", file=str(path), remedy=RESTORE)
     if digest.hexdigest() != entry.digest:
         raise Corrupt("the file's checksum is wrong", file=str(path), remedy=RESTORE)
-
-
-def read_metadata(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Metadata]:
-    """Key, freq and last_step alone; nothing is compared with the manifest's checksum."""
-    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
-    for columns in _ascending(reader.path, reader.groups(list(Metadata._fields))):
-        yield Metadata(**columns)
 
 
 def read_keys(place: Place, entry: FileEntry, table: TableEntry) -> Int64s:
