@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -21,9 +20,9 @@ from hbkit.cli.columns import Columns, choose
 from hbkit.cli.console import note, progress, summary
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
-from hbkit.errors import HbkitError, InvalidArgument, NotFound, SchemaMismatch, StorageError, Unsupported
+from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
 from hbkit.parquet import File, list_files
-from hbkit.snapshot.files import local
+from hbkit.snapshot.place import place_of
 
 __all__ = ["evaluate", "train"]
 
@@ -127,7 +126,7 @@ def train(
     if eval_data is not None:
         _dataset(eval_data, columns, batch_size)
     if save is not None:
-        _check_writable(save)
+        place_of(save).prepare()
     settings = settings_of(
         columns,
         model=model,
@@ -278,20 +277,6 @@ def _check_label(data: str, columns: Columns) -> None:
                 column=columns.label,
                 remedy="labels are 0 or 1 (or between); convert the column first",
             )
-
-
-def _check_writable(path: str) -> None:
-    """Make the directory of the save, and a file in it."""
-    try:
-        local(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as e:
-        if isinstance(e, HbkitError):
-            raise
-        raise StorageError(
-            f"cannot save there: {e.strerror}", file=path, remedy="give --save a directory that you may write to"
-        ) from e
 
 
 class Smoothed:

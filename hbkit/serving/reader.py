@@ -13,9 +13,10 @@ import numpy.typing as npt
 from hbkit._ext.index import Index
 from hbkit.embedding.initializers import Initializer, named
 from hbkit.errors import Closed, Corrupt, InvalidArgument, UnknownColumn, Unsupported
-from hbkit.snapshot.files import RESTORE, local
+from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
+from hbkit.snapshot.place import place_of
 from hbkit.store.base import Float32s
 from hbkit.store.keys import as_keys
 
@@ -52,10 +53,10 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._root = local(path)
+        self._place = place_of(path)
         self._refreshing = threading.Lock()
         # The one reference that refresh swaps; whoever took it before keeps what it took.
-        self._held: _Held | None = _Held(History(self._root), None)
+        self._held: _Held | None = _Held(History(self._place), None)
 
     def lookup(self, table: str, keys: npt.ArrayLike) -> Float32s:
         """Rows of keys: float32[n, dim], the caller's own; absent keys read the default that the table had.
@@ -80,7 +81,7 @@ class Reader:
         if rows is None:
             raise UnknownColumn(
                 f"no table {table!r} in commit {held.manifest.commit}",
-                file=str(self._root),
+                file=self._place.name,
                 remedy=f"tables are {', '.join(held.tables) or 'none'}",
             )
         return rows.lookup(keys)
@@ -92,7 +93,7 @@ class Reader:
         """
         with self._refreshing:
             held = self._use()
-            history = History(self._root)
+            history = History(self._place)
             newest = history.find(None)
             if history.digest(newest) == held.digest:
                 return False
@@ -130,7 +131,7 @@ class Reader:
     def _use(self) -> _Held:
         held = self._held
         if held is None:
-            raise Closed("the reader is closed", file=str(self._root), remedy="open another Reader")
+            raise Closed("the reader is closed", file=self._place.name, remedy="open another Reader")
         return held
 
 
@@ -164,7 +165,7 @@ class _Rows:
         self._drawn: Initializer | None = None
         default, key = self._entry.default, self._entry.padding_key
         if isinstance(default, dict):
-            self._drawn = self._initializer(default, str(history.root))
+            self._drawn = self._initializer(default, history.place.name)
         elif default is not None:
             self._rows[-1] = default
         self._padding = None if key is None else as_keys([key], self._entry.key_dtype, name)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -12,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from hbkit.errors import Corrupt, HbkitError, Locked, StorageError, Unsupported
+from hbkit.errors import Corrupt, HbkitError, StorageError
 
 DIGEST_NBYTES = 32
 RESTORE = "restore the file from a copy, or load another commit"
@@ -42,16 +41,6 @@ class FileEntry:
     blake2b: str
 
 
-def local(path: str | os.PathLike[str]) -> Path:
-    """A snapshot's directory as a path; raises Unsupported for a URI."""
-    text = os.fspath(path)
-    if "://" in text:
-        raise Unsupported(
-            "snapshots are kept in local directories only", file=text, remedy="name a directory, and copy it afterwards"
-        )
-    return Path(text)
-
-
 @contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what the operating system refuses into StorageError."""
@@ -68,14 +57,36 @@ def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from e
 
 
-class Sink(io.RawIOBase):
-    """A new file that counts and digests what is written to it."""
+class Output(Protocol):
+    """Where the bytes of a new file go."""
 
-    def __init__(self, path: Path) -> None:
+    def write(self, data: Any) -> object:
+        """Append all bytes of a buffer."""
+        ...
+
+    def sync(self) -> None:
+        """Return when the bytes are durable."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file; what was not synced may be lost."""
+        ...
+
+
+class Sink(io.RawIOBase):
+    """A new file that counts and digests what is written to it.
+
+    Parameters
+    ----------
+    output : Output
+        Closed with the sink.
+    """
+
+    def __init__(self, output: Output) -> None:
         super().__init__()
         self.nbytes = 0
         self._digest = hashlib.blake2b(digest_size=DIGEST_NBYTES)
-        self._file = open(path, "xb")  # noqa: SIM115 closed by `create`
+        self._output = output
 
     def writable(self) -> bool:
         """True."""
@@ -83,71 +94,29 @@ class Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Append bytes."""
-        n = self._file.write(data)
+        n = memoryview(data).nbytes
+        self._output.write(data)
         self._digest.update(data)
         self.nbytes += n
         return n
 
-    def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
-        if not self._file.closed:
-            self._file.flush()
-
     def sync(self) -> None:
-        """Return when the bytes are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Return when the bytes are durable."""
+        self._output.sync()
 
     def close(self) -> None:
         """Close the file."""
-        super().close()
-        self._file.close()
+        if not self.closed:
+            super().close()
+            self._output.close()
 
     def entry(self, path: str, n_rows: int = 0) -> FileEntry:
         """What a manifest says of this file."""
         return FileEntry(path, n_rows, self.nbytes, self._digest.hexdigest())
 
 
-@contextmanager
-def create(path: Path) -> Iterator[Sink]:
-    """A new file that is on the disk when the block ends without an exception."""
-    sink = Sink(path)
-    try:
-        yield sink
-        sink.sync()
-    finally:
-        sink.close()
-
-
-def sync_directory(path: Path) -> None:
-    """Return when the directory's names are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def lock(root: Path) -> Iterator[None]:
-    """Be the one writer of a snapshot; the lock ends with the process at the latest. Raises Locked."""
-    fd = os.open(root / "LOCK", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise Locked("another writer saves here", file=str(root), remedy="wait until it has finished") from e
-        try:
-            yield
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a forked child may hold a copy of fd, and the lock with it
-    finally:
-        os.close(fd)
-
-
-def check(root: Path, entry: FileEntry) -> None:
-    """Read a whole file and compare it with its manifest; raises Corrupt."""
-    path = root / entry.path
+def check(path: Path, entry: FileEntry) -> None:
+    """Read a whole local file and compare it with its manifest; raises Corrupt."""
     try:
         have = os.stat(path)
         if not stat.S_ISREG(have.st_mode):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hbkit.errors import Corrupt, NotFound
 from hbkit.snapshot import rows
-from hbkit.snapshot.files import RESTORE, FileEntry, check, storage_errors
-from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES, Manifest, TableEntry, decode
+from hbkit.snapshot.files import RESTORE, FileEntry
+from hbkit.snapshot.manifest import Manifest, TableEntry, decode
+from hbkit.snapshot.place import Place
 from hbkit.snapshot.rows import Metadata
 from hbkit.store.base import Chunk, Int64s
 
@@ -21,46 +21,38 @@ class History:
 
     Parameters
     ----------
-    root : Path
-        Directory of the snapshot.
+    place : Place
+        Where the snapshot lives.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self._read: dict[str, tuple[Manifest, str]] = {}
 
     def commits(self) -> list[str]:
-        """Ids of all commits, oldest first; none where there is no directory."""
-        if not self.root.is_dir():
-            return []
-        with storage_errors(self.root):
-            names = [p.name for p in self.root.iterdir() if p.suffix == ".json"]
-        return sorted(name[:-5] for name in names if COMMIT.fullmatch(name[:-5]))
+        """Ids of all commits, oldest first; none where there is no snapshot."""
+        return self.place.commits()
 
     def find(self, commit: str | None) -> Manifest:
         """The manifest of a commit; the newest where `commit` is None or "latest". Raises NotFound."""
         commits = self.commits()
         if not commits:
-            raise NotFound("there is no snapshot", file=str(self.root), remedy="check the path; save one first")
+            raise NotFound("there is no snapshot", file=self.place.name, remedy="check the path; save one first")
         if commit is None or commit == "latest":
             return self.manifest(commits[-1])
         if commit not in commits:
             raise NotFound(
-                f"no commit {commit!r}", file=str(self.root), remedy=f"there are {commits[0]} to {commits[-1]}; see log"
+                f"no commit {commit!r}",
+                file=self.place.name,
+                remedy=f"there are {commits[0]} to {commits[-1]}; see log",
             )
         return self.manifest(commit)
 
     def manifest(self, commit: str) -> Manifest:
         """The manifest of a commit that a name or another manifest promises."""
         if commit not in self._read:
-            path = self.root / f"{commit}.json"
-            if not path.is_file():
-                raise Corrupt("the manifest is missing or no file", file=str(path), remedy=RESTORE)
-            with storage_errors(path), open(path, "rb") as file:
-                data = file.read(MAX_NBYTES + 1)
-            if len(data) > MAX_NBYTES:
-                raise Corrupt("the manifest is too large", file=str(path), remedy=RESTORE)
-            self._read[commit] = decode(data, commit, str(path))
+            data = self.place.manifest(commit)
+            self._read[commit] = decode(data, commit, self.place.where(f"{commit}.json"))
         return self._read[commit][0]
 
     def digest(self, manifest: Manifest) -> str:
@@ -77,7 +69,7 @@ class History:
             if below is None or below.step != since or _shape(below) != _shape(entry):
                 raise Corrupt(
                     f"commit {chain[-1].commit} does not fit its parent",
-                    file=str(self.root / f"{parent.commit}.json"),
+                    file=self.place.where(f"{parent.commit}.json"),
                     table=table,
                     remedy=RESTORE,
                 )
@@ -87,8 +79,7 @@ class History:
     def check_files(self, files: Iterable[FileEntry]) -> None:
         """Compare files with their manifests: present, whole, every bit. Raises Corrupt."""
         for file in files:
-            with storage_errors(self.root / file.path):
-                check(self.root, file)
+            self.place.check(file)
 
     def check_rows(self, chain: list[Manifest], table: str) -> Int64s:
         """Decode all rows of a table; its keys, ascending: int64[n]. Raises Corrupt."""
@@ -102,19 +93,19 @@ class History:
         self,
         chain: list[Manifest],
         table: str,
-        read: Callable[[Path, FileEntry, TableEntry], Iterable[Chunk | Metadata]],
+        read: Callable[[Place, FileEntry, TableEntry], Iterable[Chunk | Metadata]],
     ) -> Metadata:
         held = rows.NO_METADATA
         for manifest in chain:
             entry = manifest.tables[table]
             for file in entry.erased:
-                held = held.without(rows.read_keys(self.root, file, entry))
+                held = held.without(rows.read_keys(self.place, file, entry))
             for file in entry.rows:
-                held = held.updated([Metadata._make(chunk[:3]) for chunk in read(self.root, file, entry)])
+                held = held.updated([Metadata._make(chunk[:3]) for chunk in read(self.place, file, entry)])
             if len(held.key) != entry.n_rows:
                 raise Corrupt(
                     f"commit {manifest.commit} has {len(held.key)} rows, its manifest says {entry.n_rows}",
-                    file=str(self.root / f"{manifest.commit}.json"),
+                    file=self.place.where(f"{manifest.commit}.json"),
                     table=table,
                     remedy=RESTORE,
                 )
@@ -132,9 +123,9 @@ class History:
         for manifest in chain:
             entry = manifest.tables[table]
             for file in entry.erased:
-                yield rows.read_keys(self.root, file, entry), None
+                yield rows.read_keys(self.place, file, entry), None
             for file in entry.rows:
-                for chunk in rows.read_rows(self.root, file, entry):
+                for chunk in rows.read_rows(self.place, file, entry):
                     yield nothing, chunk
 
 

@@ -20,11 +20,12 @@ from hbkit.errors import Corrupt, InvalidArgument, Unsupported
 from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
-VERSION = 2  # 1 has neither default nor padding_key
+VERSION = 3  # 1 has neither default nor padding_key, 2 has no directory
 MAX_NBYTES = 64 << 20
 MAX_WIDTH = 1 << 20
 
 COMMIT = re.compile(r"c[0-9]{8}", re.ASCII)
+DIRECTORY = re.compile(r"(c[0-9]{8})(-[0-9a-f]{16})?", re.ASCII)
 
 _HEAD, _MIDDLE, _TAIL = b'{\n"blake2b": "', b'",\n"manifest": ', b"\n}\n"
 _DIGEST = re.compile(rf"[0-9a-f]{{{2 * DIGEST_NBYTES}}}", re.ASCII)
@@ -98,6 +99,9 @@ class Manifest:
         JSON values by name.
     state_files : dict of str to FileEntry
         Bytes by name.
+    directory : str
+        Where the commit's files are: named after it, ``-`` and 16 hexadecimal digits following where writers must not
+        meet in one. Empty in old versions, which have ``<commit>``.
     """
 
     version: int
@@ -107,6 +111,7 @@ class Manifest:
     tables: dict[str, TableEntry]
     state: dict[str, Any]
     state_files: dict[str, FileEntry]
+    directory: str = ""
 
     @property
     def files(self) -> list[FileEntry]:
@@ -125,14 +130,14 @@ def file_name(name: str) -> str:
     return quoted
 
 
-def table_directory(commit: str, name: str) -> str:
+def table_directory(directory: str, name: str) -> str:
     """Where a commit keeps a table's files, relative to the snapshot."""
-    return f"{commit}/tables/{file_name(name)}"
+    return f"{directory}/tables/{file_name(name)}"
 
 
-def state_path(commit: str, name: str) -> str:
+def state_path(directory: str, name: str) -> str:
     """Where a commit keeps bytes of the state, relative to the snapshot."""
-    return f"{commit}/state/{file_name(name)}"
+    return f"{directory}/state/{file_name(name)}"
 
 
 def encode(manifest: Manifest) -> tuple[bytes, str]:
@@ -174,11 +179,13 @@ def _no_constant(name: str) -> None:
 
 def _check(manifest: Manifest, commit: str) -> None:
     """What the types do not say; raises ValueError."""
-    parent = manifest.parent
+    parent, place = manifest.parent, manifest.directory or commit
     _hold(1 <= manifest.version <= VERSION, "version")
     _hold(manifest.commit == commit, "commit")
     # A parent is older: so there are no cycles.
     _hold(parent is None or (COMMIT.fullmatch(parent) is not None and parent < commit), "parent")
+    named = DIRECTORY.fullmatch(place)
+    _hold(named is not None and named[1] == commit, f"directory {place!r:.80}")
     for name, table in manifest.tables.items():
         _hold(1 <= table.dim <= MAX_WIDTH and table.n_state <= 4 * MAX_WIDTH, f"dim of table {name!r}")
         _hold(table.dtype in ROW_DTYPES and table.key_dtype in KEY_DTYPES, f"dtype of table {name!r}")
@@ -190,13 +197,13 @@ def _check(manifest: Manifest, commit: str) -> None:
         key = table.padding_key
         _hold(key is None or (type(key) is int and -(2**63) <= key < 2**64), f"padding_key of table {name!r}")
         as_keys([] if key is None else [key], table.key_dtype, name)
-        directory = table_directory(commit, name)
+        directory = table_directory(place, name)
         for file in table.files:
             head, _, tail = file.path.rpartition("/")
             _hold(head == directory and _FILE_NAME.fullmatch(tail) is not None, f"path {file.path!r:.80}")
     _hold(not manifest.state.keys() & manifest.state_files.keys(), "state")
     for name, file in manifest.state_files.items():
-        _hold(file.path == state_path(commit, name), f"path {file.path!r:.80}")
+        _hold(file.path == state_path(place, name), f"path {file.path!r:.80}")
     paths = [f.path for f in manifest.files]
     _hold(len(set(paths)) == len(paths), "a path listed twice")
     _hold(all(_DIGEST.fullmatch(f.blake2b) for f in manifest.files), "blake2b of a file")

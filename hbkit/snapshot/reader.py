@@ -11,9 +11,10 @@ import numpy as np
 
 from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, UnknownColumn
 from hbkit.snapshot import rows
-from hbkit.snapshot.files import FileEntry, local, storage_errors
+from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
+from hbkit.snapshot.place import place_of
 from hbkit.snapshot.table import TableLike, config, descend, forget
 
 
@@ -87,21 +88,20 @@ def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str 
     StorageError
         The disk cannot be read.
     """
-    history = History(local(path))
+    history = History(place_of(path))
     manifest = history.find(commit)
     if len({t.name for t in tables}) != len(tables):
         raise InvalidArgument("two tables have one name", remedy="name each table differently")
     notes: list[str] = []
     for table in tables:
-        notes += _compare(table, manifest, str(history.root))
+        notes += _compare(table, manifest, history.place.name)
     chains = {t.name: history.chain(manifest, t.name) for t in tables}
     history.check_files(_files(manifest, chains))
     for name, chain in chains.items():
         history.check_rows(chain, name)
     state = dict(manifest.state)
     for name, file in manifest.state_files.items():
-        with storage_errors(history.root / file.path):
-            state[name] = (history.root / file.path).read_bytes()
+        state[name] = history.place.read(file.path, file.nbytes)
     _load_admission(history, manifest, tables)
     for table in tables:
         _replace(table, history, chains[table.name])
@@ -162,13 +162,13 @@ def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
 def _load_admission(history: History, manifest: Manifest, tables: Sequence[TableLike]) -> None:
     """Replace the filters' counts, of all tables or of none."""
     filters = [(t.admission, manifest.tables[t.name].admission_files) for t in tables if t.admission is not None]
-    new = [(f, rows.read_columns(history.root, files[0])) for f, files in filters if files]
+    new = [(f, rows.read_columns(history.place, files[0])) for f, files in filters if files]
     old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in new]
     for (_, columns), (_, like) in zip(new, old, strict=True):
         if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
             raise Corrupt(
                 f"admission counts with columns {sorted(columns)}",
-                file=str(history.root / f"{manifest.commit}.json"),
+                file=history.place.where(f"{manifest.commit}.json"),
                 remedy="load another commit",
             )
     try:
@@ -222,7 +222,7 @@ def verify(path: str | os.PathLike[str]) -> list[Commit]:
             if (manifest.commit, name) not in passed:
                 history.check_rows(history.chain(manifest, name), name)
             for file in table.admission_files:
-                rows.read_columns(history.root, file)
+                rows.read_columns(history.place, file)
     return [_commit(m) for m in manifests]
 
 
@@ -232,7 +232,7 @@ def log(path: str | os.PathLike[str]) -> list[Commit]:
 
 
 def _all(path: str | os.PathLike[str]) -> tuple[History, list[Manifest]]:
-    history = History(local(path))
+    history = History(place_of(path))
     history.find(None)
     return history, [history.manifest(commit) for commit in history.commits()]
 

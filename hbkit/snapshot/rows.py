@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,9 @@ import pyarrow.parquet as pq
 
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import RESTORE, FileEntry, create
+from hbkit.snapshot.files import RESTORE, FileEntry
 from hbkit.snapshot.manifest import TableEntry
+from hbkit.snapshot.place import Draft, Place
 from hbkit.store.base import CHUNK_ROWS, Chunk, Int64s
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -116,11 +116,11 @@ def _concatenate(chunks: list[Chunk]) -> Chunk:
     return chunks[0] if len(chunks) == 1 else Chunk._make(np.concatenate(parts) for parts in zip(*chunks, strict=True))
 
 
-def _write(draft: Path, path: str, schema: pa.Schema, groups: Iterable[list[pa.Array]]) -> FileEntry:
-    """A Parquet file at ``draft / path``; each of `groups` is one row group."""
+def _write(draft: Draft, path: str, schema: pa.Schema, groups: Iterable[list[pa.Array]]) -> FileEntry:
+    """A Parquet file at `path`; each of `groups` is one row group."""
     n_rows = 0
     statistics = [f.name for f in schema if not pa.types.is_nested(f.type)]
-    with create(draft / path) as sink:
+    with draft.create(path) as sink:
         with pq.ParquetWriter(
             sink, schema, version="2.6", compression="NONE", use_dictionary=False, write_statistics=statistics
         ) as writer:
@@ -131,7 +131,7 @@ def _write(draft: Path, path: str, schema: pa.Schema, groups: Iterable[list[pa.A
 
 
 def write_rows(
-    draft: Path, path: str, chunks: Iterable[Chunk], table: str, key_dtype: str, dim: int, n_state: int
+    draft: Draft, path: str, chunks: Iterable[Chunk], table: str, key_dtype: str, dim: int, n_state: int
 ) -> FileEntry:
     """Write lines, which must come in key order."""
     schema = rows_schema(key_dtype, dim, n_state)
@@ -154,13 +154,13 @@ def write_rows(
     return _write(draft, path, schema, groups())
 
 
-def write_keys(draft: Path, path: str, keys: Int64s, table: str, key_dtype: str) -> FileEntry:
+def write_keys(draft: Draft, path: str, keys: Int64s, table: str, key_dtype: str) -> FileEntry:
     """Write erased keys."""
     return write_columns(draft, path, {"key": _narrow(keys, key_dtype, table)}, keys_schema(key_dtype))
 
 
 def write_columns(
-    draft: Path, path: str, columns: Mapping[str, npt.NDArray[Any]], schema: pa.Schema | None = None
+    draft: Draft, path: str, columns: Mapping[str, npt.NDArray[Any]], schema: pa.Schema | None = None
 ) -> FileEntry:
     """Write plain columns of equal length."""
     table = pa.table(dict(sorted(columns.items())))
@@ -171,8 +171,8 @@ def write_columns(
 class _Reader:
     """One Parquet file of a snapshot, believed in nothing that its bytes cannot hold."""
 
-    def __init__(self, root: Path, entry: FileEntry, schema: pa.Schema | None) -> None:
-        self.path = str(root / entry.path)
+    def __init__(self, place: Place, entry: FileEntry, schema: pa.Schema | None) -> None:
+        self.path = place.where(entry.path)
         self._file = self._named(lambda: File(self.path))
         have = self._named(lambda: self._file.arrow_schema)
         if schema is not None and not have.equals(schema):
@@ -234,9 +234,9 @@ def _lines(reader: _Reader, column: Any, n: int, width: int) -> npt.NDArray[np.f
     return values.reshape(n, width)
 
 
-def read_rows(root: Path, entry: FileEntry, table: TableEntry) -> Iterator[Chunk]:
+def read_rows(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Chunk]:
     """Lines of a file, in chunks; their keys ascend. Raises Corrupt."""
-    reader = _Reader(root, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
+    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
     for columns in _ascending(reader, reader.columns):
         keys = columns["key"]
         row = _lines(reader, columns["row"], len(keys), table.dim)
@@ -247,16 +247,16 @@ def read_rows(root: Path, entry: FileEntry, table: TableEntry) -> Iterator[Chunk
         yield Chunk(keys, columns["freq"], columns["last_step"], row, state)
 
 
-def read_metadata(root: Path, entry: FileEntry, table: TableEntry) -> Iterator[Metadata]:
+def read_metadata(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Metadata]:
     """The same without row and state."""
-    reader = _Reader(root, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
+    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
     for columns in _ascending(reader, list(Metadata._fields)):
         yield Metadata(**columns)
 
 
-def read_keys(root: Path, entry: FileEntry, table: TableEntry) -> Int64s:
+def read_keys(place: Place, entry: FileEntry, table: TableEntry) -> Int64s:
     """Keys of a file of erased keys, ascending: int64[n]. Raises Corrupt."""
-    reader = _Reader(root, entry, keys_schema(table.key_dtype))
+    reader = _Reader(place, entry, keys_schema(table.key_dtype))
     return np.concatenate([_NONE, *(columns["key"] for columns in _ascending(reader, ["key"]))])
 
 
@@ -271,9 +271,9 @@ def _ascending(reader: _Reader, names: list[str]) -> Iterator[dict[str, Any]]:
         yield columns
 
 
-def read_columns(root: Path, entry: FileEntry) -> Columns:
+def read_columns(place: Place, entry: FileEntry) -> Columns:
     """All columns of a file of plain columns. Raises Corrupt."""
-    reader = _Reader(root, entry, None)
+    reader = _Reader(place, entry, None)
     for field in reader.schema:
         if pa.types.is_nested(field.type):
             raise reader.corrupt(f"column {field.name!r} is {field.type}")

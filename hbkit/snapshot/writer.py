@@ -1,15 +1,10 @@
-"""Saving: all files are written beside the snapshot, moved in, and the manifest is renamed into place last.
-
-A save that dies leaves the draft, or the directory of a commit that has no manifest; the next save removes both.
-"""
+"""Saving: all files of a commit are written, then its manifest, which makes them one."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +12,7 @@ import numpy as np
 from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.errors import InvalidArgument, Unsupported
 from hbkit.snapshot import rows
-from hbkit.snapshot.files import FileEntry, create, local, lock, storage_errors, sync_directory
+from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import (
     MAX_WIDTH,
@@ -29,11 +24,10 @@ from hbkit.snapshot.manifest import (
     state_path,
     table_directory,
 )
+from hbkit.snapshot.place import Draft, place_of
 from hbkit.snapshot.table import TableLike, config, default_config, descend, descends
 from hbkit.store.base import Chunk
 from hbkit.store.keys import KEY_DTYPES
-
-DRAFT = ".hbkit-draft"
 
 
 def save(
@@ -82,48 +76,27 @@ def save(
     -----
     The tables must rest while they are saved. Equal rows give equal Parquet bytes, whatever tier holds them.
     """
-    root = local(path)
+    place = place_of(path)
     _check(tables, step)
     values, blobs = _split_state(state or {})
-    with storage_errors(root):
-        if not root.is_dir():
-            root.mkdir(parents=True)
-            sync_directory(root.parent)
-        with lock(root):
-            history = History(root)
-            commits = history.commits()
-            parent = history.find(base) if base is not None else None
-            commit = f"c{int(commits[-1][1:]) + 1 if commits else 1:08d}"
-            draft = root / DRAFT
-            for leftover in (draft, root / commit):
-                if leftover.exists():
-                    shutil.rmtree(leftover)
-            try:
-                (draft / commit).mkdir(parents=True)
-                manifest = Manifest(
-                    version=VERSION,
-                    commit=commit,
-                    parent=parent.commit if parent else None,
-                    step=int(step),
-                    tables={t.name: _write_table(draft, commit, t, history, parent) for t in tables},
-                    state=values,
-                    state_files={name: _write_bytes(draft, state_path(commit, name), b) for name, b in blobs.items()},
-                )
-                data, digest = encode(manifest)
-                with create(draft / "manifest.json") as sink:
-                    sink.write(data)
-                for directory, _, _ in os.walk(draft / commit):
-                    sync_directory(Path(directory))
-                os.rename(draft / commit, root / commit)
-                sync_directory(root)
-                os.rename(draft / "manifest.json", root / f"{commit}.json")
-                sync_directory(root)
-            finally:
-                # Never root / commit: its manifest may be there.
-                shutil.rmtree(draft, ignore_errors=True)
+    with place.draft() as draft:
+        history = History(place)
+        parent = history.find(base) if base is not None else None
+        manifest = Manifest(
+            version=VERSION,
+            commit=draft.commit,
+            parent=parent.commit if parent else None,
+            step=int(step),
+            tables={t.name: _write_table(draft, t, history, parent) for t in tables},
+            state=values,
+            state_files={name: _write_bytes(draft, state_path(draft.directory, name), b) for name, b in blobs.items()},
+            directory=draft.directory,
+        )
+        data, digest = encode(manifest)
+        draft.publish(data)
     for table in tables:
         descend(table, digest)
-    return commit
+    return draft.commit
 
 
 def _check(tables: Sequence[TableLike], step: int) -> None:
@@ -164,9 +137,8 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
     return values, blobs
 
 
-def _write_table(draft: Path, commit: str, table: TableLike, history: History, parent: Manifest | None) -> TableEntry:
-    directory, name = table_directory(commit, table.name), table.name
-    (draft / directory).mkdir(parents=True)
+def _write_table(draft: Draft, table: TableLike, history: History, parent: Manifest | None) -> TableEntry:
+    directory, name = table_directory(draft.directory, table.name), table.name
     n_state = table.optimizer.n_state(table.dim)
     step = int(table.step)
     base = parent.tables.get(name) if parent is not None else None
@@ -220,8 +192,7 @@ def _is_delta(table: TableLike, base: TableEntry, digest: str) -> bool:
     return descends(table, digest) and table.step >= base.step and same_rule
 
 
-def _write_bytes(draft: Path, path: str, data: bytes) -> FileEntry:
-    (draft / path).parent.mkdir(exist_ok=True)
-    with create(draft / path) as sink:
+def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:
+    with draft.create(path) as sink:
         sink.write(data)
     return sink.entry(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -126,6 +127,13 @@ class Disk:
         """Let go of a handle, and of a lock."""
         os.close(handle)
 
+    def unlock(self, handle: int) -> None:
+        """Let go of a lock, also where a forked child has a copy of its handle."""
+        try:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        finally:
+            os.close(handle)
+
     def write(self, handle: int, data: Bytes, offset: int) -> None:
         """Write all of uint8[n] at `offset`."""
         view = data.data
@@ -196,6 +204,10 @@ class Disk:
     def unlink(self, path: Path) -> None:
         """Delete a file."""
         os.unlink(path)
+
+    def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:
+        """Delete a directory and all in it."""
+        shutil.rmtree(path, ignore_errors)
 
     def list(self, path: Path) -> list[str]:
         """Names in a directory."""

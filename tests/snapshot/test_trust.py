@@ -22,6 +22,7 @@ from hbkit.embedding import SGD, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import load, log, save, verify
 from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
+from hbkit.store.disk import Disk
 
 
 def table(name="t", **kwargs):
@@ -144,6 +145,9 @@ HOSTILE = {
     "commit other": edit("commit", to="c00000001"),
     "path up": edit(*ROWS, "path", to="../../etc/passwd"),
     "path absolute": edit(*ROWS, "path", to="/etc/passwd"),
+    "directory other": edit("directory", to="c00000001"),
+    "directory up": edit("directory", to="c00000002/../c00000002"),
+    "directory odd": edit("directory", to="c00000002-0"),
     "path of another commit": edit(*ROWS, "path", to="c00000001/tables/t/rows-00000.parquet"),
     "path dots": edit(*ROWS, "path", to="c00000002/tables/t/../t/rows-00000.parquet"),
     "path nul": edit(*ROWS, "path", to="c00000002/tables/t/rows\0"),
@@ -213,7 +217,7 @@ def test_manifest_that_is_no_json_raises(snapshot, body):
 
 
 def test_manifest_of_a_later_format_is_unsupported(snapshot):
-    reseal(snapshot / "c00000002.json", edit("version", to=3))
+    reseal(snapshot / "c00000002.json", edit("version", to=4))
     refused(snapshot, (errors.Unsupported,))
 
 
@@ -376,11 +380,8 @@ class Fault:
 
     def __init__(self, monkeypatch, n, code):
         self.n, self.code, self.met = n, code, False
-        for name in ("fsync", "rename", "mkdir"):
-            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
-        from hbkit.snapshot.files import Sink
-
-        monkeypatch.setattr(Sink, "write", self.wrap(Sink.write))
+        for name in ("make_directory", "open", "write", "sync", "sync_directory", "rename"):
+            monkeypatch.setattr(Disk, name, self.wrap(getattr(Disk, name)))
 
     def wrap(self, call):
         def failing(*args, **kwargs):

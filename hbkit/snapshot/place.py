@@ -1,0 +1,279 @@
+"""Where a snapshot lives, and how a commit gets there: all of it or nothing, and one commit after the other.
+
+A `Place` finds and reads commits. A `Draft` is a commit that is being written: its files are created under the names
+that they will have, then `Draft.publish` puts the manifest there, and with it the commit.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbkit.errors import Corrupt, Locked, NotFound, StorageError, Unsupported
+from hbkit.snapshot.files import RESTORE, FileEntry, Sink, check, storage_errors
+from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES
+from hbkit.store.disk import Disk
+
+__all__ = ["Directory", "Draft", "Place", "place_of"]
+
+DRAFT = ".hbkit-draft"
+
+
+class Draft(ABC):
+    """A commit that is being written.
+
+    Attributes
+    ----------
+    commit : str
+        Its id, one more than that of the newest commit.
+    directory : str
+        Where its files belong, relative to the place.
+    """
+
+    commit: str
+    directory: str
+
+    @abstractmethod
+    def create(self, path: str) -> AbstractContextManager[Sink]:
+        """A new file at `path`, below `directory`: durable when the block ends without an exception."""
+
+    @abstractmethod
+    def publish(self, manifest: bytes) -> None:
+        """Make the commit one of the place's, durably. Raises Locked where another writer has made it meanwhile."""
+
+
+class Place(ABC):
+    """Where a snapshot lives.
+
+    Attributes
+    ----------
+    name : str
+        As the user gave it; errors name it.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @abstractmethod
+    def where(self, path: str) -> str:
+        """A file of the snapshot, as `hbkit.parquet.File` opens it and errors name it."""
+
+    @abstractmethod
+    def commits(self) -> list[str]:
+        """Ids of all commits, oldest first; none where there is no snapshot."""
+
+    @abstractmethod
+    def read(self, path: str, limit: int) -> bytes:
+        """The first `limit` bytes of a file, all of it where it is shorter. Raises NotFound."""
+
+    @abstractmethod
+    def check(self, entry: FileEntry) -> None:
+        """Read a whole file and compare it with its manifest; raises Corrupt."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Find out whether anything can be saved here, and make the directory. Raises StorageError."""
+
+    @abstractmethod
+    def lock(self) -> AbstractContextManager[None]:
+        """Be the one who changes the snapshot, where the place has a lock. Raises Locked."""
+
+    @abstractmethod
+    def draft(self) -> AbstractContextManager[Draft]:
+        """A new commit; what is left of it when the block ends unpublished is removed. Raises Locked."""
+
+    @abstractmethod
+    def remove(self, paths: Iterable[str]) -> None:
+        """Remove manifests, or directories of commits, durably; nothing where they are gone already."""
+
+    def manifest(self, commit: str) -> bytes:
+        """The bytes of a commit's manifest. Raises Corrupt."""
+        path = f"{commit}.json"
+        try:
+            data = self.read(path, MAX_NBYTES + 1)
+        except NotFound as e:
+            raise Corrupt("the manifest is missing or no file", file=self.where(path), remedy=RESTORE) from e
+        if len(data) > MAX_NBYTES:
+            raise Corrupt("the manifest is too large", file=self.where(path), remedy=RESTORE)
+        return data
+
+    def next_commit(self) -> str:
+        """Id of the commit after the newest."""
+        commits = self.commits()
+        return f"c{int(commits[-1][1:]) + 1 if commits else 1:08d}"
+
+
+def place_of(path: str | os.PathLike[str]) -> Place:
+    """The place that a path or URI names. Raises Unsupported."""
+    text = os.fspath(path)
+    if "://" in text:
+        raise Unsupported(
+            "snapshots are kept in local directories only", file=text, remedy="name a directory, and copy it afterwards"
+        )
+    return Directory(text)
+
+
+class Directory(Place):
+    """A local directory.
+
+    Parameters
+    ----------
+    path : str
+    disk : Disk, optional
+        What reaches the file system, to write; reads go their own ways.
+
+    Notes
+    -----
+    A commit is written in a draft beside the others. When its files and their directories are durable, its directory
+    is moved to its place, and when that is durable, its manifest. A writer that dies leaves the draft, or the directory
+    of a commit that has no manifest; the next draft removes both. The lock is the operating system's, so it ends with
+    the process at the latest.
+    """
+
+    def __init__(self, path: str, disk: Disk | None = None) -> None:
+        self.name = path
+        self.root = Path(path)
+        self._disk = disk or Disk(direct=False, ring=False)
+
+    def where(self, path: str) -> str:
+        return str(self.root / path)
+
+    def commits(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        with storage_errors(self.root):
+            names = os.listdir(self.root)
+        return sorted(name[:-5] for name in names if name.endswith(".json") and COMMIT.fullmatch(name[:-5]))
+
+    def read(self, path: str, limit: int) -> bytes:
+        file = self.root / path
+        with storage_errors(file):
+            try:
+                if stat.S_ISREG(os.stat(file).st_mode):
+                    with open(file, "rb") as opened:
+                        return opened.read(limit)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+        raise NotFound("no such file", file=str(file), remedy="check the path")
+
+    def check(self, entry: FileEntry) -> None:
+        with storage_errors(self.root / entry.path):
+            check(self.root / entry.path, entry)
+
+    def prepare(self) -> None:
+        try:
+            self._make()
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as e:
+            raise StorageError(
+                f"cannot save there: {e.strerror}", file=self.name, remedy="name a directory that you may write to"
+            ) from e
+
+    def _make(self) -> None:
+        new = [p for p in (self.root, *self.root.parents) if not p.is_dir()]
+        for directory in reversed(new):
+            self._disk.make_directory(directory)
+            self._disk.sync_directory(directory.parent)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with storage_errors(self.root):
+            try:
+                handle = self._disk.lock(self.root / "LOCK")
+            except BlockingIOError as e:
+                raise Locked(
+                    "another writer saves here", file=str(self.root), remedy="wait until it has finished"
+                ) from e
+            try:
+                yield
+            finally:
+                self._disk.unlock(handle)
+
+    @contextmanager
+    def draft(self) -> Iterator[Draft]:
+        with storage_errors(self.root):
+            self._make()
+            with self.lock():
+                draft = _DirectoryDraft(self.root, self.next_commit(), self._disk)
+                self._remove([draft.draft, self.root / draft.commit])
+                try:
+                    draft.make(draft.draft / draft.directory)
+                    yield draft
+                finally:
+                    # Never root / commit: its manifest may be there.
+                    self._disk.remove_tree(draft.draft, ignore_errors=True)
+
+    def remove(self, paths: Iterable[str]) -> None:
+        with storage_errors(self.root):
+            self._remove([self.root / path for path in paths])
+            self._disk.sync_directory(self.root)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if path.is_dir():
+                self._disk.remove_tree(path)
+            elif path.exists():
+                self._disk.unlink(path)
+
+
+class _DirectoryDraft(Draft):
+    def __init__(self, root: Path, commit: str, disk: Disk) -> None:
+        self.root, self.draft = root, root / DRAFT
+        self.commit = self.directory = commit
+        self._disk = disk
+        self._made: list[Path] = []
+
+    def make(self, directory: Path) -> None:
+        """Make a directory below the draft, and those above it."""
+        for path in reversed([directory, *directory.parents]):
+            if path.is_relative_to(self.draft) and not path.is_dir():
+                self._disk.make_directory(path)
+                self._made.append(path)
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[Sink]:
+        file = self.draft / path
+        self.make(file.parent)
+        with Sink(_File(self._disk, file)) as sink:
+            yield sink
+            sink.sync()
+
+    def publish(self, manifest: bytes) -> None:
+        with self.create("manifest.json") as sink:
+            sink.write(manifest)
+        for directory in self._made:
+            self._disk.sync_directory(directory)
+        self._disk.rename(self.draft / self.directory, self.root / self.directory)
+        self._disk.sync_directory(self.root)
+        self._disk.rename(self.draft / "manifest.json", self.root / f"{self.commit}.json")
+        self._disk.sync_directory(self.root)
+
+
+class _File:
+    """A new local file: what a `Sink` writes to."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self._disk, self._at = disk, 0
+        self._handle = disk.open(path, create=True)
+
+    def write(self, data: Any) -> None:
+        view = np.asarray(memoryview(data).cast("B"))
+        self._disk.write(self._handle, view, self._at)
+        self._at += view.size
+
+    def sync(self) -> None:
+        self._disk.sync(self._handle)
+
+    def close(self) -> None:
+        self._disk.close(self._handle)
