@@ -61,20 +61,34 @@ class History:
 
     def chain(self, manifest: Manifest, table: str) -> list[Manifest]:
         """The commits that hold a table's rows as of `manifest`: the one with all rows first. Raises Corrupt."""
-        chain = [manifest]
-        while (since := (entry := chain[-1].tables[table]).since) is not None:
-            assert chain[-1].parent is not None
-            parent = self.manifest(chain[-1].parent)
+        return list(self._links(manifest, table))[::-1]
+
+    def since(self, manifest: Manifest, table: str, digest: str) -> list[Manifest] | None:
+        """The part of `chain` after the commit of this digest; None where the chain does not pass through it.
+
+        Manifests before that commit are not read.
+        """
+        links: list[Manifest] = []
+        for link in self._links(manifest, table):
+            if digest == self.digest(link):
+                return links[::-1]
+            links.append(link)
+        return None
+
+    def _links(self, manifest: Manifest, table: str) -> Iterator[Manifest]:
+        yield manifest
+        while (since := (entry := manifest.tables[table]).since) is not None:
+            assert manifest.parent is not None
+            parent = self.manifest(manifest.parent)
             below = parent.tables.get(table)
             if below is None or below.step != since or _shape(below) != _shape(entry):
                 raise Corrupt(
-                    f"commit {chain[-1].commit} does not fit its parent",
+                    f"commit {manifest.commit} does not fit its parent",
                     file=self.place.where(f"{parent.commit}.json"),
                     table=table,
                     remedy=RESTORE,
                 )
-            chain.append(parent)
-        return chain[::-1]
+            yield (manifest := parent)
 
     def check_files(self, files: Iterable[FileEntry]) -> None:
         """Compare files with their manifests: present, whole, every bit. Raises Corrupt."""
@@ -127,6 +141,34 @@ class History:
             for file in entry.rows:
                 for chunk in rows.read_rows(self.place, file, entry):
                     yield nothing, chunk
+
+    def changes(self, links: list[Manifest], table: str) -> tuple[Int64s, Chunk]:
+        """What deltas make together: keys to erase, and lines to put; both ascend, and no key is in both.
+
+        All of it is in memory at once.
+        """
+        entry = links[-1].tables[table]
+        none = np.zeros(0, np.int64)
+        empty = Chunk(none, none, none, np.zeros((0, entry.dim), np.float32), np.zeros((0, entry.n_state), np.float32))
+        chunks, events, n = [empty], [(none, none)], 0  # keys, and the line that each of them has then, or -1
+        for erased, chunk in self.replay(links, table):
+            if chunk is None:
+                events.append((erased, np.full(len(erased), -1)))
+            else:
+                chunks.append(chunk)
+                events.append((chunk.key, np.arange(n, n := n + len(chunk.key))))
+        keys, lines = latest(*(np.concatenate(parts) for parts in zip(*events, strict=True)))
+        whole = Chunk._make(np.concatenate(columns) for columns in zip(*chunks, strict=True))
+        put = lines >= 0
+        return keys[~put], Chunk._make(column[lines[put]] for column in whole)
+
+
+def latest(keys: Int64s, values: Int64s) -> tuple[Int64s, Int64s]:
+    """Each key once, ascending, with the last of its values."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    last = np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), np.bool_))
+    return keys[last], values[order[last]]
 
 
 def _shape(entry: TableEntry) -> tuple[Any, ...]:

@@ -99,17 +99,23 @@ def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str 
     history.check_files(_files(manifest, chains))
     for name, chain in chains.items():
         history.check_rows(chain, name)
-    state = dict(manifest.state)
-    for name, file in manifest.state_files.items():
-        state[name] = history.place.read(file.path, file.nbytes)
+    state = read_state(history, manifest)
     _load_admission(history, manifest, tables)
     for table in tables:
         _replace(table, history, chains[table.name])
     return Loaded(manifest.step, state, manifest.commit, notes)
 
 
+def read_state(history: History, manifest: Manifest) -> dict[str, Any]:
+    """The state of a commit, as it was given to `save`. Raises Corrupt."""
+    history.check_files(manifest.state_files.values())
+    state = dict(manifest.state)
+    for name, file in manifest.state_files.items():
+        state[name] = history.place.read(file.path, file.nbytes)
+    return state
+
+
 def _files(manifest: Manifest, chains: dict[str, list[Manifest]]) -> Iterable[FileEntry]:
-    yield from manifest.state_files.values()
     for name, chain in chains.items():
         for link in chain:
             yield from link.tables[name].rows + link.tables[name].erased

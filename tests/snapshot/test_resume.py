@@ -120,7 +120,12 @@ def test_killed_and_resumed_is_as_uninterrupted_bit_for_bit(tmp_path, framework)
         expected = dict(whole)
         assert list(expected) == [*map(str, range(1, N_STEPS + 1)), "end"]
         path, seen = f"parts-{map_}", []
-        for limit in (10, 13, 9, 0):  # killed in the first epoch, in the second, and again; commits are at 7, 14, 21, ...
+        for limit in (
+            10,
+            13,
+            9,
+            0,
+        ):  # killed in the first epoch, in the second, and again; commits are at 7, 14, 21, ...
             part = run(code, tmp_path, path, limit, depth and 3, killed=limit > 0)
             assert [(map_, s, loss) for s, loss in part if expected[s] != loss] == []
             seen.append(part[0][0])
