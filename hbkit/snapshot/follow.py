@@ -123,7 +123,7 @@ class Follower:
 
 
 def _replace(table: TableLike, history: History, chain: list[Manifest], keys: Int64s) -> None:
-    """Make the rows of a table those of a chain, whose keys are `keys`; what is looked up meanwhile is never missing."""
+    """Make the rows of a table those of a chain, whose keys are `keys`; no row is missing meanwhile."""
     forget(table)
     for _, lines in history.replay(chain, table.name):
         if lines is not None:

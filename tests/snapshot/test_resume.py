@@ -1,4 +1,4 @@
-"""A training killed at any step and resumed from its last commit gives, bit for bit, what an uninterrupted one gives."""
+"""A training killed at any step and resumed from its last commit gives what an uninterrupted one gives, bit for bit."""
 
 import importlib.util
 import subprocess
@@ -48,8 +48,8 @@ import hbkit.{framework} as hb
 path, limit, lookahead = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 hb.training.seed(5)
 np.random.seed(5)
-Adam = hbkit.embedding.Adam
-tables = [hbkit.embedding.Table(n, 4, optimizer=Adam(lr=0.1), admission=hbkit.embedding.CountAdmission(2)) for n in "ab"]
+from hbkit.embedding import Adam, CountAdmission, Table
+tables = [Table(n, 4, optimizer=Adam(lr=0.1), admission=CountAdmission(2)) for n in "ab"]
 model = Model(features=["a", "b"], dim=4, n_dense=2)
 trainer = hb.training.Trainer(model, hbkit.embedding.Collection(tables), "adam")
 
