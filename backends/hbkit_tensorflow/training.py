@@ -164,8 +164,8 @@ class Trainer(Resumable):
 
         Those of Keras's layers belong to the model, and are in ``dense_state``.
         """
-        arrays = {f"numpy/{name}": array for name, array in random_arrays().items()}
-        return safetensors.numpy.save(arrays | {"tensorflow": np.array(tf.random.get_global_generator().state)})
+        own = {"tensorflow": np.array(tf.random.get_global_generator().state)}
+        return safetensors.numpy.save(random_arrays() | own)
 
     @staticmethod
     def load_random_state(state: bytes) -> None:
@@ -178,7 +178,7 @@ class Trainer(Resumable):
         """
         try:
             arrays = safetensors.numpy.load(state)
-            set_random_arrays({name.removeprefix("numpy/"): a for name, a in arrays.items() if name[:6] == "numpy/"})
+            set_random_arrays(arrays)
             tf.random.get_global_generator().reset(arrays["tensorflow"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as e:
             raise errors.Corrupt(f"the random state is broken: {e}", remedy="load another commit") from e

@@ -144,7 +144,7 @@ class Trainer(Resumable):
     @staticmethod
     def random_state() -> bytes:
         """The generators of torch (on every device in use), Python and NumPy, as a safetensors file."""
-        states = {f"numpy/{name}": torch.from_numpy(array) for name, array in random_arrays().items()}
+        states = {name: torch.from_numpy(array) for name, array in random_arrays().items()}
         states["torch"] = torch.get_rng_state()
         if torch.cuda.is_initialized():
             states |= {f"cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -161,7 +161,7 @@ class Trainer(Resumable):
         """
         try:
             states = safetensors.torch.load(state)
-            set_random_arrays({n.removeprefix("numpy/"): t.numpy() for n, t in states.items() if n[:6] == "numpy/"})
+            set_random_arrays({name: tensor.numpy() for name, tensor in states.items()})
             torch.set_rng_state(states["torch"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
             raise errors.Corrupt(f"the random state is broken: {e}", remedy="load another commit") from e

@@ -152,7 +152,7 @@ def random_arrays() -> dict[str, npt.NDArray[Any]]:
 
 
 def set_random_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Set both generators to what `random_arrays` gave."""
+    """Set both generators to what `random_arrays` gave; arrays of other names are left alone."""
     gauss = arrays["python/gauss"].tolist()
     random.setstate((3, tuple(arrays["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = arrays["numpy/position"].tolist()
