@@ -55,6 +55,36 @@ def count_at(const uint8_t[::1] flags, const int64_t[::1] slots):
     return found
 
 
+def set_bits(uint64_t[::1] bits, const int64_t[::1] slots):
+    """Set bit ``slot % 64`` of word ``slot // 64`` for each slot; those that are none are skipped."""
+    cdef int64_t i, n = 64 * bits.shape[0]
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                bits[slots[i] // 64] |= <uint64_t>1 << (slots[i] % 64)
+
+
+def clear_bits(uint64_t[::1] bits, const int64_t[::1] slots):
+    """Clear the bit of each slot; those that are none are skipped."""
+    cdef int64_t i, n = 64 * bits.shape[0]
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                bits[slots[i] // 64] &= ~(<uint64_t>1 << (slots[i] % 64))
+
+
+def with_bits(const uint64_t[::1] bits, const int64_t[::1] slots):
+    """Which slots have their bit set, those that are none have not: bool[n]."""
+    cdef int64_t i, n = 64 * bits.shape[0]
+    out = np.zeros(slots.shape[0], np.bool_)
+    cdef uint8_t[::1] to = out.view(np.uint8)
+    with nogil:
+        for i in range(slots.shape[0]):
+            if <uint64_t>slots[i] < <uint64_t>n:
+                to[i] = bits[slots[i] // 64] >> (slots[i] % 64) & 1
+    return out
+
+
 def n_absent(const int64_t[::1] slots):
     """How many slots are below 0: int."""
     cdef int64_t i, m = 0

@@ -51,8 +51,10 @@ typedef struct {
     /* Undo the last change, an insert before which next_slot was as given. */
     void (*take_back)(hb_index *, const int64_t *keys, int64_t n, const uint8_t *is_new, int64_t next_slot);
     int64_t (*items)(const hb_index *, int64_t room, int64_t *keys, int64_t *slots); /* how many; none if no room */
-    /* Keys whose mix lies in [first, last], both included; passes over their shards alone. */
-    int64_t (*part)(const hb_index *, uint64_t first, uint64_t last, int64_t room, int64_t *keys);
+    /* Keys whose mix lies in [first, last], both included; passes over their shards alone. With bits (may be NULL), only
+     * those whose slot has its bit set. */
+    int64_t (*part)(const hb_index *, uint64_t first, uint64_t last, const uint64_t *bits, int64_t n_bits,
+                    int64_t room, int64_t *keys);
     const char *(*validate)(const hb_index *); /* what contradicts itself, or NULL */
     /* Distinct keys in unique[1..] by first appearance; returns how many. See dedupe_kernel.c. counts may be NULL. */
     int64_t (*dedupe)(const int64_t *keys, int64_t n, uint32_t *table, int bits, int64_t *unique, void *inverse,

@@ -203,19 +203,25 @@ cdef class Index:
         by_slot[slots], held[slots] = keys, True
         return by_slot[held], np.flatnonzero(held)
 
-    def part(self, uint64_t first, uint64_t last):
+    def part(self, uint64_t first, uint64_t last, const uint64_t[::1] bits=None):
         """Keys whose mix lies in ``[first, last]``, in no order that matters: int64[m].
 
-        Passes over the shards of that range alone: about m keys, and at most two shards more.
+        With `bits`, only those whose slot has its bit set; see `hbkit._ext.batch.set_bits`. Passes over the shards of
+        that range alone: about m keys, and at most two shards more.
         """
-        cdef int64_t room = -1, n = 0
+        cdef int64_t room = -1, n = 0, n_bits = 0
         cdef int64_t *k
+        cdef const uint64_t *b = NULL
+        if bits is not None:
+            if bits.shape[0] == 0:
+                return np.empty(0, np.int64)
+            b, n_bits = &bits[0], 64 * bits.shape[0]
         while n > room:  # first counts; another thread may insert meanwhile
             room = n
             keys = np.empty(room, np.int64)
             k = _int64s(keys)
             with nogil:
-                n = kernels().index.part(&self.index, first, last, room, k)
+                n = kernels().index.part(&self.index, first, last, b, n_bits, room, k)
         return keys[:n]
 
     def validate(self):

@@ -821,13 +821,16 @@ static int64_t items(const hb_index *t, int64_t room, int64_t *keys, int64_t *sl
     return n;
 }
 
-static int64_t part(const hb_index *t, uint64_t first, uint64_t last, int64_t room, int64_t *keys) {
+static int64_t part(const hb_index *t, uint64_t first, uint64_t last, const uint64_t *bits, int64_t n_bits,
+                    int64_t room, int64_t *keys) {
     int64_t n = 0;
     pthread_rwlock_rdlock(t->lock);
     for (uint64_t e = first >> (64 - t->depth); e <= last >> (64 - t->depth);) {
         const hb_shard *s = t->dir[e];
         EACH_BUCKET(t, s, b) {
             for (uint32_t j = 0; j < used(b); j++) {
+                uint32_t slot = b->slots[j];
+                if (bits && (slot >= n_bits || !(bits[slot / 64] >> slot % 64 & 1))) continue;
                 uint64_t mix = hb_mix64(b->keys[j]);
                 if (mix < first || mix > last) continue;
                 if (n < room) keys[n] = (int64_t)b->keys[j];

@@ -68,7 +68,8 @@ cdef extern from "index.h" nogil:
         int (*erase)(hb_index *, const int64_t *, int64_t, int64_t *) noexcept nogil
         void (*take_back)(hb_index *, const int64_t *, int64_t, const uint8_t *, int64_t) noexcept nogil
         int64_t (*items)(const hb_index *, int64_t, int64_t *, int64_t *) noexcept nogil
-        int64_t (*part)(const hb_index *, uint64_t, uint64_t, int64_t, int64_t *) noexcept nogil
+        int64_t (*part)(const hb_index *, uint64_t, uint64_t, const uint64_t *, int64_t, int64_t,
+                        int64_t *) noexcept nogil
         const char *(*validate)(const hb_index *) noexcept nogil
         int64_t (*dedupe)(const int64_t *, int64_t, uint32_t *, int, int64_t *, void *, int, int64_t *) noexcept nogil
         int (*put)(hb_index *, const int64_t *, int64_t, const int64_t *, int64_t *) noexcept nogil

@@ -158,6 +158,23 @@ cdef class Metadata:
                 if self.kept:
                     self.at[slots[i]] = Pair(_clip(freq[i]), _clip(last_step[i]))
 
+    def stamped_after(self, int64_t step, uint64_t[::1] bits):
+        """Set the bit of each slot that was stamped after `step`, clear the others; bits for slots 0..64*n-1.
+
+        A slot that nobody holds has the stamp that it had.
+        """
+        cdef int64_t i, j, n
+        cdef uint64_t word
+        cdef uint32_t least = _clip(step)
+        if not self.kept:
+            raise InvalidArgument("there are no stamps", remedy="keep the metadata")
+        with nogil:
+            for i in range(bits.shape[0]):
+                word, n = 0, min(<int64_t>64, self.n - 64 * i)
+                for j in range(n):
+                    word |= <uint64_t>(self.at[64 * i + j].last_step > least) << j
+                bits[i] = word
+
     def get(self, const int64_t[::1] slots):
         """Frequency and last step of slots (all >= 0): (int64[n], int64[n])."""
         cdef int64_t i, n = slots.shape[0]

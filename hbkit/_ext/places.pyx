@@ -100,7 +100,7 @@ cdef class Places:
             to = keys
             at = &to[0] if room else NULL
             with nogil:
-                n = kernels().index.part(&self.index, first, last, room, at)
+                n = kernels().index.part(&self.index, first, last, NULL, 0, room, at)
         return keys[:n]
 
     def validate(self):

@@ -8,6 +8,7 @@ admits, creates, gathers and pools, then sums gradients per key and updates. The
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,9 @@ class Collection:
 
     def close(self) -> None:
         """`Table.close` each table. Idempotent."""
-        for table in self.tables.values():
-            table.close()
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for table in self.tables.values():
+                stack.callback(table.close)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """`Table.stats` of each table by name."""
@@ -226,6 +228,8 @@ class Staged:
                 raise Closed(
                     "the previous batch has neither been applied nor closed", remedy="call its apply() or close() first"
                 )
+            for table in c.tables.values():
+                table.check()
             c._training = self
         self._state, step = "read", c.step + 1
         for request in self._requests.values():

@@ -20,7 +20,7 @@ from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
-from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, StoreSpec
+from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Pending, StoreSpec
 from hbkit.store.host import HostStore, host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
@@ -143,6 +143,7 @@ class Table:
         self.store = (store or host_memory()).open(layout)
         self._reads_keys = isinstance(self.store, HostStore) and self._default is None and self._padding is None
         self.step = self.store.latest_step()
+        self.pending: Pending | None = None  # what goes on with the table in the background
         if self.admission is not None and (kept := self.store.kept()):
             try:
                 self.admission.load_state(kept)
@@ -195,6 +196,8 @@ class Table:
         MemoryError
             A new row does not fit; then nothing was counted or made.
         """
+        if train:
+            self.check()
         request = self.request(keys)
         try:
             out: Float32s = retained((len(request), self.dim))
@@ -243,6 +246,7 @@ class Table:
             Nothing was updated. But if it comes from the sweep of `evict_every`, the update is done and counted in
             `step`, and that part of the keys waits for its next turn.
         """
+        self.check()
         g = np.ascontiguousarray(self.join(grads) if isinstance(grads, Mapping) else grads, np.float32)
         request = self.request(keys)
         try:
@@ -256,6 +260,11 @@ class Table:
             self.advance(self.step + 1)
         finally:
             request.close()
+
+    def check(self) -> None:
+        """Before a step: raise, once, what went wrong with the table in the background, such as a save."""
+        if self.pending is not None:
+            self.pending.check()
 
     def advance(self, step: int) -> None:
         """Update number `step` is done: evict the part of the rows that is due then."""
@@ -301,8 +310,15 @@ class Table:
         return self.store.commit(None if self.admission is None else self.admission.state())
 
     def close(self) -> None:
-        """Let go of the store's memory, files and locks; what was not committed is lost. Idempotent."""
-        self.store.close()
+        """Let go of the store's memory, files and locks; what was not committed is lost. Idempotent.
+
+        Waits for a save in the background, and raises what made it fail if nothing else has.
+        """
+        try:
+            if self.pending is not None:
+                self.pending.settle()
+        finally:
+            self.store.close()
 
     def stats(self) -> dict[str, Any]:
         """What the store counts, with the table's name, dim and step.

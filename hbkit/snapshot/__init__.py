@@ -2,6 +2,7 @@
 
 from hbkit.snapshot.follow import Follower, follow
 from hbkit.snapshot.reader import Commit, Loaded, load, log, verify
+from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.writer import save
 
-__all__ = ["Commit", "Follower", "Loaded", "follow", "load", "log", "save", "verify"]
+__all__ = ["Commit", "Follower", "Loaded", "Saving", "follow", "load", "log", "save", "verify"]

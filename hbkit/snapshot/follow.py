@@ -80,6 +80,9 @@ class Follower:
             newest = history.find(None)
             if history.digest(newest) == self._digest:
                 return None
+            for table in self._tables:
+                if table.pending is not None:
+                    table.pending.settle()
             notes = [note for table in self._tables for note in _compare(table, newest, self._place.name)]
             state = read_state(history, newest)
             steps = [self._prepare(table, history, newest) for table in self._tables]
@@ -93,8 +96,7 @@ class Follower:
                     table.store.erase(erased)
                 table.step = newest.tables[table.name].step
                 if _keeps_state(table, newest.tables[table.name]):
-                    for link in links:
-                        descend(table, history.digest(link))
+                    descend(table, history.digest(newest))
             self._digest, self._commit = history.digest(newest), newest.commit
             return Loaded(newest.step, state, newest.commit, notes)
 

@@ -36,10 +36,13 @@ class Draft(ABC):
         Its id, one more than that of the newest commit.
     directory : str
         Where its files belong, relative to the place.
+    spill : Path or None
+        Local directory for temporary files, which have no name there; the system's where it is None.
     """
 
     commit: str
     directory: str
+    spill: Path | None = None
 
     @abstractmethod
     def create(self, path: str) -> AbstractContextManager[Sink]:
@@ -230,6 +233,7 @@ class Directory(Place):
 class _DirectoryDraft(Draft):
     def __init__(self, root: Path, commit: str, disk: Disk) -> None:
         self.root, self.draft = root, root / DRAFT
+        self.spill = self.draft
         self.commit = self.directory = commit
         self._disk = disk
         self._made: list[Path] = []

@@ -94,6 +94,8 @@ def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str 
         raise InvalidArgument("two tables have one name", remedy="name each table differently")
     notes: list[str] = []
     for table in tables:
+        if table.pending is not None:
+            table.pending.settle()
         notes += _compare(table, manifest, history.place.name)
     chains = {t.name: history.chain(manifest, t.name) for t in tables}
     history.check_files(_files(manifest, chains))
@@ -193,17 +195,17 @@ def _replace(table: TableLike, history: History, chain: list[Manifest]) -> None:
     forget(table)
     for chunk in table.store.scan():
         table.store.erase(chunk.key)
-    for erased, lines in history.replay(chain, table.name):
-        if lines is None:
-            table.store.erase(erased)
-        elif keeps:
-            table.store.put(lines)
-        else:
-            table.store.put(lines._replace(state=np.tile(initial, (len(lines.key), 1))))
-    table.step = entry.step
-    if keeps:
-        for link in chain:
+    for link in chain:
+        for erased, lines in history.replay([link], table.name):
+            if lines is None:
+                table.store.erase(erased)
+            elif keeps:
+                table.store.put(lines)
+            else:
+                table.store.put(lines._replace(state=np.tile(initial, (len(lines.key), 1))))
+        if keeps:
             descend(table, history.digest(link))
+    table.step = entry.step
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:

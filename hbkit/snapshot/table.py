@@ -1,11 +1,10 @@
-"""A table as a snapshot sees it, and which commits it descends from."""
+"""A table as a snapshot sees it, and which commits it descends from: marks of its store go by their digests."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,6 +15,7 @@ class TableLike(Protocol):
     """What `save` and `load` use of a `hbkit.embedding.Table`."""
 
     step: int
+    pending: Any  # what goes on with it in the background, None, or a `hbkit.snapshot.Saving`
 
     @property
     def name(self) -> str:
@@ -90,21 +90,17 @@ def _plain(value: Any) -> Any:
     return value if finite or value is None or isinstance(value, int | str) else repr(value)
 
 
-# Commits (by the digest of their manifest) whose rows a table held at some time, changed since only by training steps.
-# Steps alone do not tell: a table trained anew from an older commit may have the same step and other rows.
-_descent: WeakKeyDictionary[TableLike, set[str]] = WeakKeyDictionary()
-
-
 def descends(table: TableLike, digest: str) -> bool:
-    """Whether a delta against this commit is right for `table`."""
-    return digest in _descent.get(table, ())
+    """Whether a delta against this commit is right for `table`: its rows were these, and what changed since is known."""
+    return table.store.changes.knows(digest)
 
 
 def descend(table: TableLike, digest: str) -> None:
-    """Note that `table` is now what this commit holds, as well as what it descended from."""
-    _descent.setdefault(table, set()).add(digest)
+    """Note that the rows of `table` are now what this commit holds. Nothing else may use the table meanwhile."""
+    changes = table.store.changes
+    changes.name(changes.mark(table.store.latest_step()), digest)
 
 
 def forget(table: TableLike) -> None:
-    """Note that the rows of `table` were replaced."""
-    _descent.pop(table, None)
+    """Note that the rows of `table` are replaced."""
+    table.store.changes.forget()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -25,9 +28,35 @@ from hbkit.snapshot.manifest import (
     table_directory,
 )
 from hbkit.snapshot.place import Draft, place_of
-from hbkit.snapshot.table import TableLike, config, default_config, descend, descends
-from hbkit.store.base import Chunk
+from hbkit.snapshot.saving import Saving
+from hbkit.snapshot.table import TableLike, config, default_config, descends
 from hbkit.store.keys import KEY_DTYPES
+from hbkit.store.point import Point
+
+log = logging.getLogger("hbkit.snapshot")
+
+
+@overload
+def save(
+    path: str | os.PathLike[str],
+    tables: Sequence[TableLike],
+    step: int,
+    base: str | None = None,
+    state: Mapping[str, Any] | None = None,
+    background: Literal[False] = False,
+) -> str: ...
+
+
+@overload
+def save(
+    path: str | os.PathLike[str],
+    tables: Sequence[TableLike],
+    step: int,
+    base: str | None = None,
+    state: Mapping[str, Any] | None = None,
+    *,
+    background: Literal[True],
+) -> Saving: ...
 
 
 def save(
@@ -36,7 +65,8 @@ def save(
     step: int,
     base: str | None = None,
     state: Mapping[str, Any] | None = None,
-) -> str:
+    background: bool = False,
+) -> str | Saving:
     """Commit tables, step and state as one, durable and complete when this returns.
 
     Parameters
@@ -49,15 +79,19 @@ def save(
         Of the training, at least 0; given back by `load`.
     base : str, optional
         A commit, or "latest": write only rows changed or erased since. A table that was neither saved as that commit
-        nor loaded from it or from one that builds on it is written in full all the same. None writes all rows.
+        nor loaded from it or from one that builds on it is written in full all the same, and so is one of whose changes
+        since too many are erased or put rows (see `hbkit.store.changes.Changes`), or that has no metadata: the log
+        ("hbkit.snapshot") and `Saving.notes` say so. None writes all rows.
     state : mapping of str to JSON value or bytes, optional
         Dataset cursor, dense weights, random states. JSON values (no tuples, no NaN) stand in the manifest; bytes
         become files of their own.
+    background : bool
+        Return once it is settled what is saved: everything as it is now. A thread writes it while training goes on.
 
     Returns
     -------
     str
-        The commit's id.
+        The commit's id; a `Saving` with `background`.
 
     Raises
     ------
@@ -74,29 +108,61 @@ def save(
 
     Notes
     -----
-    The tables must rest while they are saved. Equal rows give equal Parquet bytes, whatever tier holds them.
+    Equal rows give equal Parquet bytes, whatever tier holds them. Each table is saved as of one instant of this call, so
+    others may train it meanwhile; for several tables to be of one step, none may be trained until this returns.
+
+    In the background: rows that change before they are written are set aside, at most 64 MiB of them in memory, then in
+    a temporary file in the snapshot's directory; 20 bytes for each and 8 for each row to be written come on top. A
+    second save of a table, `load` and `Table.close` wait. A table of 10 million rows in host memory pauses for a pass
+    over 4 of 8 bytes a row at the most, and for a copy of the admission counts.
     """
     place = place_of(path)
     _check(tables, step)
     values, blobs = _split_state(state or {})
-    with place.draft() as draft:
+    for table in tables:
+        if table.pending is not None:
+            table.pending.settle()
+    with ExitStack() as stack:
+        draft = stack.enter_context(place.draft())
         history = History(place)
         parent = history.find(base) if base is not None else None
-        manifest = Manifest(
-            version=VERSION,
-            commit=draft.commit,
-            parent=parent.commit if parent else None,
-            step=int(step),
-            tables={t.name: _write_table(draft, t, history, parent) for t in tables},
-            state=values,
-            state_files={name: _write_bytes(draft, state_path(draft.directory, name), b) for name, b in blobs.items()},
-            directory=draft.directory,
-        )
-        data, digest = encode(manifest)
-        draft.publish(data)
+        taken: dict[str, tuple[TableEntry, Point]] = {}
+        notes = []
+        for table in sorted(tables, key=id):  # points are waited for: all in one order
+            entry, point, note = _take(draft, table, history, parent)
+            stack.callback(point.close)
+            taken[table.name] = entry, point
+            notes += [note] if note is not None else []
+        for note in notes:
+            log.warning("%s", note)
+
+        saving = Saving(notes) if background else None
+
+        def write() -> str:
+            with held:
+                manifest = Manifest(
+                    version=VERSION,
+                    commit=draft.commit,
+                    parent=parent.commit if parent else None,
+                    step=int(step),
+                    tables={t.name: _write_table(draft, t.name, *taken[t.name], saving) for t in tables},
+                    state=values,
+                    state_files={n: _write_bytes(draft, state_path(draft.directory, n), b) for n, b in blobs.items()},
+                    directory=draft.directory,
+                )
+                data, digest = encode(manifest)
+                draft.publish(data)
+                for table in tables:
+                    table.store.changes.name(taken[table.name][1].mark, digest)
+            return draft.commit
+
+        held = stack.pop_all()
+    if saving is None:
+        return write()
     for table in tables:
-        descend(table, digest)
-    return draft.commit
+        table.pending = saving
+    saving.begin(write)
+    return saving
 
 
 def _check(tables: Sequence[TableLike], step: int) -> None:
@@ -137,59 +203,63 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
     return values, blobs
 
 
-def _write_table(draft: Draft, table: TableLike, history: History, parent: Manifest | None) -> TableEntry:
-    directory, name = table_directory(draft.directory, table.name), table.name
-    n_state = table.optimizer.n_state(table.dim)
-    step = int(table.step)
-    base = parent.tables.get(name) if parent is not None else None
-    if parent is None or base is None or not _is_delta(table, base, history.digest(parent)):
-        base = None
+def _take(
+    draft: Draft, table: TableLike, history: History, parent: Manifest | None
+) -> tuple[TableEntry, Point, str | None]:
+    """A point of a table, what the manifest is to say of it, and why it holds all rows although a parent was named."""
+    base, name = parent.tables.get(table.name) if parent is not None else None, table.name
+    digest = why = None
+    if parent is not None:
+        mine = config(table.optimizer)
+        if base is None:
+            why = f"it is not in commit {parent.commit}"
+        elif any(mine.get(k) != base.optimizer.get(k) for k in ("name", "columns")):
+            why = "its optimizer is another"
+        elif not descends(table, history.digest(parent)):
+            why = f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
+        else:
+            digest = history.digest(parent)
+    admission = table.admission
 
-    held = rows.NO_METADATA if base is None or parent is None else history.metadata(history.chain(parent, name), name)
-    since, keys = -1 if base is None else base.step, [held.key[:0]]
+    def keep() -> tuple[int, dict[str, Any]]:
+        counts = {} if admission is None else {k: np.array(column) for k, column in admission.state().items()}
+        return int(table.step), counts
 
-    def changed() -> Iterator[Chunk]:
-        # A row's stamp alone does not tell where the steps of a table began anew; its frequency does then.
-        for chunk in table.store.scan():
-            keys.append(chunk.key)
-            rests = held.has(chunk) & (chunk.last_step <= since)
-            yield chunk if not rests.any() else Chunk._make(column[~rests] for column in chunk)
-
-    path = f"{directory}/rows-00000.parquet"
-    file = rows.write_rows(draft, path, changed(), name, table.key_dtype, table.dim, n_state)
-    erased, n_rows = [], sum(map(len, keys))
-    gone = held.without(np.concatenate(keys)).key
-    if len(gone):
-        path = f"{directory}/erased-00000.parquet"
-        erased.append(rows.write_keys(draft, path, gone, name, table.key_dtype))
-    admission = []
-    if table.admission is not None:
-        path = f"{directory}/admission-00000.parquet"
-        admission.append(rows.write_columns(draft, path, table.admission.state()))
-    return TableEntry(
+    point = table.store.point(digest, keep, draft.spill)
+    entry = TableEntry(
         dim=table.dim,
-        n_state=n_state,
+        n_state=table.optimizer.n_state(table.dim),
         dtype=table.dtype,
         key_dtype=table.key_dtype,
         optimizer=config(table.optimizer),
         initializer=config(table.initializer),
-        step=step,
-        since=None if base is None else base.step,
-        n_rows=n_rows,
-        rows=[file],
-        erased=erased,
-        admission=None if table.admission is None else type(table.admission).__name__,
-        admission_files=admission,
+        step=point.kept[0],
+        since=base.step if base is not None and point.changed else None,
+        n_rows=point.n_rows,
+        rows=[],
+        erased=[],
+        admission=None if admission is None else type(admission).__name__,
+        admission_files=[],
         default=default_config(table.default),
         padding_key=None if table.padding_key is None else int(table.padding_key),
     )
+    return entry, point, None if why is None else f"table {name} is written in full: {why}"
 
 
-def _is_delta(table: TableLike, base: TableEntry, digest: str) -> bool:
-    """Whether the rows stamped after `base` are all that changed since."""
-    mine = config(table.optimizer)
-    same_rule = all(mine.get(k) == base.optimizer.get(k) for k in ("name", "columns"))
-    return descends(table, digest) and table.step >= base.step and same_rule
+def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point, saving: Saving | None) -> TableEntry:
+    """Write the files of a table; its entry with them."""
+    directory, key_dtype = table_directory(draft.directory, name), entry.key_dtype
+    path = f"{directory}/rows-00000.parquet"
+    chunks = point.scan() if saving is None else saving.paced(point.scan())
+    file = rows.write_rows(draft, path, chunks, name, key_dtype, entry.dim, entry.n_state)
+    erased, admission = [], []
+    if len(point.erased):
+        path = f"{directory}/erased-00000.parquet"
+        erased.append(rows.write_keys(draft, path, point.erased, name, key_dtype))
+    if entry.admission is not None:
+        path = f"{directory}/admission-00000.parquet"
+        admission.append(rows.write_columns(draft, path, point.kept[1]))
+    return dataclasses.replace(entry, rows=[file], erased=erased, admission_files=admission)
 
 
 def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ import numpy.typing as npt
 from hbkit._ext.batch import absent, mixed
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Gradients
+
+if TYPE_CHECKING:
+    from hbkit.store.changes import Changes
+    from hbkit.store.point import Point
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Float32s: TypeAlias = npt.NDArray[np.float32]
@@ -215,6 +220,7 @@ class Store(Protocol):
     """Lines of one table by key, in one or several tiers. Methods may be called from several threads."""
 
     layout: Layout
+    changes: Changes
 
     def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Announce a batch's distinct keys. Never creates.
@@ -295,6 +301,24 @@ class Store(Protocol):
         """All lines, or those stamped after step `since`, in key order, in chunks of at most `CHUNK_ROWS`."""
         ...
 
+    def point(self, base: str | None = None, keep: Callable[[], Any] | None = None, spill: Path | None = None) -> Point:
+        """Take a point: the rows as they are now, to be read while the store goes on. To be closed.
+
+        Parameters
+        ----------
+        base : str, optional
+            Name of a mark of `changes`: only rows changed or erased since belong to it. All, where that is not known.
+        keep : callable, optional
+            Called at the same instant, while nothing changes; `Point.kept` is what it returns.
+        spill : Path, optional
+            Directory for the temporary file of lines set aside, where there are many.
+
+        Notes
+        -----
+        One at a time: waits until an earlier one is closed.
+        """
+        ...
+
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
         """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
         ...
@@ -323,6 +347,18 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of memory, files and locks. Idempotent."""
+        ...
+
+
+class Pending(Protocol):
+    """Something that goes on with a table in the background."""
+
+    def check(self) -> None:
+        """Raise what made it fail, if it has and nobody was told yet."""
+        ...
+
+    def settle(self) -> None:
+        """Return once it is over; raises as `check`."""
         ...
 
 

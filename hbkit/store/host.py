@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent, n_absent
+from hbkit._ext.batch import absent, clear_bits, n_absent, set_bits, with_bits
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients
 from hbkit._ext.slabs import Slabs
-from hbkit.errors import SchemaMismatch
+from hbkit.errors import Closed, SchemaMismatch
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
+from hbkit.store.changes import Changes
 from hbkit.store.locks import SharedLock
+from hbkit.store.point import READ_ROWS, InPlace, Point
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class HostStore:
         self._n_commits = 0
         self._lock = SharedLock()  # exclusive: keys come or go
         self._updating = threading.Lock()  # one thread at a time writes rows and metadata in place
+        self.changes = Changes(layout.metadata)
+        self._pointing = threading.Lock()  # held while there is a point
+        self._point: _HostPoint | None = None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,6 +110,9 @@ class HostStore:
                 self._metadata.reserve(need + need // 8 + 512)
             slots, is_new = self._index.find_or_insert(keys)
             try:
+                if (point := self._point) is not None:
+                    self._set_aside(point, keys[~is_new], slots[~is_new])
+                    clear_bits(point.bits, slots)  # a new row may have an old one's slot
                 yield slots
             except BaseException:
                 self._index.take_back(keys, is_new, n_slots)
@@ -125,6 +134,7 @@ class HostStore:
                 n_new = self._make(lease, absent(lease.slots, lease.padding), admission)
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
+            self._about_to_change(lease, step)
             self._metadata.stamp(lease.slots, step, lease.counts)
             lease.stamped = step, lease.version
         return n_new
@@ -172,6 +182,7 @@ class HostStore:
         """One optimizer step in place; how many of the keys were absent and ignored."""
         with self._lock.shared, self._updating:
             lease.refresh(self._index, self._version)
+            self._about_to_change(lease, step)
             bad = "skip" if skip else "apply"
             self._n_skipped += self._slabs.apply(
                 rule.code, lease.slots, grads, hyper, lease.keys, self.layout.seed, step, bad
@@ -189,8 +200,11 @@ class HostStore:
         """Remove keys with their state; how many were there."""
         with self._lock.exclusive:
             n = len(self._index)
-            self._index.erase(keys)
+            if (point := self._point) is not None:
+                self._set_aside(point, keys, self._index.find(keys))
+            slots = self._index.erase(keys)
             n -= len(self._index)
+            self.changes.note(keys[slots >= 0], n)
             self._erasures += n > 0
             return n
 
@@ -251,6 +265,80 @@ class HostStore:
             with self._inserted(keys) as slots:
                 self._slabs.scatter(slots, lines)
                 self._metadata.put(slots, freq, last_step)
+            self.changes.note(keys, len(self._index))
+
+    # --- points -----------------------------------------------------------------------------------------------
+
+    def point(self, base: str | None = None, keep: Callable[[], Any] | None = None, spill: Path | None = None) -> Point:
+        """Take a point; see `Store.point`. The pause is a pass over the stamps with a `base`, else about nothing."""
+        self._pointing.acquire()
+        try:
+            with self._lock.exclusive:
+                since = self.changes.since(base) if base is not None else None
+                n_words = self._index.n_slots // 64 + 1
+                if since is None:
+                    bits, erased = np.full(n_words, -1, np.int64).view(np.uint64), None
+                else:
+                    bits, slots = np.empty(n_words, np.uint64), self._index.find(since.keys)
+                    self._metadata.stamped_after(since.step, bits)
+                    set_bits(bits, slots)
+                    erased = since.keys[slots < 0]
+                latest = self.latest_step()
+                kept = keep() if keep is not None else None
+                mark = self.changes.mark(latest)
+                self._point = point = _HostPoint(self, len(self._index), latest, erased, mark, kept, spill)
+                point.bits = bits
+                return point
+        except BaseException:
+            self._pointing.release()
+            raise
+
+    def _about_to_change(self, lease: Lease, step: int) -> None:
+        """The rows of a lease are, and they are or have been stamped with `step`."""
+        if (point := self._point) is not None:
+            self._set_aside(point, lease.keys, lease.slots)
+        if not self.changes.tells(step):
+            self.changes.note(lease.keys[lease.slots >= 0], len(self._index))
+
+    def _set_aside(self, point: _HostPoint, keys: Int64s, slots: Int64s) -> None:
+        """Set aside the lines of rows that are about to change, those that the point still needs. Never fails."""
+        try:
+            some = np.flatnonzero(with_bits(point.bits, slots))
+            for first in range(0, len(some), READ_ROWS):
+                part = some[first : first + READ_ROWS]
+                lines = np.empty((len(part), self.layout.width), np.float32)
+                self._slabs.gather(slots[part], lines)
+                point.aside.add(keys[part], *self._metadata.get(slots[part]), lines)
+            clear_bits(point.bits, slots)
+        except Exception as e:
+            point.fail(e)
+
+    def point_keys(self, point: _HostPoint) -> Iterator[Int64s]:
+        """Keys of the point, ascending."""
+        n = max(1, self._index.n_slots // CHUNK_ROWS)
+        parts = (Part.share(i, n) for i in range(n))
+        found = [self._index.part(part.first, part.last - 1, point.bits) for part in parts]
+        keys = np.concatenate([*found, point.aside.keys()])  # in this order: what is changed meanwhile is set aside
+        del found
+        keys.sort()
+        yield keys[np.append(keys[1:] != keys[:-1], True)] if len(keys) else keys
+
+    def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
+        """Those that nothing was about to change until they were read."""
+        lines = np.empty((len(keys), self.layout.width), np.float32)
+        with self._lock.shared:
+            slots = self._index.find(keys)
+            self._slabs.gather(slots, lines)
+            freq, last_step = self._metadata.get(np.maximum(slots, 0))
+            with self._updating:
+                there = with_bits(point.bits, slots)
+                clear_bits(point.bits, slots)
+        return InPlace(there, freq, last_step, lines)
+
+    def point_ended(self, point: _HostPoint) -> None:
+        """Let the next one be taken."""
+        self._point = None
+        self._pointing.release()
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Memory is as durable as this process: only a number is given out. Use `hbkit.snapshot` to keep the rows."""
@@ -286,7 +374,16 @@ class HostStore:
             assert self._index.n_slots <= self._metadata.room, "a slot has no metadata"
 
     def close(self) -> None:
-        """Nothing but memory is held: it goes with the object."""
+        """Nothing but memory is held: it goes with the object. But a point is read no further."""
+        point = self._point
+        if point is not None:
+            point.fail(Closed("the store was closed", table=self.layout.table, remedy="wait for what reads it first"))
+
+
+class _HostPoint(Point):
+    """A point of rows in memory."""
+
+    bits: npt.NDArray[np.uint64]  # of slots: the row is as it was then and is still to be read
 
 
 _NONE = np.zeros(0, np.int64)

@@ -27,12 +27,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.batch import absent, add_at, count_at, set_at
+from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.pool import give_back
 from hbkit._ext.segment import Gradients, expand, pool, retained
@@ -40,6 +42,8 @@ from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
 from hbkit.store.cache import Cache, Window
+from hbkit.store.changes import Changes, Since
+from hbkit.store.point import InPlace, Point
 from hbkit.store.policy import Policy
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -231,6 +235,9 @@ class TieredStore(ABC):
         self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_ready = self._n_late = 0
         self._n_ignored = self._n_skipped = 0
         self._waited = 0.0
+        self.changes = Changes(layout.metadata)
+        self._pointing = threading.Lock()  # held while there is a point
+        self._point: _TierPoint | None = None
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._room = -1  # rows for whose index the budget has room
@@ -530,6 +537,7 @@ class TieredStore(ABC):
                         new = new[accepted]
                         self._make(lease, new)
                     lines, away = self._ready(lease)
+                self._about_to_change(lease, lines, step)
                 self._metadata.stamp(lines, step, lease.counts)
                 if self.layout.metadata:
                     set_at(self._cache.dirty.view(np.uint8), lines)
@@ -543,6 +551,8 @@ class TieredStore(ABC):
         """Rows for the lease's keys at positions `new`; those that find no line go home at once."""
         self._make_room(len(new))
         keys = lease.keys[new]
+        if self._point is not None:
+            self._set_aside(self._point, keys, None)
         self._home.add(keys)
         try:
             for part in _parts(len(new), self._scratch_lines):
@@ -621,6 +631,7 @@ class TieredStore(ABC):
         with self._open():
             lines, away = self._ready(lease)
             with self._change():
+                self._about_to_change(lease, lines, step)
                 self._n_skipped += self._lines.apply(rule.code, lines, grads, hyper, lease.keys, seed, step, bad)
                 set_at(self._cache.dirty.view(np.uint8), lines)
                 n_absent = self._metadata.stamp(lines, step) - len(away)
@@ -658,6 +669,11 @@ class TieredStore(ABC):
 
     def _erase(self, keys: Int64s, at_home: Callable[[Int64s], int]) -> int:
         lines = self._find(keys)
+        if self._point is not None or self.changes.any:
+            some = np.flatnonzero(self._home.find(keys))
+            if self._point is not None:
+                self._set_aside(self._point, keys[some], lines[some])
+            self.changes.note(keys[some], len(self._home))
         lines = np.unique(lines[lines >= 0])
         self._lost(lines, -1)
         self._cache.remove(lines)
@@ -732,6 +748,10 @@ class TieredStore(ABC):
                 values = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
                 self._make_room(int(np.count_nonzero(~self._home.find(keys))))
                 lines = self._find(keys)
+                if self._point is not None:
+                    old = self._home.find(keys)
+                    self._set_aside(self._point, keys[old], lines[old])
+                    self._set_aside(self._point, keys[~old], None)
                 near, away = np.flatnonzero(lines >= 0), np.flatnonzero(lines < 0)
                 at = np.arange(len(away))
                 self._scratch.reserve(len(at))
@@ -741,6 +761,127 @@ class TieredStore(ABC):
                 self._metadata.put(lines[near], freq[part][near], last_step[part][near])
                 self._cache.dirty[lines[near]] = True
                 self._version += 1
+                self.changes.note(keys, len(self._home))
+
+    # --- points -----------------------------------------------------------------------------------------------
+
+    def point(self, base: str | None = None, keep: Callable[[], Any] | None = None, spill: Path | None = None) -> Point:
+        """Take a point; see `Store.point`. The pause grows with the keys erased since `base` alone."""
+        self._pointing.acquire()
+        try:
+            with self._open():
+                since = self.changes.since(base) if base is not None else None
+                erased = None if since is None else since.keys[~self._home.find(since.keys)]
+                latest = self.latest_step()
+                kept = keep() if keep is not None else None
+                mark = self.changes.mark(latest)
+                self._point = point = _TierPoint(self, len(self._home), latest, erased, mark, kept, spill)
+                point.since, point.touched, point.passed = since, Index(), None
+                return point
+        except BaseException:
+            self._pointing.release()
+            raise
+
+    def _about_to_change(self, lease: Lease, lines: Int64s, step: int) -> None:
+        """The rows of a lease, at `lines` where they are near, are; they are or have been stamped with `step`."""
+        if self._point is None and self.changes.tells(step):
+            return
+        some = np.flatnonzero(lease.slots >= 0)
+        if self._point is not None:
+            self._set_aside(self._point, lease.keys[some], lines[some])
+        if not self.changes.tells(step):
+            self.changes.note(lease.keys[some], len(self._home))
+
+    def _set_aside(self, point: _TierPoint, keys: Int64s, lines: Int64s | None) -> None:
+        """Set aside the lines of rows that are about to change, those that the point still needs. Never fails.
+
+        `lines` are those of rows that are near, below 0 for others; None for keys that have no row.
+        """
+        try:
+            some = np.arange(len(keys)) if point.passed is None else np.flatnonzero(keys > point.passed)
+            some = some[point.touched.find_or_insert(keys[some])[1]]
+            for part in _parts(len(some), self._scratch_lines) if lines is not None else ():
+                at = some[part]
+                at = at[point.has(keys[at], self._metadata_of(keys[at], lines[at])[1])]
+                point.aside.add(keys[at], *self._rows(keys[at], lines[at]))
+        except Exception as e:
+            point.fail(e)
+
+    def _rows(self, keys: Int64s, lines: Int64s) -> tuple[Int64s, Int64s, Float32s]:
+        """Frequency, last step and whole line of rows."""
+        out = np.empty((len(keys), self.layout.width), np.float32)
+        self._gather(lines, np.flatnonzero(lines < 0), keys, out)
+        return *self._metadata_of(keys, lines), out
+
+    def point_keys(self, point: _TierPoint) -> Iterator[Int64s]:
+        """Keys in order, among them all of the point's."""
+        for piece in self._home.in_order() if point.since is None else self._changed(point.since):
+            if len(piece):
+                apart = point.aside.keys()  # after the piece: what is erased meanwhile is in one of them
+                yield np.union1d(piece, apart[(apart <= piece[-1]) & point.ahead(apart)])
+        apart = point.aside.keys()
+        yield np.sort(apart[point.ahead(apart)])
+
+    def _changed(self, since: Since) -> Iterator[Int64s]:
+        """Keys of rows that are stamped so now, or noted: ascending, in one piece."""
+        found, n = [since.keys], max(1, len(self._home) // CHUNK_ROWS)
+        for i in range(n):
+            keys = self._home.keys(Part.share(i, n))
+            for part in _parts(len(keys), CHUNK_ROWS):
+                with self._open():
+                    some = keys[part]
+                    lines = self._find(some)
+                    held = (lines >= 0) | self._home.find(some)
+                    some, lines = some[held], lines[held]
+                    found.append(some[self._metadata_of(some, lines)[1] > since.step])
+        yield np.unique(np.concatenate(found))
+
+    def point_rows(self, point: _TierPoint, keys: Int64s) -> InPlace:
+        """Those that nothing was about to change until they were read; the lock is let go while the home reads."""
+        out = np.zeros((len(keys), self.layout.width), np.float32)
+        freq, last_step = np.zeros((2, len(keys)), np.int64)
+        with self._open():
+            while True:
+                lines = self._find(keys)
+                there = (point.touched.find(keys) < 0) & self._home.find(keys)
+                near, away = np.flatnonzero(there & (lines >= 0)), np.flatnonzero(there & (lines < 0))
+                rows = np.empty((len(near), self.layout.width), np.float32)
+                self._lines.gather(lines[near], rows)
+                out[near] = rows
+                freq[near], last_step[near] = self._metadata.get(lines[near])
+                if len(away) == 0:
+                    break
+                self._lock.release()
+                try:
+                    got = self._home.read(keys[away])
+                except Exception:
+                    got = None
+                finally:
+                    self._lock.acquire()
+                self._check_open()
+                untouched = point.touched.find(keys[away]) < 0
+                if got is None and untouched.all():
+                    got = self._home.read(keys[away])  # nothing has been erased: raises again
+                if got is not None:
+                    at, scratch = away[untouched], np.arange(int(untouched.sum()))
+                    for part in _parts(len(at), self._scratch_lines):
+                        self._scratch.reserve(len(at[part]))
+                        self._scratch.unpack(scratch[: len(at[part])], got[0][untouched][part])
+                        rows = np.empty((len(at[part]), self.layout.width), np.float32)
+                        self._scratch.gather(scratch[: len(at[part])], rows)
+                        out[at[part]] = rows
+                    freq[at], last_step[at] = got[1][untouched], got[2][untouched]
+                    there[away[~untouched]] = False
+                    there[near] = point.touched.find(keys[near]) < 0
+                    break
+            point.passed = int(keys[-1])
+            point.touched.erase(keys)
+        return InPlace(there, freq, last_step, out)
+
+    def point_ended(self, point: _TierPoint) -> None:
+        """Let the next one be taken."""
+        self._point = None
+        self._pointing.release()
 
     def commit(self, keep: Mapping[str, npt.NDArray[Any]] | None = None) -> str:
         """Make everything up to now durable, and the columns of `keep` beside it; its id.
@@ -822,11 +963,34 @@ class TieredStore(ABC):
         """Let go of memory, files and locks; what was not committed is discarded. Idempotent."""
         with self._lock:
             if not self._closed:
+                if self._point is not None:
+                    remedy = "wait for what reads it first"
+                    self._point.fail(Closed("the store was closed", table=self.layout.table, remedy=remedy))
                 while self._arriving.any():
                     self._arrived.wait()
                 self._closed = True
                 del self._cache, self._lines
                 self._home.close()
+
+
+class _TierPoint(Point):
+    """A point of rows some of which are near."""
+
+    since: Since | None  # what belongs to it, of the rows that there were; all of them
+    touched: Index  # keys beyond `passed` whose rows have changed, or were made
+    passed: int | None  # up to where keys were read
+
+    def has(self, keys: Int64s, last_step: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether rows, as they were, belong to it: bool[n]."""
+        if self.since is None:
+            return np.ones(len(keys), np.bool_)
+        noted = np.minimum(np.searchsorted(self.since.keys, keys), len(self.since.keys) - 1)
+        mine = last_step > self.since.step
+        return mine | (self.since.keys[noted] == keys) if len(self.since.keys) else mine
+
+    def ahead(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Whether keys are still to be read: bool[n]."""
+        return np.ones(len(keys), np.bool_) if self.passed is None else keys > self.passed
 
 
 _NONE = np.zeros(0, np.int64)

@@ -230,12 +230,19 @@ def test_saved_bytes_depend_on_the_rows_alone(tmp_path, monkeypatch):
         """The same rows in chunks of other sizes."""
 
         def __init__(self, inner, size):
-            self.inner, self.size = inner, size
+            self.inner, self.size, self.changes = inner, size, inner.changes
 
-        def scan(self, since=None):
-            for chunk in self.inner.scan(since):
-                for i in range(0, len(chunk.key), self.size):
-                    yield Chunk._make(column[i : i + self.size] for column in chunk)
+        def point(self, *args):
+            point = self.inner.point(*args)
+            scan = point.scan
+
+            def pieces():
+                for chunk in scan():
+                    for i in range(0, len(chunk.key), self.size):
+                        yield Chunk._make(column[i : i + self.size] for column in chunk)
+
+            point.scan = pieces
+            return point
 
     keys = np.random.default_rng(0).permutation(100)
     found = []

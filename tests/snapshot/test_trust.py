@@ -451,10 +451,12 @@ def test_second_writer_is_told_so(tmp_path):
     inner = t.store
 
     class Slow:
-        def scan(self, since=None):
+        changes = inner.changes
+
+        def point(self, *args):
             entered.set()
             assert go.wait(30)
-            return inner.scan(since)
+            return inner.point(*args)
 
     t.store = Slow()
     first = threading.Thread(target=save, args=(tmp_path, [t], 1))
