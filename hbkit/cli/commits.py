@@ -61,6 +61,7 @@ class Commits:
     ) -> None:
         self._trainer, self._path, self._interval, self._state = trainer, path, interval, state
         self._base = base
+        self._saving: hbkit.snapshot.Saving | None = None
         self._step = trainer.collection.step  # of the last commit
         self._last = self._began = time.monotonic()  # when that was, and when what it lacks began
 
@@ -77,6 +78,8 @@ class Commits:
         """
         if not self.behind or self._interval is None:
             return
+        if self._saving is not None and not self._saving.done and not resting:
+            return  # one is on its way
         now, n = time.monotonic(), self._trainer.collection.step - self._step
         if n == 1 and not resting:
             self._began = now
@@ -85,14 +88,26 @@ class Commits:
         else:
             due = now - (self._last if resting else max(self._last, self._began)) >= self._interval.seconds
         if due:
-            self.commit()
+            self._begin(resting)
 
     def commit(self) -> str:
-        """Commit now; the commit's id. Waits a while for another writer; raises Locked then."""
-        until = time.monotonic() + PATIENCE
+        """Commit now, and wait for it; the commit's id."""
+        return self._begin(wait=True)
+
+    def wait(self) -> None:
+        """Return once all that was begun is committed; raises what made it fail."""
+        if self._saving is not None:
+            self._saving.wait()
+
+    def _begin(self, wait: bool) -> str:
+        """Commit, in the background unless told to wait. Waits a while for another writer; raises Locked then."""
+        until, commit = time.monotonic() + PATIENCE, ""
         while True:
             try:
-                commit = self._trainer.save(self._path, self._base, self._state())
+                if wait:
+                    commit = self._trainer.save(self._path, self._base, self._state())
+                else:
+                    self._saving = self._trainer.save(self._path, self._base, self._state(), background=True)
                 break
             except Locked as e:
                 if time.monotonic() > until:

@@ -116,6 +116,7 @@ def follow(
         except _Stopped:
             pass
         finally:
+            commits.wait()
             if healthy and commits.behind:
                 note(f"last commit: {commits.commit()}")
     summary(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -84,14 +84,37 @@ class Resumable:
             self.load_random_state(state["random"])
         self.cursor = cursor
 
+    @overload
     def save(
-        self, path: str | os.PathLike[str], base: str | None = None, state: Mapping[str, Any] | None = None
-    ) -> str:
-        """Commit tables, weights, generators, step and cursor as one; the commit's id.
+        self,
+        path: str | os.PathLike[str],
+        base: str | None = None,
+        state: Mapping[str, Any] | None = None,
+        background: Literal[False] = False,
+    ) -> str: ...
+
+    @overload
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        base: str | None = None,
+        state: Mapping[str, Any] | None = None,
+        *,
+        background: Literal[True],
+    ) -> snapshot.Saving: ...
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        base: str | None = None,
+        state: Mapping[str, Any] | None = None,
+        background: bool = False,
+    ) -> str | snapshot.Saving:
+        """Commit tables, weights, generators, step and cursor as one; the commit's id, or a `hbkit.snapshot.Saving`.
 
         Parameters
         ----------
-        path, base
+        path, base, background
             As `hbkit.snapshot.save` takes them; but "latest" where there is no commit yet writes all rows.
         state : mapping of str to JSON value or bytes, optional
             Of the caller's own, beside what `state` gives.
@@ -101,14 +124,21 @@ class Resumable:
         HbkitError
             See `hbkit.snapshot.save`.
         """
-        tables, step = list(self.collection.tables.values()), self.collection.step
         whole = {**self.state(), **(state or {})}
         try:
-            return snapshot.save(path, tables, step, base=base, state=whole)
+            return self._save(path, base, whole, background)
         except NotFound:
             if base != "latest":
                 raise
-            return snapshot.save(path, tables, step, state=whole)
+            return self._save(path, None, whole, background)
+
+    def _save(
+        self, path: str | os.PathLike[str], base: str | None, state: dict[str, Any], background: bool
+    ) -> str | snapshot.Saving:
+        tables, step = list(self.collection.tables.values()), self.collection.step
+        if background:
+            return snapshot.save(path, tables, step, base, state, background=True)
+        return snapshot.save(path, tables, step, base, state)
 
     def load(
         self, path: str | os.PathLike[str], ds: Dataset | None = None, commit: str | None = None

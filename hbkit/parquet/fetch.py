@@ -203,7 +203,7 @@ class Job(Generic[T]):
         if now >= limit or (not self._attempt and (self.n_attempts >= ATTEMPTS or self._due >= limit)):
             raise errors.StorageError(
                 f"the service failed to answer; last cause: {str(self._cause) or type(self._cause).__name__}",
-                remedy="check the service and the connection, and read again",
+                remedy="check the service and the connection, and try again",
                 file=file,
                 **self.place,
                 attempts=self.n_attempts,

@@ -29,6 +29,7 @@ __all__ = [
     "list_files",
     "list_modified",
     "open_source",
+    "resolve",
     "unreadable",
 ]
 
@@ -310,7 +311,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         No file system is known for the URI's scheme.
     """
     text = os.fspath(path)
-    filesystem, inner = _resolve(text, repeats=False)
+    filesystem, inner = resolve(text, repeats=False)
     return LocalSource(inner) if filesystem is None else RemoteSource(text, filesystem, inner)
 
 
@@ -341,7 +342,7 @@ def list_modified(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIX
 
 def _listed(text: str, suffixes: Sequence[str]) -> tuple[list[tuple[str, int | None]], str, str]:
     """Names and times of the files that a path stands for; and if there are none, what is wrong, and the remedy."""
-    filesystem, inner = _resolve(text)
+    filesystem, inner = resolve(text)
     prefix = suffix = ""
     if filesystem is None:
         filesystem = pafs.LocalFileSystem()
@@ -393,8 +394,8 @@ def _glob_regex(pattern: str) -> str:
     return out
 
 
-def _resolve(text: str, repeats: bool = True) -> tuple[Any, str]:
-    """``(file system, path inside it)``; the file system is None for a local path.
+def resolve(text: str, repeats: bool = True) -> tuple[Any, str]:
+    """``(file system, path inside it)`` of a path or URI; the file system is None for a local path.
 
     Without ``repeats``, a file system that would repeat its requests by itself does not.
     """

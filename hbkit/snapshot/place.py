@@ -10,14 +10,15 @@ import os
 import stat
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hbkit.errors import Corrupt, Locked, NotFound, StorageError, Unsupported
+from hbkit.errors import Corrupt, Locked, NotFound, StorageError
+from hbkit.parquet.source import Source, resolve
 from hbkit.snapshot.files import RESTORE, FileEntry, Sink, check, storage_errors
 from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES
 from hbkit.store.disk import Disk
@@ -69,7 +70,11 @@ class Place(ABC):
 
     @abstractmethod
     def where(self, path: str) -> str:
-        """A file of the snapshot, as `hbkit.parquet.File` opens it and errors name it."""
+        """The path or URI of a file of the snapshot; errors name it."""
+
+    @abstractmethod
+    def open(self, path: str) -> str | Source:
+        """A file of the snapshot, as `hbkit.parquet.File` takes it."""
 
     @abstractmethod
     def commits(self) -> list[str]:
@@ -96,6 +101,20 @@ class Place(ABC):
         """A new commit; what is left of it when the block ends unpublished is removed. Raises Locked."""
 
     @abstractmethod
+    def join(self, commit: str, directory: str) -> AbstractContextManager[Draft]:
+        """The draft that another process has made and will publish, so that this one can create files in it."""
+
+    @abstractmethod
+    def leftovers(self, kept: Mapping[str, str]) -> list[str]:
+        """Directories that belong to no commit and that nobody can be writing any more.
+
+        Parameters
+        ----------
+        kept : mapping of str to str
+            Each commit's directory, by its id.
+        """
+
+    @abstractmethod
     def remove(self, paths: Iterable[str]) -> None:
         """Remove manifests, or directories of commits, durably; nothing where they are gone already."""
 
@@ -117,13 +136,15 @@ class Place(ABC):
 
 
 def place_of(path: str | os.PathLike[str]) -> Place:
-    """The place that a path or URI names. Raises Unsupported."""
+    """The place that a path or URI names."""
     text = os.fspath(path)
-    if "://" in text:
-        raise Unsupported(
-            "snapshots are kept in local directories only", file=text, remedy="name a directory, and copy it afterwards"
-        )
-    return Directory(text)
+    if "://" not in text:
+        return Directory(text)
+    if text.startswith("file://"):
+        return Directory(resolve(text)[1])
+    from hbkit.snapshot.bucket import Bucket  # which is a Place
+
+    return Bucket(text)
 
 
 class Directory(Place):
@@ -150,6 +171,9 @@ class Directory(Place):
 
     def where(self, path: str) -> str:
         return str(self.root / path)
+
+    def open(self, path: str) -> str:
+        return self.where(path)
 
     def commits(self) -> list[str]:
         if not self.root.is_dir():
@@ -211,11 +235,19 @@ class Directory(Place):
                 draft = _DirectoryDraft(self.root, self.next_commit(), self._disk)
                 self._remove([draft.draft, self.root / draft.commit])
                 try:
-                    draft.make(draft.draft / draft.directory)
+                    self._disk.make_directory(draft.draft / draft.directory)
                     yield draft
                 finally:
                     # Never root / commit: its manifest may be there.
                     self._disk.remove_tree(draft.draft, ignore_errors=True)
+
+    @contextmanager
+    def join(self, commit: str, directory: str) -> Iterator[Draft]:
+        with storage_errors(self.root):
+            yield _DirectoryDraft(self.root, commit, self._disk)
+
+    def leftovers(self, kept: Mapping[str, str]) -> list[str]:
+        return []  # the next draft removes what the last one left
 
     def remove(self, paths: Iterable[str]) -> None:
         with storage_errors(self.root):
@@ -236,19 +268,11 @@ class _DirectoryDraft(Draft):
         self.spill = self.draft
         self.commit = self.directory = commit
         self._disk = disk
-        self._made: list[Path] = []
-
-    def make(self, directory: Path) -> None:
-        """Make a directory below the draft, and those above it."""
-        for path in reversed([directory, *directory.parents]):
-            if path.is_relative_to(self.draft) and not path.is_dir():
-                self._disk.make_directory(path)
-                self._made.append(path)
 
     @contextmanager
     def create(self, path: str) -> Iterator[Sink]:
         file = self.draft / path
-        self.make(file.parent)
+        self._disk.make_directory(file.parent)
         with Sink(_File(self._disk, file)) as sink:
             yield sink
             sink.sync()
@@ -256,8 +280,8 @@ class _DirectoryDraft(Draft):
     def publish(self, manifest: bytes) -> None:
         with self.create("manifest.json") as sink:
             sink.write(manifest)
-        for directory in self._made:
-            self._disk.sync_directory(directory)
+        for directory, _, _ in os.walk(self.draft / self.directory):
+            self._disk.sync_directory(Path(directory))
         self._disk.rename(self.draft / self.directory, self.root / self.directory)
         self._disk.sync_directory(self.root)
         self._disk.rename(self.draft / "manifest.json", self.root / f"{self.commit}.json")

@@ -173,7 +173,7 @@ class _Reader:
 
     def __init__(self, place: Place, entry: FileEntry, schema: pa.Schema | None) -> None:
         self.path = place.where(entry.path)
-        self._file = self._named(lambda: File(self.path))
+        self._file = self._named(lambda: File(place.open(entry.path)))
         have = self._named(lambda: self._file.arrow_schema)
         if schema is not None and not have.equals(schema):
             raise self.corrupt(f"columns {_one_line(have)} where {_one_line(schema)} belong")

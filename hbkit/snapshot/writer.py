@@ -216,7 +216,9 @@ def _take(
         elif any(mine.get(k) != base.optimizer.get(k) for k in ("name", "columns")):
             why = "its optimizer is another"
         elif not descends(table, history.digest(parent)):
-            why = f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
+            why = (
+                f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
+            )
         else:
             digest = history.digest(parent)
     admission = table.admission

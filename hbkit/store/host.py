@@ -308,7 +308,8 @@ class HostStore:
                 part = some[first : first + READ_ROWS]
                 lines = np.empty((len(part), self.layout.width), np.float32)
                 self._slabs.gather(slots[part], lines)
-                point.aside.add(keys[part], *self._metadata.get(slots[part]), lines)
+                freq, last_step = self._metadata.get(slots[part])
+                point.aside.add(keys[part], freq, last_step, lines)
             clear_bits(point.bits, slots)
         except Exception as e:
             point.fail(e)

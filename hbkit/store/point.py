@@ -70,7 +70,7 @@ class Aside:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 closed by `close`
             for some, offset in self._runs(places, ~near):
-                data = memoryview(np.ascontiguousarray(records[some])).cast("B")
+                data = memoryview(records[some].tobytes())
                 while data:
                     n = os.pwrite(self._file.fileno(), data, offset)
                     data, offset = data[n:], offset + n

@@ -800,7 +800,9 @@ class TieredStore(ABC):
         try:
             some = np.arange(len(keys)) if point.passed is None else np.flatnonzero(keys > point.passed)
             some = some[point.touched.find_or_insert(keys[some])[1]]
-            for part in _parts(len(some), self._scratch_lines) if lines is not None else ():
+            if lines is None:
+                return
+            for part in _parts(len(some), self._scratch_lines):
                 at = some[part]
                 at = at[point.has(keys[at], self._metadata_of(keys[at], lines[at])[1])]
                 point.aside.add(keys[at], *self._rows(keys[at], lines[at]))

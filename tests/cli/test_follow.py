@@ -39,7 +39,7 @@ def write(path, n_rows, seed, mtime=None, **more):
         "a": rng.zipf(1.3, n_rows) % 500,
         "b": rng.zipf(1.3, n_rows) % 50,
     }
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns | more), path, row_group_size=300)
     if mtime:
         os.utime(path, (mtime, mtime))
@@ -172,7 +172,7 @@ def test_files_come_once_in_order_and_those_that_fail_come_last(tmp_path, monkey
         raise errors.Corrupt("half")
 
     for name, mtime in (("sub/a.parquet", 30), ("b.parquet", 10), ("c.parquet", 20), ("d.txt", 5)):
-        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
         os.utime(tmp_path / "in" / name, (mtime, mtime))
     assert files.next() == "b.parquet" and files.open("b.parquet", broken) is None

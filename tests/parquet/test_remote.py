@@ -1,13 +1,7 @@
 """Files behind an S3 server that fails: the bytes of the local file, or a named error in time."""
 
-import http.client
-import http.server
-import logging
-import os
 import random
 import re
-import socket
-import struct
 import subprocess
 import sys
 import textwrap
@@ -22,171 +16,35 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from services import FAULTS, direct, s3, s3fs
 
 from hbkit import errors
 from hbkit.data import Dataset
 from hbkit.parquet import File, fetch, list_files, open_source, source
 from hbkit.parquet.footer import read_footer
 
-FAULTS = ("503", "reset", "short", "cut", "stall")
 N_BYTES = 3_000_000
-BODIES = {"503": b"<Error><Code>SlowDown</Code></Error>", "403": b"<Error><Code>AccessDenied</Code></Error>"}
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to a server, or answers them badly.
-
-    ``fault(n, method)`` says what becomes of the n-th request: None, a status, ``reset`` (the connection), ``short``
-    (the body ends before Content-Length), ``cut`` (body and Content-Length are too short) or ``stall`` (silence).
-    ``log`` holds ``(method, path, Range, fault)`` of each.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, upstream):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.upstream, self.lock, self.ended = upstream, threading.Lock(), threading.Event()
-        self.reset()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def reset(self):
-        self.fault, self.log = lambda n, method: None, []
-
-    def fail_some(self, seed, faults=FAULTS):
-        """One request of every five fails, which one and how is random but as the seed has it."""
-        rng = random.Random(seed)
-        plan = [rng.choice(faults) if i == bad else None for bad in rng.choices(range(5), k=200) for i in range(5)]
-        self.fault = lambda n, method: plan[n % len(plan)]
-
-    def fail_all(self, fault):
-        self.fault = lambda n, method: fault
-
-    def handle_error(self, request, client_address):
-        pass
-
-    def close(self):
-        self.ended.set()
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def answer(self):
-        proxy = self.server
-        with proxy.lock:
-            fault = proxy.fault(len(proxy.log), self.command)
-            proxy.log.append((self.command, self.path, self.headers["Range"], fault))
-        if fault == "stall":
-            proxy.ended.wait(20)
-            self.close_connection = True
-        elif fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
-        elif fault and fault.isdigit():
-            self.send(int(fault), [], BODIES.get(fault, b""))
-        else:
-            upstream = http.client.HTTPConnection(*proxy.upstream)
-            upstream.request(self.command, self.path, headers=dict(self.headers))
-            response = upstream.getresponse()
-            body = response.read()
-            upstream.close()
-            dropped = ("content-length", "connection", "date", "server", "transfer-encoding")
-            headers = [(k, v) for k, v in response.getheaders() if k.lower() not in dropped]
-            n = None
-            if self.command == "HEAD":
-                n = response.headers["Content-Length"]
-            elif fault in ("short", "cut"):
-                n, body = len(body), body[: len(body) // 2]
-                self.close_connection = True
-            self.send(response.status, headers, body, None if fault == "cut" and self.command == "GET" else n)
-
-    def send(self, status, headers, body, n=None):
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if n is None else n))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_HEAD = answer
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """A proxy before an S3 server with what lies in the returned directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith("AWS_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
-                patch.delenv(name)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ACCESS_KEY_ID", "some")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "one")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        moto = pytest.importorskip("moto.server")
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        address = server.get_host_and_port()
-        proxy = Proxy(address)
-        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.server_address[1]}")  # for s3fs
-        here = tmp_path_factory.mktemp("bucket")
-        rng = np.random.default_rng(0)
-        (here / "bytes").write_bytes(rng.bytes(N_BYTES))
-        for i in range(2):
-            n = 20_000
-            table = {f"c{j}": rng.integers(0, 1 << 60, n) for j in range(8)}
-            table["list"] = [list(range(k % 5)) for k in range(n)]
-            pq.write_table(pa.table(table), here / f"{i}.parquet", row_group_size=5000)
-        client = pafs.S3FileSystem(
-            endpoint_override=f"{address[0]}:{address[1]}",
-            scheme="http",
-            region="us-east-1",
-            allow_bucket_creation=True,
-        )
-        client.create_dir("bucket")
-        pafs.copy_files(str(here), "bucket/d", destination_filesystem=client)
-        try:
-            yield proxy, here
-        finally:
-            proxy.close()
-            server.stop()
+def here(service, tmp_path_factory):
+    """A directory, whose files lie in the bucket as well."""
+    here = tmp_path_factory.mktemp("bucket")
+    rng = np.random.default_rng(0)
+    (here / "bytes").write_bytes(rng.bytes(N_BYTES))
+    for i in range(2):
+        n = 20_000
+        table = {f"c{j}": rng.integers(0, 1 << 60, n) for j in range(8)}
+        table["list"] = [list(range(k % 5)) for k in range(n)]
+        pq.write_table(pa.table(table), here / f"{i}.parquet", row_group_size=5000)
+    pafs.copy_files(str(here), "bucket/d", destination_filesystem=direct(service))
+    return here
 
 
 @pytest.fixture
-def proxy(service, monkeypatch):
-    monkeypatch.setattr(fetch, "BACKOFF", 0.02)
-    service[0].reset()
-    yield service[0]
-    service[0].reset()
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 1.0)
-    monkeypatch.setattr(fetch, "DEADLINE", 15.0)
-
-
-@pytest.fixture
-def here(service):
-    return service[1]
-
-
-def s3(proxy, key):
-    port = proxy.server_address[1]
-    return f"s3://bucket/{key}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-
-
-def s3fs(proxy, key):
-    """The same object by way of fsspec, whose client takes a second to make and is kept."""
-    pytest.importorskip("s3fs").S3FileSystem().connect()
-    return f"s3a://bucket/{key}"
+def proxy(proxy, here):
+    """The files are there."""
+    return proxy
 
 
 @pytest.fixture(params=[s3, s3fs])
@@ -529,7 +387,7 @@ def test_s3_uri_means_what_it_means_to_pyarrow(proxy, key, user):
     except pa.ArrowInvalid:
         return
     for repeats in False, True:
-        assert source._resolve(text, repeats) == (client, inner)
+        assert source.resolve(text, repeats) == (client, inner)
 
 
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 40))
