@@ -175,6 +175,7 @@ def test_files_come_once_in_order_and_those_that_fail_come_last(tmp_path, monkey
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
         os.utime(tmp_path / "in" / name, (mtime, mtime))
+    files.sleep()
     assert files.next() == "b.parquet" and files.open("b.parquet", broken) is None
     assert files.next() == "c.parquet" and files.open("c.parquet", broken) is None
     assert files.next() == "sub/a.parquet"

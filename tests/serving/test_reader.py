@@ -239,7 +239,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(events=EVENTS, default=st.sampled_from([0.0, 0.5, Normal(0, 1, seed=1)]), room=st.integers(1, 20))
 def test_refreshed_reader_is_as_a_new_one(tmp_path_factory, events, default, room):
     path = tmp_path_factory.mktemp("served")

@@ -44,7 +44,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(events=EVENTS, on_ssd=st.booleans())
 def test_follower_is_at_the_newest_commit_whatever_came_before(tmp_path_factory, events, on_ssd):
     path = tmp_path_factory.mktemp("followed")
