@@ -119,8 +119,8 @@ def readers(path: Path, n_rows: int) -> None:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     print(
-        f"  a delta of 1%: median {statistics.median(walls):.3f} s ({statistics.median(cpus):.3f} s of CPU), worst, that"
-        f" makes room, {max(walls):.2f} s; {resident() - before:.0f} MiB after {len(walls)}"
+        f"  a delta of 1%: median {statistics.median(walls):.3f} s ({statistics.median(cpus):.3f} s of CPU), worst"
+        f", which makes room, {max(walls):.2f} s; {resident() - before:.0f} MiB after {len(walls)}"
     )
     started = time.perf_counter()
     anew = Reader(path)
