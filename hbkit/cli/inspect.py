@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hbkit.cli import console
+from hbkit.cli.snapshot import show_log
 from hbkit.parquet.footer import CODECS, ENCODINGS
 
 if TYPE_CHECKING:
@@ -43,24 +44,9 @@ def inspect(path: str) -> None:
     snapshot: its commits.
     """
     if os.path.isdir(path) and any(_MANIFEST.fullmatch(name) for name in os.listdir(path)):
-        _snapshot(path)
+        show_log(path)
     else:
         _parquet(path)
-
-
-def _snapshot(path: str) -> None:
-    from hbkit import snapshot
-
-    commits = snapshot.log(path)
-    tables = list(dict.fromkeys(name for commit in commits for name in commit.tables))
-    console.table(
-        f"Snapshot {path}: {console.count(len(commits))} commits, oldest first",
-        ("commit", "parent", "step", "size", *(f"rows of {name}" for name in tables)),
-        [
-            (c.id, c.parent or "-", c.step, console.size(c.nbytes), *(c.tables.get(name, "-") for name in tables))
-            for c in commits
-        ],
-    )
 
 
 def _parquet(path: str) -> None:

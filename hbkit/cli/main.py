@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, what it does)
     "synth": ("hbkit.cli.synth", "Write a synthetic click log whose best possible AUC is known."),
     "convert": ("hbkit.cli.convert", "Convert CSV, TSV, libsvm and other files to Parquet."),
     "inspect": ("hbkit.cli.inspect", "Show what is in a Parquet file, a directory of them, or a snapshot."),
+    "snapshot": ("hbkit.cli.snapshot", "List, compare, verify, squash, prune and export the commits of a snapshot."),
     "plan": ("hbkit.cli.plan", "Say how much near memory buys which hit rate, on this data and this disk."),
     "train": ("hbkit.cli.train", "Train a model on Parquet files and save a snapshot."),
     "evaluate": ("hbkit.cli.train", "Evaluate a saved model on Parquet files."),

@@ -152,17 +152,10 @@ class _Held:
     def _rows(self, history: History, name: str, before: _Held | None) -> _Rows:
         entry = self.manifest.tables[name]
         if before is not None and name in before.tables and before.tables[name].reads_like(entry):
-            links = history.since(self.manifest, name, before.digest)
-            if links is not None:
-                _check(history, name, links)
-                return before.tables[name].changed(*history.changes(links, name), entry, history)
-        chain = history.chain(self.manifest, name)
-        _check(history, name, chain)
-        return _Rows.load(history, name, chain)
-
-
-def _check(history: History, name: str, links: list[Manifest]) -> None:
-    history.check_files(file for link in links for file in link.tables[name].rows + link.tables[name].erased)
+            changes = history.changes(self.manifest, name, before.digest)
+            if changes is not None:
+                return before.tables[name].changed(*changes, entry, history.place.name)
+        return _Rows.load(history, name, history.chain(self.manifest, name))
 
 
 ABSENT, ZEROS, FIRST = 0, 1, 2  # lines: what absent keys read, what the padding key reads, and the first of a key
@@ -208,7 +201,7 @@ class _Rows:
         same = ("dim", "key_dtype", "default", "padding_key")
         return all(getattr(self._entry, what) == getattr(entry, what) for what in same)
 
-    def changed(self, erased: Int64s, chunk: Chunk, entry: TableEntry, history: History) -> _Rows:
+    def changed(self, erased: Int64s, chunk: Chunk, entry: TableEntry, file: str) -> _Rows:
         """Without some keys, and with the rows of `chunk`. Raises Corrupt where that does not make `entry`."""
         was_there = self._find(erased) != ABSENT
         is_new = self._find(chunk.key) == ABSENT
@@ -216,13 +209,13 @@ class _Rows:
         if n_rows != entry.n_rows:
             raise Corrupt(
                 f"the deltas make {n_rows} rows, the manifest says {entry.n_rows}",
-                file=history.place.name,
+                file=file,
                 table=self._name,
                 remedy=RESTORE,
             )
         room = len(self._place) - 1
         if max(self._index.n_slots + is_new.sum(), self._n_lines - FIRST + len(chunk.key)) > room:
-            return self._packed(len(chunk.key), history.place.name).changed(erased, chunk, entry, history)
+            return self._packed(len(chunk.key), file).changed(erased, chunk, entry, file)
         new = copy.copy(self)
         new._entry, new.n_rows, new._place = entry, n_rows, self._place.copy()
         new._place[new._index.find(erased)] = ABSENT

@@ -10,7 +10,6 @@ where it is this writer's, since it names the writer's directory.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -27,7 +26,7 @@ from pyarrow import fs as pafs
 from hbkit.errors import Corrupt, HbkitError, InvalidArgument, Locked, NotFound, StorageError, Unsupported
 from hbkit.parquet import fetch
 from hbkit.parquet.source import RemoteSource, resolve
-from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry, Output, Sink
+from hbkit.snapshot.files import RESTORE, FileEntry, Output, Sink
 from hbkit.snapshot.manifest import COMMIT, DIRECTORY
 from hbkit.snapshot.place import Draft, Place
 
@@ -36,6 +35,7 @@ __all__ = ["Bucket"]
 PART = 16 << 20  # bytes of a part of a large object; a service allows 10,000 of them, so 156 GiB
 N_PARTS = 4  # parts under way at a time: what an upload holds in memory is at most N_PARTS + 1 of them
 AGE = 24 * 3600.0  # seconds since the last upload to a directory after which its writer counts as dead
+WITHDRAWN = b"removed\n"  # what stands in a manifest's place, so that no slow writer puts another there
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # schemes whose services put on a condition
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Bucket(Place):
         return RemoteSource(self.where(path), filesystem, f"{inner}/{path}")
 
     def commits(self) -> list[str]:
-        names = [info.base_name for info in self._list(recursive=False)]
+        names = [info.base_name for info in self._list(recursive=False) if info.size != len(WITHDRAWN)]
         return sorted(name[:-5] for name in names if name.endswith(".json") and COMMIT.fullmatch(name[:-5]))
 
     def _list(self, recursive: bool) -> list[Any]:
@@ -115,7 +115,7 @@ class Bucket(Place):
                 raise Corrupt(
                     f"the file has {source.nbytes} bytes, its manifest says {entry.nbytes}", file=file, remedy=RESTORE
                 )
-            digest = hashlib.blake2b(digest_size=DIGEST_NBYTES)
+            digest = entry.new_digest()
             step = fetch.LARGEST
             for begin in range(0, entry.nbytes, N_PARTS * step):
                 end = min(begin + N_PARTS * step, entry.nbytes)
@@ -123,7 +123,7 @@ class Bucket(Place):
                     digest.update(view)
         finally:
             source.close()
-        if digest.hexdigest() != entry.blake2b:
+        if digest.hexdigest() != entry.digest:
             raise Corrupt("the file's checksum is wrong", file=file, remedy=RESTORE)
 
     def _service(self) -> Service:
@@ -141,11 +141,11 @@ class Bucket(Place):
                 output.sync()
             finally:
                 output.close()
-        run(partial(service.delete, [path]), self.name)
+        run(partial(service.delete, path), self.name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nothing: whoever removes commits must see to it that nobody saves against them."""
+        """Nothing: whoever removes commits must see to it that nobody saves against others than the newest."""
         yield
 
     @contextmanager
@@ -161,17 +161,24 @@ class Bucket(Place):
     def join(self, commit: str, directory: str) -> Iterator[Draft]:
         yield _BucketDraft(self, self._service(), commit, directory)
 
+    def withdraw(self, commit: str) -> None:
+        path = f"{commit}.json"
+        with refused(self.where(path)), Sink(self._service().open(path)) as sink:
+            sink.write(WITHDRAWN)
+            sink.sync()
+
     def remove(self, paths: Iterable[str]) -> None:
         service = self._service()
         for path in paths:
-            run(partial(service.delete, [path] if path.endswith(".json") else service.below(path)), self.name)
+            run(partial(service.delete, path), self.name)
 
     def leftovers(self, kept: Mapping[str, str]) -> list[str]:
         newest: dict[str, float] = {}
         _, inner = self._files()
         for info in self._list(recursive=True):
-            directory = info.path[len(inner) :].lstrip("/").partition("/")[0]
-            if DIRECTORY.fullmatch(directory) and info.type == pafs.FileType.File:
+            directory, _, below = info.path[len(inner) :].lstrip("/").partition("/")
+            withdrawn = not below and directory.endswith(".json") and info.size == len(WITHDRAWN)
+            if (DIRECTORY.fullmatch(directory) or withdrawn) and info.type == pafs.FileType.File:
                 at = info.mtime.timestamp() if info.mtime else time.time()
                 newest[directory] = max(newest.get(directory, 0.0), at)
         known = set(kept.values())
@@ -233,12 +240,8 @@ class Service(Protocol):
         """Put an object unless there is one of its name; whether it was put now."""
         ...
 
-    def below(self, directory: str) -> list[str]:
-        """All objects of a directory, at any depth."""
-        ...
-
-    def delete(self, paths: list[str]) -> None:
-        """Delete objects; those that are not there are gone."""
+    def delete(self, path: str) -> None:
+        """Delete an object and all that are below its name; what is not there is gone."""
         ...
 
 
@@ -252,46 +255,79 @@ class _Conditional:
             raise Unsupported(
                 f"saving to {uri.partition('://')[0]}:// needs obstore", file=uri, remedy="pip install 'hbkit[s3]'"
             ) from e
-        self._obstore = obstore
-        timeout = timedelta(seconds=fetch.TIMEOUT + PART / fetch.SLOWEST)
+        self._obstore, self._uri = obstore, uri
+        timeout = fetch.TIMEOUT + PART / fetch.SLOWEST
         retries = {
             "max_retries": fetch.ATTEMPTS - 1,
-            "retry_timeout": timedelta(seconds=fetch.DEADLINE),
+            "retry_timeout": timedelta(seconds=fetch.DEADLINE + timeout),
             "backoff": {
                 "init_backoff": timedelta(seconds=fetch.BACKOFF),
                 "max_backoff": timedelta(seconds=fetch.LONGEST),
                 "base": 2,
             },
         }
-        self._once = _store(uri, filesystem, inner, timeout, {"max_retries": 0})  # `run` repeats these
-        self._store = _store(uri, filesystem, inner, timeout, retries)
+        self._once = _store(uri, filesystem, inner, timeout, {"max_retries": 0})  # `run` repeats its requests
+        self._patient = _store(uri, filesystem, inner, timeout, retries)
 
     def open(self, path: str) -> Output:
-        return _Upload(self._obstore, self._store, path)
+        return _Upload(self, path, self._uri)
+
+    def put(self, path: str, data: bytearray) -> None:
+        """Put an object that is not large."""
+        with self.translated():
+            self._obstore.put(self._once, path, memoryview(data), use_multipart=False)
+
+    def writer(self, path: str) -> Any:
+        """obstore's writer of a large object, which repeats what fails by itself."""
+        return self._obstore.open_writer(self._patient, path, buffer_size=PART, max_concurrency=N_PARTS)
+
+    def size(self, path: str) -> int:
+        """Bytes of an object, -1 where it is not there."""
+        try:
+            with self.translated():
+                return int(self._obstore.head(self._once, path)["size"])
+        except FileNotFoundError:
+            return -1
 
     def create(self, path: str, data: bytes) -> bool:
-        with translated():
-            try:
+        try:
+            with self.translated():
                 self._obstore.put(self._once, path, data, mode="create")
-            except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
-                return False
+        except FileExistsError:
+            return False
         return True
 
-    def below(self, directory: str) -> list[str]:
-        with translated():
-            return [o["path"] for page in self._obstore.list(self._once, f"{directory}/") for o in page]
+    def delete(self, path: str) -> None:
+        with suppress(FileNotFoundError), self.translated():
+            below = [o["path"] for page in self._obstore.list(self._once, f"{path}/") for o in page]
+            self._obstore.delete(self._once, below or [path])
 
-    def delete(self, paths: list[str]) -> None:
-        with suppress(FileNotFoundError), translated():
-            if paths:
-                self._obstore.delete(self._once, paths)
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """What obstore raises as an OSError that says whether another attempt is worth it."""
+        ob = self._obstore.exceptions
+        try:
+            yield
+        except (ob.AlreadyExistsError, ob.PreconditionError) as e:
+            raise FileExistsError(_line(e)) from e
+        except ob.NotFoundError as e:
+            raise FileNotFoundError(_line(e)) from e
+        except (ob.PermissionDeniedError, ob.UnauthenticatedError) as e:
+            raise PermissionError(_line(e)) from e
+        except (ob.InvalidPathError, ob.NotSupportedError, ob.UnknownConfigurationKeyError) as e:
+            raise NotImplementedError(_line(e)) from e
+        except ob.BaseError as e:
+            error = OSError(_line(e))
+            if found := _STATUS.search(str(e)):
+                error.status = int(found[1])  # type: ignore[attr-defined]  # hbkit.parquet.fetch looks there
+            raise error from e
 
 
-def _store(uri: str, filesystem: Any, inner: str, timeout: timedelta, retries: Any) -> Any:
+def _store(uri: str, filesystem: Any, inner: str, timeout: float, retries: Any) -> Any:
     """obstore's client for the directory of a URI, which means to it what it means to pyarrow."""
     from obstore import store
 
-    options: Any = {"timeout": timeout}
+    options: Any = {"timeout": timedelta(seconds=timeout)}
     parts = urlsplit(uri)
     if parts.scheme != "s3":
         if os.environ.get("AWS_ENDPOINT_URL_S3", "").startswith("http://"):
@@ -311,42 +347,47 @@ def _store(uri: str, filesystem: Any, inner: str, timeout: timedelta, retries: A
 
 
 class _Upload:
-    """One object: in parts, if it is large."""
+    """One object: in parts, if it is larger than one."""
 
-    def __init__(self, obstore: Any, store: Any, path: str) -> None:
-        self._obstore, self._store, self._path = obstore, store, path
-        self._nbytes, self._state = 0, "open"
-        self._writer = obstore.open_writer(store, path, buffer_size=PART, max_concurrency=N_PARTS)
+    def __init__(self, service: _Conditional, path: str, file: str) -> None:
+        self._service, self._path, self._file = service, path, file
+        self._held = bytearray()
+        self._writer: Any = None
+        self._nbytes = 0
+        self._unfinished = False  # parts are there that only completing the object makes one that can be deleted
 
     def write(self, data: Any) -> None:
         view = memoryview(data).cast("B")
         self._nbytes += len(view)
-        try:
-            with translated():
-                self._writer.write(view)
-        except BaseException:
-            self._state = "failed"
-            raise
+        if self._writer is None and self._nbytes <= PART:
+            self._held += view
+            return
+        with self._service.translated():
+            if self._writer is None:
+                self._writer = self._service.writer(self._path)
+                self._writer.write(self._held)
+                self._held, self._unfinished = bytearray(), True
+            self._writer.write(view)
 
     def sync(self) -> None:
-        self._state = "failed"
+        if self._writer is None:
+            run(partial(self._service.put, self._path, self._held), self._file, self._nbytes)
+            return
+        self._unfinished = False
         try:
-            with translated():
+            with self._service.translated():
                 self._writer.close()
         except OSError:
             # It may be the answer that was lost: nobody else puts an object of this name.
-            with translated():
-                there: int = self._obstore.head(self._store, self._path)["size"]
-            if there != self._nbytes:
+            if run(partial(self._service.size, self._path), self._file) != self._nbytes:
                 raise
-        self._state = "there"
 
     def close(self) -> None:
-        if self._state == "open":  # given up for a reason that is not the service's: completed, it can be deleted
+        if self._unfinished:
+            self._unfinished = False
             with suppress(Exception):
                 self._writer.close()
-                self._obstore.delete(self._store, self._path)
-        self._state = "there"
+                self._service.delete(self._path)
 
 
 class _Plain:
@@ -370,17 +411,13 @@ class _Plain:
         self._filesystem.move(draft, full)
         return True
 
-    def below(self, directory: str) -> list[str]:
-        return [directory]
-
-    def delete(self, paths: list[str]) -> None:
-        for path in paths:
-            full = f"{self._inner}/{path}"
-            kind = self._filesystem.get_file_info(full).type
-            if kind == pafs.FileType.Directory:
-                self._filesystem.delete_dir(full)
-            elif kind == pafs.FileType.File:
-                self._filesystem.delete_file(full)
+    def delete(self, path: str) -> None:
+        full = f"{self._inner}/{path}"
+        kind = self._filesystem.get_file_info(full).type
+        if kind == pafs.FileType.Directory:
+            self._filesystem.delete_dir(full)
+        elif kind == pafs.FileType.File:
+            self._filesystem.delete_file(full)
 
 
 class _Stream:
@@ -402,28 +439,6 @@ class _Stream:
                 self._stream.close()
                 self._filesystem.delete_file(self._path)
         self._there = True
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """What obstore raises as an OSError that says whether another attempt is worth it."""
-    from obstore import exceptions as ob
-
-    try:
-        yield
-    except (ob.AlreadyExistsError, ob.PreconditionError):
-        raise
-    except ob.NotFoundError as e:
-        raise FileNotFoundError(_line(e)) from e
-    except (ob.PermissionDeniedError, ob.UnauthenticatedError) as e:
-        raise PermissionError(_line(e)) from e
-    except (ob.InvalidPathError, ob.NotSupportedError, ob.UnknownConfigurationKeyError) as e:
-        raise NotImplementedError(_line(e)) from e
-    except ob.BaseError as e:
-        error = OSError(_line(e))
-        if found := _STATUS.search(str(e)):
-            error.status = int(found[1])  # type: ignore[attr-defined]  # hbkit.parquet.fetch looks there
-        raise error from e
 
 
 def _line(e: Exception) -> str:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hbkit.errors import InvalidArgument
-from hbkit.snapshot.history import History
-from hbkit.snapshot.manifest import Manifest
+from hbkit.snapshot.history import History, Step
+from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.snapshot.reader import Loaded, _compare, _keeps_state, _load_admission, read_state
-from hbkit.snapshot.table import TableLike, descend, forget
+from hbkit.snapshot.reader import (
+    Loaded,
+    _admission,
+    _admitting,
+    _compare,
+    _keeps_state,
+    named_tables,
+    read_state,
+)
+from hbkit.snapshot.table import EVERYTHING, TableLike, descend, forget
 from hbkit.store.base import Chunk, Int64s
 
 __all__ = ["Follower", "follow"]
 
 
-def follow(path: str | os.PathLike[str], tables: Sequence[TableLike]) -> Follower:
+def follow(path: str | os.PathLike[str], tables: Sequence[TableLike] | Mapping[str, TableLike]) -> Follower:
     """Keep tables at the newest commit of a snapshot that another process writes.
 
     >>> follower = hbkit.snapshot.follow("model", [users, items])
@@ -29,7 +36,7 @@ def follow(path: str | os.PathLike[str], tables: Sequence[TableLike]) -> Followe
     ----------
     path : str or path
         Of a snapshot; the first commit may still be to come.
-    tables : sequence of Table
+    tables : sequence of Table, or mapping of str to Table
         As `load` takes them. Nobody else may change them.
     """
     return Follower(path, tables)
@@ -51,11 +58,9 @@ class Follower:
     Memory: the deltas that one `poll` applies are held at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tables: Sequence[TableLike]) -> None:
-        if len({t.name for t in tables}) != len(tables):
-            raise InvalidArgument("two tables have one name", remedy="name each table differently")
+    def __init__(self, path: str | os.PathLike[str], tables: Sequence[TableLike] | Mapping[str, TableLike]) -> None:
         self._place = place_of(path)
-        self._tables = list(tables)
+        self._tables = named_tables(tables)
         self._digest: str | None = None  # of the commit that the tables are at
         self._commit: str | None = None
         self._polling = threading.Lock()
@@ -80,23 +85,29 @@ class Follower:
             newest = history.find(None)
             if history.digest(newest) == self._digest:
                 return None
-            for table in self._tables:
+            notes = []
+            for name, table in self._tables.items():
                 if table.pending is not None:
                     table.pending.settle()
-            notes = [note for table in self._tables for note in _compare(table, newest, self._place.name)]
+                notes += _compare(name, table, newest, self._place.name)
+            history.check_files(f for name in self._tables for f in newest.tables[name].admission_files)
             state = read_state(history, newest)
-            steps = [self._prepare(table, history, newest) for table in self._tables]
-            _load_admission(history, newest, self._tables)
+            steps = {name: self._prepare(name, table, history, newest) for name, table in self._tables.items()}
+            counts = _admission(history, newest, self._tables, EVERYTHING)
             self._digest = None  # if a store fails midway, all is loaded anew
-            for table, (erased, lines, links) in zip(self._tables, steps, strict=True):
-                if lines is None:
-                    _replace(table, history, links, erased)
-                else:
-                    _put(table, lines, links[-1])
-                    table.store.erase(erased)
-                table.step = newest.tables[table.name].step
-                if _keeps_state(table, newest.tables[table.name]):
-                    descend(table, history.digest(newest))
+            with _admitting(counts):
+                for name, table in self._tables.items():
+                    gone, lines = steps[name]
+                    entry = newest.tables[name]
+                    if lines is None:
+                        _replace(table, history.replay(history.chain(newest, name), name), entry, gone)
+                    else:
+                        _put(table, lines, entry)
+                        table.store.erase(gone)
+                    table.step = entry.step
+                    if _keeps_state(table, entry) and name == table.name:  # as `load` does
+                        for digest in history.same(newest):
+                            descend(table, digest)
             self._digest, self._commit = history.digest(newest), newest.commit
             return Loaded(newest.step, state, newest.commit, notes)
 
@@ -107,40 +118,28 @@ class Follower:
             self.poll()
             stop.wait(every)
 
-    def _prepare(
-        self, table: TableLike, history: History, newest: Manifest
-    ) -> tuple[Int64s, Chunk | None, list[Manifest]]:
-        """Keys to erase, lines to put, and the deltas that they are of; or all keys, None and the whole chain."""
-        name = table.name
-        history.check_files(newest.tables[name].admission_files)
-        if self._digest is not None and (links := history.since(newest, name, self._digest)) is not None:
-            history.check_files(file for link in links for file in link.tables[name].rows + link.tables[name].erased)
-            erased, lines = history.changes(links, name)
+    def _prepare(self, name: str, table: TableLike, history: History, newest: Manifest) -> tuple[Int64s, Chunk | None]:
+        """Keys to erase, and lines to put; or all keys, and None. Everything that is needed is checked."""
+        if self._digest is not None and (changes := history.changes(newest, name, self._digest)) is not None:
+            erased, lines = changes
             n = len(table.store) + np.count_nonzero(~table.store.has(lines.key))
             if n - np.count_nonzero(table.store.has(erased)) == newest.tables[name].n_rows:
-                return erased, lines, links
-        chain = history.chain(newest, name)
-        history.check_files(file for link in chain for file in link.tables[name].rows + link.tables[name].erased)
-        return history.check_rows(chain, name), None, chain
+                return erased, lines
+        return history.check_rows(history.chain(newest, name), name), None
 
 
-def _replace(table: TableLike, history: History, chain: list[Manifest], keys: Int64s) -> None:
-    """Make the rows of a table those of a chain, whose keys are `keys`; no row is missing meanwhile."""
+def _replace(table: TableLike, steps: Iterable[Step], entry: TableEntry, keys: Int64s) -> None:
+    """Make the rows of a table those of `keys` that `steps` put; none is missing meanwhile."""
     forget(table)
-    for _, lines in history.replay(chain, table.name):
+    for _, lines in steps:
         if lines is not None:
-            _put(table, lines, chain[-1])
-    for gone in _others(table, keys):
-        table.store.erase(gone)
-
-
-def _others(table: TableLike, keys: Int64s) -> Iterator[Int64s]:
+            _put(table, lines, entry)
     for chunk in table.store.scan():
-        yield chunk.key[~np.isin(chunk.key, keys, assume_unique=True)]
+        table.store.erase(chunk.key[~np.isin(chunk.key, keys, assume_unique=True)])
 
 
-def _put(table: TableLike, lines: Chunk, manifest: Manifest) -> None:
-    if not _keeps_state(table, manifest.tables[table.name]):
+def _put(table: TableLike, lines: Chunk, entry: TableEntry) -> None:
+    if not _keeps_state(table, entry):
         initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
         lines = lines._replace(state=np.tile(initial, (len(lines.key), 1)))
     table.store.put(lines)

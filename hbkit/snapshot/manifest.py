@@ -20,7 +20,7 @@ from hbkit.errors import Corrupt, InvalidArgument, Unsupported
 from hbkit.snapshot.files import DIGEST_NBYTES, RESTORE, FileEntry
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
-VERSION = 3  # 1 has neither default nor padding_key, 2 has no directory
+VERSION = 3  # 1 has neither default nor padding_key, 2 neither directory nor squashed
 MAX_NBYTES = 64 << 20
 MAX_WIDTH = 1 << 20
 
@@ -102,6 +102,8 @@ class Manifest:
     directory : str
         Where the commit's files are: named after it, ``-`` and 16 hexadecimal digits following where writers must not
         meet in one. Empty in old versions, which have ``<commit>``.
+    squashed : str
+        Digest of the commit that this one holds the same rows as, in full; empty where it is none's.
     """
 
     version: int
@@ -112,6 +114,7 @@ class Manifest:
     state: dict[str, Any]
     state_files: dict[str, FileEntry]
     directory: str = ""
+    squashed: str = ""
 
     @property
     def files(self) -> list[FileEntry]:
@@ -201,12 +204,14 @@ def _check(manifest: Manifest, commit: str) -> None:
         for file in table.files:
             head, _, tail = file.path.rpartition("/")
             _hold(head == directory and _FILE_NAME.fullmatch(tail) is not None, f"path {file.path!r:.80}")
+    _hold(not manifest.squashed or _DIGEST.fullmatch(manifest.squashed) is not None, "squashed")
     _hold(not manifest.state.keys() & manifest.state_files.keys(), "state")
     for name, file in manifest.state_files.items():
         _hold(file.path == state_path(place, name), f"path {file.path!r:.80}")
     paths = [f.path for f in manifest.files]
     _hold(len(set(paths)) == len(paths), "a path listed twice")
-    _hold(all(_DIGEST.fullmatch(f.blake2b) for f in manifest.files), "blake2b of a file")
+    _hold(all((f.blake2b is None) != (f.blake3 is None) for f in manifest.files), "digests of a file")
+    _hold(all(_DIGEST.fullmatch(f.digest) for f in manifest.files), "digest of a file")
 
 
 def _is_default(default: Any, dim: int) -> bool:

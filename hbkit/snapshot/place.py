@@ -6,6 +6,7 @@ that they will have, then `Draft.publish` puts the manifest there, and with it t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -19,8 +20,8 @@ import numpy as np
 
 from hbkit.errors import Corrupt, Locked, NotFound, StorageError
 from hbkit.parquet.source import Source, resolve
-from hbkit.snapshot.files import RESTORE, FileEntry, Sink, check, storage_errors
-from hbkit.snapshot.manifest import COMMIT, MAX_NBYTES
+from hbkit.snapshot.files import DIRECT_NBYTES, PAGE_NBYTES, RESTORE, FileEntry, Sink, check, storage_errors
+from hbkit.snapshot.manifest import COMMIT, DIRECTORY, MAX_NBYTES
 from hbkit.store.disk import Disk
 
 __all__ = ["Directory", "Draft", "Place", "place_of"]
@@ -76,6 +77,10 @@ class Place(ABC):
     def open(self, path: str) -> str | Source:
         """A file of the snapshot, as `hbkit.parquet.File` takes it."""
 
+    def local(self, path: str) -> Path | None:
+        """A file of the snapshot in this machine's file system, None where it is not there."""
+        return None
+
     @abstractmethod
     def commits(self) -> list[str]:
         """Ids of all commits, oldest first; none where there is no snapshot."""
@@ -106,13 +111,17 @@ class Place(ABC):
 
     @abstractmethod
     def leftovers(self, kept: Mapping[str, str]) -> list[str]:
-        """Directories that belong to no commit and that nobody can be writing any more.
+        """What belongs to no commit, and nobody can need or be writing any more; for `remove`.
 
         Parameters
         ----------
         kept : mapping of str to str
             Each commit's directory, by its id.
         """
+
+    @abstractmethod
+    def withdraw(self, commit: str) -> None:
+        """Take a commit's manifest away, durably. Whoever began a commit of this id before can no longer publish it."""
 
     @abstractmethod
     def remove(self, paths: Iterable[str]) -> None:
@@ -167,13 +176,16 @@ class Directory(Place):
     def __init__(self, path: str, disk: Disk | None = None) -> None:
         self.name = path
         self.root = Path(path)
-        self._disk = disk or Disk(direct=False, ring=False)
+        self._disk = disk or Disk(ring=False)
 
     def where(self, path: str) -> str:
         return str(self.root / path)
 
     def open(self, path: str) -> str:
         return self.where(path)
+
+    def local(self, path: str) -> Path:
+        return self.root / path
 
     def commits(self) -> list[str]:
         if not self.root.is_dir():
@@ -247,7 +259,12 @@ class Directory(Place):
             yield _DirectoryDraft(self.root, commit, self._disk)
 
     def leftovers(self, kept: Mapping[str, str]) -> list[str]:
-        return []  # the next draft removes what the last one left
+        with storage_errors(self.root):
+            names = [name for name in os.listdir(self.root) if DIRECTORY.fullmatch(name)]
+        return sorted(set(names) - set(kept.values()))
+
+    def withdraw(self, commit: str) -> None:
+        self.remove([f"{commit}.json"])
 
     def remove(self, paths: Iterable[str]) -> None:
         with storage_errors(self.root):
@@ -289,15 +306,27 @@ class _DirectoryDraft(Draft):
 
 
 class _File:
-    """A new local file: what a `Sink` writes to."""
+    """A new local file: what a `Sink` writes to. What lies as the disk wants it goes past the page cache."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self._disk, self._at = disk, 0
+        self._disk, self._path, self._at = disk, path, 0
         self._handle = disk.open(path, create=True)
+        self._direct = -1  # the same file
 
     def write(self, data: Any) -> None:
-        view = np.asarray(memoryview(data).cast("B"))
-        self._disk.write(self._handle, view, self._at)
+        view = np.frombuffer(data, np.uint8)
+        if view.size >= DIRECT_NBYTES and not (self._at | view.ctypes.data | view.size) % PAGE_NBYTES:
+            if self._direct < 0:
+                self._direct = self._disk.open(self._path, direct=True)
+            try:
+                self._disk.write(self._direct, view, self._at)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # The file system wants other places than these, or is full in the midst of a page: the cache can tell.
+                self._disk.write(self._handle, view, self._at)
+        else:
+            self._disk.write(self._handle, view, self._at)
         self._at += view.size
 
     def sync(self) -> None:
@@ -305,3 +334,5 @@ class _File:
 
     def close(self) -> None:
         self._disk.close(self._handle)
+        if self._direct >= 0:
+            self._disk.close(self._direct)

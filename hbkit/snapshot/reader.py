@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, UnknownColumn
+from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, StorageError, UnknownColumn
 from hbkit.snapshot import rows
-from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.snapshot.table import TableLike, config, descend, forget
+from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget
+from hbkit.store.base import Chunk, Part
+
+N_SHARDS = 1024  # of keys, by the leading bits of their mix
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,27 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike[str],
+    tables: Sequence[TableLike] | Mapping[str, TableLike],
+    commit: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Loaded:
     """Replace the rows of tables by those of a commit.
 
     Parameters
     ----------
     path : str or path
         Directory of a snapshot.
-    tables : sequence of Table
-        Any of the snapshot's, found by name; their rows, optimizer state, admission counts and step are replaced. Where
-        the optimizer is another class than the one saved, or keeps other state, the rows get its initial state and
-        `Loaded.notes` says so.
+    tables : sequence of Table, or mapping of str to Table
+        Any of the snapshot's, found by name, or by the name that a mapping gives: that of the table when it was saved.
+        Their rows, optimizer state, admission counts and step are replaced. Where the optimizer is another class than
+        the one saved, or keeps other state, the rows get its initial state and `Loaded.notes` says so.
     commit : str, optional
         Its id; the newest when left out.
+    shard : (i, n)
+        Load the rows, and the counts, of those keys alone that rank i of n owns, 0 <= i < n, whoever saved them. The n
+        shards share no key and together are the whole.
 
     Raises
     ------
@@ -84,28 +95,69 @@ def load(path: str | os.PathLike[str], tables: Sequence[TableLike], commit: str 
     SchemaMismatch
         A table has another dim, key_dtype or admission rule than the one saved.
     Corrupt
-        A file is missing, damaged or hostile; no table was touched.
+        A file is missing, damaged or hostile; the tables are as they were.
     StorageError
-        The disk cannot be read.
+        The disk cannot be read; the tables are as they were, or the error says which one is empty now.
+
+    Notes
+    -----
+    A table without rows is filled while its files are read and checked, once, and is emptied again if anything is
+    wrong. The files of one that has rows are read twice: its rows go when everything was found right, since there may
+    be no memory for both. If the second reading fails all the same, or memory is short, the table is empty, and the
+    error names it. Nobody else may use the tables meanwhile.
     """
     history = History(place_of(path))
     manifest = history.find(commit)
-    if len({t.name for t in tables}) != len(tables):
-        raise InvalidArgument("two tables have one name", remedy="name each table differently")
+    named = named_tables(tables)
+    if not 0 <= shard[0] < shard[1]:
+        raise InvalidArgument(f"shard {shard}", remedy="give (i, n) with 0 <= i < n")
+    part = Part.share(*shard, bits=10)
     notes: list[str] = []
-    for table in tables:
+    for name, table in named.items():
         if table.pending is not None:
             table.pending.settle()
-        notes += _compare(table, manifest, history.place.name)
-    chains = {t.name: history.chain(manifest, t.name) for t in tables}
-    history.check_files(_files(manifest, chains))
-    for name, chain in chains.items():
-        history.check_rows(chain, name)
+        notes += _compare(name, table, manifest, history.place.name)
+    chains = {name: history.chain(manifest, name) for name in named}
+    history.check_files(f for name in named for f in manifest.tables[name].admission_files)
     state = read_state(history, manifest)
-    _load_admission(history, manifest, tables)
-    for table in tables:
-        _replace(table, history, chains[table.name])
+    held = {name for name, table in named.items() if len(table.store)}
+    for name in held:
+        history.check_rows(chains[name], name)
+    counts = _admission(history, manifest, named, part)
+    changed: list[str] = []
+
+    def replace(names: Iterable[str]) -> None:
+        for name in names:
+            changed.append(name)
+            _replace(name, named[name], history, chains[name], part)
+
+    try:
+        replace(named.keys() - held)
+        with _admitting(counts):
+            replace(held)
+    except BaseException as e:
+        for name in changed:
+            _clear(named[name])
+        lost = [named[name].name for name in changed if name in held]
+        if lost and isinstance(e, Exception):
+            raise StorageError(
+                f"the old rows are gone, and the new ones could not be read or held: {e or type(e).__name__}",
+                file=history.place.name,
+                table=", ".join(lost),
+                remedy="load again, or another commit; until then the table is empty",
+            ) from e
+        raise
+    for name, table in named.items():
+        table.step = manifest.tables[name].step
     return Loaded(manifest.step, state, manifest.commit, notes)
+
+
+def named_tables(tables: Sequence[TableLike] | Mapping[str, TableLike]) -> dict[str, TableLike]:
+    """Tables by the names that they were saved by. Raises InvalidArgument."""
+    named = dict(tables) if isinstance(tables, Mapping) else {t.name: t for t in tables}
+    if len({id(t) for t in named.values()}) != len(tables):
+        raise InvalidArgument("two tables have one name", remedy="name each table differently, and once")
+    return named
 
 
 def read_state(history: History, manifest: Manifest) -> dict[str, Any]:
@@ -117,22 +169,15 @@ def read_state(history: History, manifest: Manifest) -> dict[str, Any]:
     return state
 
 
-def _files(manifest: Manifest, chains: dict[str, list[Manifest]]) -> Iterable[FileEntry]:
-    for name, chain in chains.items():
-        for link in chain:
-            yield from link.tables[name].rows + link.tables[name].erased
-        yield from manifest.tables[name].admission_files
-
-
-def _compare(table: TableLike, manifest: Manifest, path: str) -> list[str]:
+def _compare(name: str, table: TableLike, manifest: Manifest, path: str) -> list[str]:
     """Notes on a table that differs from the one saved; raises where it cannot take the rows."""
-    if table.name not in manifest.tables:
+    if name not in manifest.tables:
         raise UnknownColumn(
-            f"table {table.name!r} is not in commit {manifest.commit}",
+            f"table {name!r} is not in commit {manifest.commit}",
             file=path,
             remedy=f"it has {', '.join(manifest.tables) or 'none'}",
         )
-    entry = manifest.tables[table.name]
+    entry = manifest.tables[name]
     for what in ("dim", "dtype", "key_dtype"):
         have, saved = getattr(table, what), getattr(entry, what)
         if have != saved:
@@ -167,45 +212,79 @@ def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
     return same and table.optimizer.n_state(table.dim) == entry.n_state
 
 
-def _load_admission(history: History, manifest: Manifest, tables: Sequence[TableLike]) -> None:
-    """Replace the filters' counts, of all tables or of none."""
-    filters = [(t.admission, manifest.tables[t.name].admission_files) for t in tables if t.admission is not None]
-    new = [(f, rows.read_columns(history.place, files[0])) for f, files in filters if files]
-    old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in new]
-    for (_, columns), (_, like) in zip(new, old, strict=True):
-        if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
-            raise Corrupt(
-                f"admission counts with columns {sorted(columns)}",
-                file=history.place.where(f"{manifest.commit}.json"),
-                remedy="load another commit",
-            )
+def _admission(
+    history: History, manifest: Manifest, tables: dict[str, TableLike], part: Part
+) -> list[tuple[Any, rows.Columns, rows.Columns]]:
+    """Filters, and their counts as they were and as they are to be. Raises Corrupt."""
+    filters = [(t.admission, manifest.tables[n].admission_files) for n, t in tables.items() if t.admission is not None]
+    read = [(f, [rows.read_columns(history.place, file) for file in files]) for f, files in filters if files]
+    old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in read]
+    for (_, parts), (_, like) in zip(read, old, strict=True):
+        for columns in parts:
+            if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
+                raise Corrupt(
+                    f"admission counts with columns {sorted(columns)}",
+                    file=history.place.where(f"{manifest.commit}.json"),
+                    remedy="load another commit",
+                )
+    return [(f, like, _counts(parts, like, part)) for (f, parts), (_, like) in zip(read, old, strict=True)]
+
+
+@contextmanager
+def _admitting(counts: list[tuple[Any, rows.Columns, rows.Columns]]) -> Iterator[None]:
+    """Replace the filters' counts, of all tables or, if what is done within fails, of none."""
     try:
-        for admission, columns in new:
-            admission.load_state(columns)
+        for admission, _, new in counts:
+            admission.load_state(new)
+        yield
     except BaseException:
-        for admission, columns in old:
-            admission.load_state(columns)
+        for admission, old, _ in counts:
+            admission.load_state(old)
         raise
 
 
-def _replace(table: TableLike, history: History, chain: list[Manifest]) -> None:
-    entry = chain[-1].tables[table.name]
+def _counts(files: list[rows.Columns], like: rows.Columns, part: Part) -> rows.Columns:
+    """The counts of a part of all keys, from those of all ranks."""
+    if "key" in like:
+        whole = {name: np.concatenate([file[name] for file in files]) for name in like}
+        own = part.has(whole["key"])
+        return {name: column[own] for name, column in whole.items()}
+    if any(len(file[name]) != len(like[name]) for file in files for name in like):
+        return files[0]  # `load_state` says what is wrong with it
+    # Counters, as many for each virtual shard. Each is raised by the rank that owns the shard, and never lowered.
+    first, last = (-(-bound * N_SHARDS >> 64) for bound in part)
+    counts = {name: np.maximum.reduce([file[name] for file in files]) for name in like}
+    for column in counts.values():
+        in_shards = column.reshape(N_SHARDS, -1)
+        in_shards[:first] = in_shards[last:] = 0
+    return counts
+
+
+def _replace(name: str, table: TableLike, history: History, chain: list[Manifest], part: Part) -> None:
+    entry = chain[-1].tables[name]
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
-    forget(table)
-    for chunk in table.store.scan():
-        table.store.erase(chunk.key)
-    for link in chain:
-        for erased, lines in history.replay([link], table.name):
+    _clear(table)
+    descends = keeps and name == table.name  # by another name, a delta would be none to this commit
+    for link, steps in history.links(chain, name):
+        for erased, lines in steps:
             if lines is None:
                 table.store.erase(erased)
-            elif keeps:
-                table.store.put(lines)
-            else:
-                table.store.put(lines._replace(state=np.tile(initial, (len(lines.key), 1))))
-        if keeps:
-            descend(table, history.digest(link))
-    table.step = entry.step
+                continue
+            if part != EVERYTHING:
+                own = part.has(lines.key)
+                lines = Chunk._make(column[own] for column in lines)
+            table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
+        if descends:
+            for digest in history.same(link):
+                descend(table, digest, part)
+
+
+def _clear(table: TableLike) -> None:
+    """Without rows."""
+    forget(table)
+    for chunk in table.store.part(EVERYTHING, rows=False):
+        table.store.erase(chunk.key)
 
 
 def verify(path: str | os.PathLike[str]) -> list[Commit]:
@@ -222,7 +301,8 @@ def verify(path: str | os.PathLike[str]) -> list[Commit]:
     """
     history, manifests = _all(path)
     for manifest in manifests:
-        history.check_files(manifest.files)
+        others = (f for t in manifest.tables.values() for f in t.admission_files)
+        history.check_files([*manifest.state_files.values(), *others])
     # The last link of each chain passes through the others.
     passed = {(m.parent, name) for m in manifests for name, t in m.tables.items() if t.since is not None}
     for manifest in manifests:

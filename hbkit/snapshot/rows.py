@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +16,8 @@ import pyarrow.parquet as pq
 
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import RESTORE, FileEntry
+from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened, read_ahead
+from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
 from hbkit.store.base import CHUNK_ROWS, Chunk, Int64s
@@ -22,42 +27,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _COLUMN_ROWS = 1 << 20  # rows of a row group of the narrow files
 
 
-class Metadata(NamedTuple):
-    """What a table knows of its rows beside their floats, in key order.
-
-    Attributes
-    ----------
-    key, freq, last_step : int64[n]
-    """
-
-    key: Int64s
-    freq: Int64s
-    last_step: Int64s
-
-    def without(self, keys: Int64s) -> Metadata:
-        """Without some distinct keys."""
-        kept = ~np.isin(self.key, keys, assume_unique=True)
-        return Metadata._make(column[kept] for column in self)
-
-    def updated(self, parts: list[Metadata]) -> Metadata:
-        """With the rows of `parts`, in place of those of the same keys."""
-        both = Metadata._make(np.concatenate(columns) for columns in zip(self, *parts, strict=True))
-        order = np.argsort(both.key, kind="stable")  # linear: two runs that ascend
-        keys = both.key[order]
-        order = order[np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), np.bool_))]
-        return Metadata._make(column[order] for column in both)
-
-    def has(self, chunk: Chunk) -> npt.NDArray[np.bool_]:
-        """Which of a chunk's rows are here with the same freq and last_step: bool[n]."""
-        at = np.searchsorted(self.key, chunk.key)
-        there = at < len(self.key)
-        for mine, theirs in zip(self, chunk[:3], strict=True):
-            there[there] = mine[at[there]] == theirs[there]
-        return there
-
-
 _NONE = np.zeros(0, np.int64)
-NO_METADATA = Metadata(_NONE, _NONE, _NONE)
 
 
 def key_type(key_dtype: str) -> pa.DataType:
@@ -92,28 +62,14 @@ def _narrow(keys: Int64s, key_dtype: str, table: str) -> npt.NDArray[Any]:
     return narrow
 
 
-def _regroup(chunks: Iterable[Chunk], table: str) -> Iterator[Chunk]:
-    """The same rows in chunks of exactly CHUNK_ROWS: row groups must not depend on the tier that scans."""
-    held: list[Chunk] = []
-    n, last = 0, None
+def _in_order(chunks: Iterable[Chunk], table: str) -> Iterator[Chunk]:
+    last: int | None = None
     for chunk in chunks:
-        if len(chunk.key) and ((last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any()):
-            raise StorageError("the store does not scan in key order", table=table, remedy="report this")
-        last = chunk.key[-1] if len(chunk.key) else last
-        while len(chunk.key):
-            room = CHUNK_ROWS - n
-            held.append(Chunk._make(column[:room] for column in chunk))
-            n += len(held[-1].key)
-            chunk = Chunk._make(column[room:] for column in chunk)
-            if n == CHUNK_ROWS:
-                yield _concatenate(held)
-                held, n = [], 0
-    if held:
-        yield _concatenate(held)
-
-
-def _concatenate(chunks: list[Chunk]) -> Chunk:
-    return chunks[0] if len(chunks) == 1 else Chunk._make(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        if len(chunk.key):
+            if (last is not None and chunk.key[0] <= last) or (chunk.key[1:] <= chunk.key[:-1]).any():
+                raise StorageError("the store does not scan in key order", table=table, remedy="report this")
+            last = int(chunk.key[-1])
+            yield chunk
 
 
 def _write(draft: Draft, path: str, schema: pa.Schema, groups: Iterable[list[pa.Array]]) -> FileEntry:
@@ -134,24 +90,47 @@ def write_rows(
     draft: Draft, path: str, chunks: Iterable[Chunk], table: str, key_dtype: str, dim: int, n_state: int
 ) -> FileEntry:
     """Write lines, which must come in key order."""
-    schema = rows_schema(key_dtype, dim, n_state)
+    layout = Layout(rows_schema(key_dtype, dim, n_state), CHUNK_ROWS)
+    full, total, n, bounds = layout.group(layout.group_rows), 0, 0, []
+    data: Bytes
+    columns: list[npt.NDArray[Any]] = []
 
-    def groups() -> Iterator[list[pa.Array]]:
-        for chunk in _regroup(chunks, table):
-            arrays = [
-                pa.array(_narrow(chunk.key, key_dtype, table)),
-                pa.array(chunk.freq),
-                pa.array(chunk.last_step),
-                *(
-                    pa.FixedSizeListArray.from_arrays(
-                        pa.array(np.ascontiguousarray(lines, np.float32).reshape(-1)), type=schema.field(name).type
-                    )
-                    for name, lines in (("row", chunk.row), ("state", chunk.state))[: 1 + bool(n_state)]
-                ),
-            ]
-            yield arrays
+    def end_group() -> None:
+        bounds.append([_bounds(values[:n]) for values in columns])
+        layout.frame(layout.group(n), total == n, data)
+        sink.lend(data)
 
-    return _write(draft, path, schema, groups())
+    with draft.create(path) as sink:
+        # Row groups must not depend on the tier that scans, but lines are copied while they are in the CPU's cache.
+        for chunk in _in_order(chunks, table):
+            parts = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
+            first = 0
+            while first < len(chunk.key):
+                if n == 0:
+                    data = empty(layout.group_nbytes)
+                    columns = [column.of(data) for column in full.columns]
+                some = min(len(chunk.key) - first, layout.group_rows - n)
+                for values, lines in zip(columns, parts, strict=False):
+                    values[n : n + some] = lines[first : first + some]
+                n, total, first = n + some, total + some, first + some
+                if n == layout.group_rows:
+                    end_group()
+                    n = 0
+        if n:
+            last = layout.group(n)
+            data = empty(last.nbytes)
+            columns, filled = [column.of(data) for column in last.columns], columns
+            for values, lines in zip(columns, filled, strict=True):
+                values[:] = lines[:n]
+            end_group()
+        footer = layout.footer(total, bounds)
+        sink.write(footer if total else layout.beginning + footer)
+    return sink.entry(path, total)
+
+
+def _bounds(values: npt.NDArray[Any]) -> tuple[Any, Any] | None:
+    """Least and largest value of a column; None for lines."""
+    return (values.min(), values.max()) if values.ndim == 1 else None
 
 
 def write_keys(draft: Draft, path: str, keys: Int64s, table: str, key_dtype: str) -> FileEntry:
@@ -235,38 +214,87 @@ def _lines(reader: _Reader, column: Any, n: int, width: int) -> npt.NDArray[np.f
 
 
 def read_rows(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Chunk]:
-    """Lines of a file, in chunks; their keys ascend. Raises Corrupt."""
-    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
-    for columns in _ascending(reader, reader.columns):
-        keys = columns["key"]
-        row = _lines(reader, columns["row"], len(keys), table.dim)
-        if table.n_state:
-            state = _lines(reader, columns["state"], len(keys), table.n_state)
-        else:
-            state = np.zeros((len(keys), 0), np.float32)
-        yield Chunk(keys, columns["freq"], columns["last_step"], row, state)
+    """Lines of a file, in chunks; their keys ascend. Raises Corrupt.
+
+    The file is compared with its manifest while it is read: what is yielded is right if all comes without an error.
+    """
+    for columns in _ascending(place.where(entry.path), _read_lines(place, entry, table)):
+        state = columns.get("state", np.zeros((len(columns["key"]), 0), np.float32))
+        yield Chunk(columns["key"], columns["freq"], columns["last_step"], columns["row"], state)
 
 
-def read_metadata(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Metadata]:
-    """The same without row and state."""
-    reader = _Reader(place, entry, rows_schema(table.key_dtype, table.dim, table.n_state))
-    for columns in _ascending(reader, list(Metadata._fields)):
-        yield Metadata(**columns)
+def _read_lines(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[Columns]:
+    """All columns of each row group, lines as float32[n, width]."""
+    schema = rows_schema(table.key_dtype, table.dim, table.n_state)
+    path, layout = place.local(entry.path), Layout(schema, CHUNK_ROWS)
+    if path is not None:
+        with opened(path, entry) as fd:
+            if _is_own(fd, entry, layout):
+                try:
+                    yield from _read_in_place(fd, path, entry, layout)
+                except Corrupt:
+                    check(path, entry)  # where the checksum is wrong too, that says more
+                    raise
+                return
+    place.check(entry)
+    reader = _Reader(place, entry, schema)
+    widths = {"row": table.dim, "state": table.n_state}
+    for columns in reader.groups(reader.columns):
+        n = len(columns["key"])
+        yield {
+            name: _lines(reader, column, n, widths[name]) if name in widths else column
+            for name, column in columns.items()
+        }
+
+
+def _is_own(fd: int, entry: FileEntry, layout: Layout) -> bool:
+    """Whether a file says that it is laid out so, and has the size for it."""
+    tail = layout.tail
+    n = len(tail) + 8  # the length of the footer and the magic
+    has_room = entry.nbytes - layout.body_nbytes(entry.n_rows) >= n
+    return has_room and os.pread(fd, len(tail), entry.nbytes - n) == tail
+
+
+def _read_in_place(fd: int, path: Path, entry: FileEntry, layout: Layout) -> Iterator[Columns]:
+    """As `_read_lines`, of a file that `_is_own`: digested by one thread while another uses it where it lies."""
+    digest, bounds = entry.new_digest(), []
+    groups = [layout.group(n) for n in layout.groups(entry.n_rows)]
+    sizes = [layout.group_nbytes if g.n_rows == layout.group_rows else g.nbytes for g in groups] or [8]
+    sizes.append(entry.nbytes - sum(sizes))
+    with ThreadPoolExecutor(1, "hbkit-snapshot") as thread, closing(read_ahead(fd, path, sizes)) as parts:
+        jobs: list[Future[None]] = []
+        for number, (group, data) in enumerate(zip(groups, parts, strict=False)):
+            jobs = [*jobs[-1:], thread.submit(digest.update, data)]
+            if not layout.is_framed(group, number == 0, data):
+                raise Corrupt("the file is not laid out as it says", file=str(path), remedy=RESTORE)
+            columns = {column.name: column.of(data) for column in group.columns}
+            bounds.append([_bounds(values) for values in columns.values()])
+            yield columns
+            jobs[0].result()  # so that no more than two groups wait to be digested
+        thread.submit(lambda: None).result()
+        rest = b"".join(part.data for part in parts)
+        digest.update(rest)
+    if rest != (b"" if groups else layout.beginning) + layout.footer(entry.n_rows, bounds):
+        raise Corrupt("the footer does not say what the file holds", file=str(path), remedy=RESTORE)
+    if digest.hexdigest() != entry.digest:
+        raise Corrupt("the file's checksum is wrong", file=str(path), remedy=RESTORE)
 
 
 def read_keys(place: Place, entry: FileEntry, table: TableEntry) -> Int64s:
-    """Keys of a file of erased keys, ascending: int64[n]. Raises Corrupt."""
+    """Keys of a file of erased keys, ascending: int64[n]; compared with its manifest. Raises Corrupt."""
+    place.check(entry)
     reader = _Reader(place, entry, keys_schema(table.key_dtype))
-    return np.concatenate([_NONE, *(columns["key"] for columns in _ascending(reader, ["key"]))])
+    return np.concatenate([_NONE, *(columns["key"] for columns in _ascending(reader.path, reader.groups(["key"])))])
 
 
-def _ascending(reader: _Reader, names: list[str]) -> Iterator[dict[str, Any]]:
+def _ascending(path: str, groups: Iterable[Columns]) -> Iterator[Columns]:
+    """The same, keys as int64."""
     last: int | None = None
-    for columns in reader.groups(names):
+    for columns in groups:
         keys = columns["key"] = _wide(columns["key"])
         if len(keys):
             if (last is not None and keys[0] <= last) or (keys[1:] <= keys[:-1]).any():
-                raise reader.corrupt("keys do not ascend")
+                raise Corrupt("keys do not ascend", file=path, remedy=RESTORE)
             last = int(keys[-1])
         yield columns
 

@@ -207,6 +207,14 @@ class Part(NamedTuple):
         first, last = (-(-(x << 64) // n >> shift) << shift for x in (i, i + 1))
         return Part(first, last)
 
+    def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Which keys belong to it: bool[n]."""
+        if self.first >= self.last:
+            return np.zeros(len(keys), np.bool_)
+        mix = mixed(keys)
+        own: npt.NDArray[np.bool_] = (mix >= np.uint64(self.first)) & (mix <= np.uint64(self.last - 1))
+        return own
+
     def of(self, index: Index) -> Int64s:
         """Keys of an index that belong to it, in the order of their mix: int64[m]. Passes over their shards alone."""
         if self.first >= self.last:

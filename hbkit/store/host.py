@@ -259,11 +259,14 @@ class HostStore:
                 table=self.layout.table,
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
-        lines = np.concatenate([chunk.row, chunk.state], axis=1, dtype=np.float32)
+        row, state = (np.ascontiguousarray(lines, np.float32) for lines in chunk[3:])
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._lock.exclusive:
             with self._inserted(keys) as slots:
-                self._slabs.scatter(slots, lines)
+                for i in range(0, len(slots), NEAR_ROWS):  # so that a line is written while it is in the cache
+                    some = slice(i, i + NEAR_ROWS)
+                    self._slabs.scatter(slots[some], row[some])
+                    self._slabs.scatter(slots[some], state[some], self.layout.dim)
                 self._metadata.put(slots, freq, last_step)
             self.changes.note(keys, len(self._index))
 
@@ -388,3 +391,4 @@ class _HostPoint(Point):
 
 
 _NONE = np.zeros(0, np.int64)
+NEAR_ROWS = 1024

@@ -25,7 +25,8 @@ from hbkit.embedding import (
 from hbkit.embedding.initializers import Initializer
 from hbkit.serving import Reader
 from hbkit.serving import reader as reader_module
-from hbkit.snapshot import load, save
+from hbkit.snapshot import history as history_module
+from hbkit.snapshot import load, save, squash
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
 from hbkit.store.base import Chunk
 
@@ -268,14 +269,10 @@ def test_refresh_reads_the_new_deltas_alone(tmp_path, monkeypatch):
     t, u = train(Table("t", 4), range(1000)), Table("u", 2)
     save(tmp_path, [t, u], 0)
     monkeypatch.setattr(reader_module, "STEP", 64)
-    reader, paths, read = Reader(tmp_path), [], reader_module.History.check_files
-
-    def check_files(history, files):
-        files = list(files)
-        paths.extend(f.path for f in files)
-        read(history, files)
-
-    monkeypatch.setattr(reader_module.History, "check_files", check_files)
+    reader, paths, read = Reader(tmp_path), [], history_module.rows.read_rows
+    monkeypatch.setattr(
+        history_module.rows, "read_rows", lambda place, entry, t: paths.append(entry.path) or read(place, entry, t)
+    )
     for n in range(1, 31):  # in all more rows than there is room for at first
         train(t, range(n, n + 100), n)
         save(tmp_path, [t, u], n, base="latest")
@@ -283,6 +280,10 @@ def test_refresh_reads_the_new_deltas_alone(tmp_path, monkeypatch):
         assert n % 3 or np.array_equal(reader.lookup("t", range(1200)), t.lookup(range(1200)))
     assert len(paths) == 2 * 30 and not any(p.startswith("c00000001/") for p in paths)
     assert len(reader._held.tables["t"]._lines) < 2000
+    squash(tmp_path)  # the same rows: there is nothing to read
+    paths.clear()
+    assert reader.refresh() and not paths
+    assert np.array_equal(reader.lookup("t", range(1200)), t.lookup(range(1200)))
 
 
 def test_a_delta_that_does_not_make_its_rows_is_refused(tmp_path):

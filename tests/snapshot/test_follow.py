@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hbkit import errors
 from hbkit.embedding import SGD, Adagrad, Adam, Constant, CountAdmission, Table
-from hbkit.snapshot import follow, load, save, verify
+from hbkit.snapshot import follow, load, prune, save, squash, verify
 from hbkit.snapshot import history as history_module
 from hbkit.store import cached_ssd
 from hbkit.store.base import Chunk
@@ -95,6 +95,21 @@ def test_poll_reads_the_new_deltas_alone(tmp_path, read_files):
     assert follower.poll().commit == "c00000006"
     assert [p[:9] for p in read_files] == [f"c0000000{n}" for n in (2, 3, 4, 5, 6)]
     assert rows(mine) == rows(t)
+    squashed = squash(tmp_path)  # has the same rows
+    read_files.clear()
+    assert follower.poll().commit == squashed and not read_files and rows(mine) == rows(t)
+    last = save(tmp_path, [train(t, [3, 5000])], 9, base="latest")
+    prune(tmp_path, keep=1)
+    assert follower.poll().commit == last and [p[:9] for p in read_files] == [last] and rows(mine) == rows(t)
+
+
+def test_a_renamed_table_is_followed(tmp_path):
+    t, mine = train(Table("t", 4), range(9)), Table("mine", 4)
+    follower = follow(tmp_path, {"t": mine})
+    for n in range(3):
+        save(tmp_path, [train(t, [n, n + 20])], n, base="latest" if n else None)
+        assert follower.poll().step == n and rows(mine) == rows(t)
+    assert save(tmp_path / "other", [mine], 1) == "c00000001"
 
 
 def damage(path):

@@ -18,11 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbkit import errors
+from hbkit._ext.digest import Blake3
 from hbkit.embedding import SGD, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import load, log, save, verify
 from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
 from hbkit.store.disk import Disk
+
+
+def blake3(data):
+    digest = Blake3()
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def table(name="t", **kwargs):
@@ -185,7 +192,10 @@ HOSTILE = {
     "default nameless": edit(*T, "default", to={"std": 1.0}),
     "padding text": edit(*T, "padding_key", to="0"),
     "padding huge": edit(*T, "padding_key", to=2**64),
-    "digest": edit(*ROWS, "blake2b", to="0" * 63),
+    "digest": edit(*ROWS, "blake3", to="0" * 63),
+    "digest other": edit(*ROWS, "blake3", to="0" * 64),
+    "digest none": edit(*ROWS, "blake3", to=None),
+    "digests two": edit(*ROWS, "blake2b", to="0" * 64),
     "no tables": lambda m: m.pop("tables"),
     "more": edit("more", to=1),
     "tables a list": edit("tables", to=[]),
@@ -269,7 +279,7 @@ def test_hostile_parquet_with_a_right_checksum_never_crashes(snapshot, what):
         path.write_bytes(data)
 
         def change(m, data=bytes(data)):
-            m["tables"]["t"][what][0]["blake2b"] = hashlib.blake2b(data, digest_size=32).hexdigest()
+            m["tables"]["t"][what][0]["blake3"] = blake3(data)
 
         reseal(snapshot / "c00000002.json", change)
         t = train(table(admission=CountAdmission(1)), [70])
@@ -285,7 +295,7 @@ def test_hostile_parquet_with_a_right_checksum_never_crashes(snapshot, what):
 
 def entries(path, name):
     data = path.read_bytes()
-    return FileEntry(name, 0, len(data), hashlib.blake2b(data, digest_size=32).hexdigest())
+    return FileEntry(name, 0, len(data), blake3=blake3(data))
 
 
 @pytest.mark.parametrize("keys", [[3, 1], [1, 1]])
@@ -303,7 +313,7 @@ def test_keys_that_do_not_ascend_raise(tmp_path, keys):
     e = entries(path, "")
     reseal(
         tmp_path / "c00000001.json",
-        lambda m: m["tables"]["t"]["rows"][0].update(nbytes=e.nbytes, blake2b=e.blake2b),
+        lambda m: m["tables"]["t"]["rows"][0].update(nbytes=e.nbytes, blake3=e.blake3),
     )
     with pytest.raises(errors.Corrupt, match="keys do not ascend"):
         load(tmp_path, [t])
@@ -323,7 +333,7 @@ def test_rows_that_the_bytes_cannot_hold_are_not_read(tmp_path):
     assert e.nbytes < n
     reseal(
         tmp_path / "c00000001.json",
-        lambda m: m["tables"]["t"]["admission_files"][0].update(n_rows=n, nbytes=e.nbytes, blake2b=e.blake2b),
+        lambda m: m["tables"]["t"]["admission_files"][0].update(n_rows=n, nbytes=e.nbytes, blake3=e.blake3),
     )
     with pytest.raises(errors.Corrupt, match=f"cannot hold {n} rows"):
         verify(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hbkit.store.disk import EndOfFile
+from hbkit.store.disk import Disk, EndOfFile
 
 PAGE = 4096
 
@@ -212,3 +212,149 @@ def _after(data, pending):
 def seeded(*parts):
     """A generator of its own for each case."""
     return random.Random(repr(parts))
+
+
+class Folder:
+    def __init__(self):
+        self.durable, self.now = {}, {}  # name -> File or Folder
+        self.pending = []  # (name, what it is from now on, or None), since the last sync
+
+    def set(self, name, node):
+        self.pending.append((name, node))
+        self.now[name] = node
+        if node is None:
+            del self.now[name]
+
+    def survive(self, rng, done):
+        """What is left of it and of what it holds: any of the names changed since the last sync, in any order."""
+        if self in done:
+            return
+        done.add(self)
+        some = self.pending[: rng.randrange(len(self.pending) + 1)]
+        if rng.random() < 0.3:
+            some = [change for change in self.pending if rng.random() < 0.5]
+        self.now = dict(self.durable)
+        for name, node in some:
+            self.now[name] = node
+        self.now = {name: node for name, node in self.now.items() if node is not None}
+        self.durable, self.pending = dict(self.now), []
+        for node in self.now.values():
+            if isinstance(node, Folder):
+                node.survive(rng, done)
+            elif node not in done:
+                done.add(node)
+                node.survive(rng)
+
+
+class Tape(Disk):
+    """The disk of the operating system, and what was done to it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(direct=False, ring=False)
+        self.calls, self.paths = [], {}
+
+    def make_directory(self, path):
+        for p in reversed([path, *path.parents]):
+            if not p.is_dir():
+                self.calls.append(("make_directory", p))
+        super().make_directory(path)
+
+    def open(self, path, create=False, direct=False):
+        handle = super().open(path, create, direct)
+        self.paths[handle] = path
+        if create:
+            self.calls.append(("open", path))
+        return handle
+
+    def write(self, handle, data, offset):
+        self.calls.append(("write", self.paths[handle], offset, bytes(data)))
+        super().write(handle, data, offset)
+
+    def sync(self, handle):
+        self.calls.append(("sync", self.paths[handle]))
+        super().sync(handle)
+
+    def sync_directory(self, path):
+        self.calls.append(("sync_directory", path))
+        super().sync_directory(path)
+
+    def rename(self, path, to):
+        self.calls.append(("rename", path, to))
+        super().rename(path, to)
+
+    def unlink(self, path):
+        self.calls.append(("unlink", path))
+        super().unlink(path)
+
+    def remove_tree(self, path, ignore_errors=False):
+        for here, folders, files in os.walk(path, topdown=False):
+            self.calls += [("unlink", Path(here) / name) for name in files + folders]
+        if path.exists():
+            self.calls.append(("unlink", path))
+        super().remove_tree(path, ignore_errors)
+
+
+class Replay:
+    """A disk in memory on which the calls of a tape are done again, until the power fails.
+
+    Parameters
+    ----------
+    base : Path
+        A directory, whose content is taken as durable; calls on files elsewhere are none of its business.
+    """
+
+    def __init__(self, base):
+        self.base = base
+        self.root = self._copy(base)
+
+    def _copy(self, path):
+        node = Folder() if path.is_dir() else File()
+        if path.is_dir():
+            node.now = {p.name: self._copy(p) for p in path.iterdir()}
+            node.durable = dict(node.now)
+        else:
+            node.durable = path.read_bytes()
+            node.now = bytearray(node.durable)
+        return node
+
+    def _find(self, path):
+        node = self.root
+        for name in path.relative_to(self.base).parts:
+            node = node.now[name]
+        return node
+
+    def do(self, kind, path, *rest):
+        if kind == "make_directory":
+            self._find(path.parent).set(path.name, Folder())
+        elif kind == "open":
+            self._find(path.parent).set(path.name, File())
+        elif kind == "write":
+            file, (offset, data) = self._find(path), rest
+            file.write(offset, data)
+            file.pending.append(("write", offset, data))
+        elif kind == "sync":
+            file = self._find(path)
+            file.durable, file.pending = bytes(file.now), []
+        elif kind == "sync_directory":
+            folder = self._find(path)
+            folder.durable, folder.pending = dict(folder.now), []
+        elif kind == "rename":
+            node = self._find(path)
+            self._find(rest[0].parent).set(rest[0].name, node)
+            self._find(path.parent).set(path.name, None)
+        else:
+            assert kind == "unlink"
+            self._find(path.parent).set(path.name, None)
+
+    def lose_power(self, rng, to):
+        """What is there when it is on again, as a new directory `to`."""
+        self.root.survive(rng, set())
+        self._write(self.root, to)
+
+    def _write(self, node, to):
+        if isinstance(node, Folder):
+            to.mkdir()
+            for name, below in node.now.items():
+                self._write(below, to / name)
+        else:
+            to.write_bytes(node.now)
