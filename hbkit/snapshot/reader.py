@@ -15,11 +15,10 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.snapshot.table import TableLike, config, descend, forget
+from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget
 from hbkit.store.base import Chunk, Part
 
 N_SHARDS = 1024  # of keys, by the leading bits of their mix
-EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -255,8 +254,7 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
     _clear(table)
-    # A delta of other rows, or by another name, would be none to this commit.
-    descends = keeps and part == EVERYTHING and name == table.name
+    descends = keeps and name == table.name  # by another name, a delta would be none to this commit
     for link, steps in history.links(chain, name):
         for erased, lines in steps:
             if lines is None:
@@ -268,7 +266,7 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
             table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
         if descends:
             for digest in history.same(link):
-                descend(table, digest)
+                descend(table, digest, part)
 
 
 def _clear(table: TableLike) -> None:

@@ -1,4 +1,4 @@
-"""A table as a snapshot sees it, and which commits it descends from: marks of its store go by their digests."""
+"""A table as a snapshot sees it, and which commits it descends from: its store marks them by their digests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hbkit.store.base import Rule, Store
+from hbkit.store.base import Part, Rule, Store
 
 
 class TableLike(Protocol):
@@ -90,15 +90,18 @@ def _plain(value: Any) -> Any:
     return value if finite or value is None or isinstance(value, int | str) else repr(value)
 
 
-def descends(table: TableLike, digest: str) -> bool:
-    """Whether a delta against this commit is right for `table`: its rows were these, and what changed since is known."""
-    return table.store.changes.knows(digest)
+EVERYTHING = Part()
 
 
-def descend(table: TableLike, digest: str) -> None:
-    """Note that the rows of `table` are now what this commit holds. Nothing else may use the table meanwhile."""
+def mark(digest: str, part: Part = EVERYTHING) -> str:
+    """What a mark goes by: a commit's rows of a part of all keys."""
+    return digest if part == EVERYTHING else f"{digest} {part.first}-{part.last}"
+
+
+def descend(table: TableLike, digest: str, part: Part = EVERYTHING) -> None:
+    """Note that the rows of `table` are now what this commit holds of a part. Nothing else may use it meanwhile."""
     changes = table.store.changes
-    changes.name(changes.mark(table.store.latest_step()), digest)
+    changes.name(changes.mark(table.store.latest_step()), mark(digest, part))
 
 
 def forget(table: TableLike) -> None:

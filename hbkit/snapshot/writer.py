@@ -6,8 +6,9 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -28,8 +29,10 @@ from hbkit.snapshot.manifest import (
     table_directory,
 )
 from hbkit.snapshot.place import Draft, place_of
+from hbkit.snapshot.ranks import Group, Ranks
 from hbkit.snapshot.saving import Saving
-from hbkit.snapshot.table import TableLike, config, default_config, descends
+from hbkit.snapshot.table import TableLike, config, default_config, mark
+from hbkit.store.base import Chunk, Part
 from hbkit.store.keys import KEY_DTYPES
 from hbkit.store.point import Point
 
@@ -44,6 +47,7 @@ def save(
     base: str | None = None,
     state: Mapping[str, Any] | None = None,
     background: Literal[False] = False,
+    group: Group | None = None,
 ) -> str: ...
 
 
@@ -56,6 +60,7 @@ def save(
     state: Mapping[str, Any] | None = None,
     *,
     background: Literal[True],
+    group: Group | None = None,
 ) -> Saving: ...
 
 
@@ -66,13 +71,14 @@ def save(
     base: str | None = None,
     state: Mapping[str, Any] | None = None,
     background: bool = False,
+    group: Group | None = None,
 ) -> str | Saving:
     """Commit tables, step and state as one, durable and complete when this returns.
 
     Parameters
     ----------
     path : str or path
-        A local directory; made where it is absent.
+        A local directory, made where it is absent; or a URI (see `hbkit.snapshot.bucket.Bucket`).
     tables : sequence of Table
         Of distinct names. Rows, optimizer state, frequencies, admission counts and the tables' own steps are kept.
     step : int
@@ -87,6 +93,11 @@ def save(
         become files of their own.
     background : bool
         Return once it is settled what is saved: everything as it is now. A thread writes it while training goes on.
+    group : Group, optional
+        Ranks that save one commit together, from tables that hold the keys that each owns (`load` with
+        ``shard=(rank, size)``). All call this with the same arguments; a name of the state that several give is
+        kept as the lowest of them gives it. All return the same, or raise what one of them raised. In the background,
+        another thread uses the group. Ranks of a local directory share its file system.
 
     Returns
     -------
@@ -96,65 +107,117 @@ def save(
     Raises
     ------
     InvalidArgument
-        Two tables of one name, a state that JSON would change, a negative step.
+        Two tables of one name, a state that JSON would change, a negative step, ranks that disagree or hold keys of
+        another.
     NotFound
         There is no commit `base`.
     Locked
-        Another writer is saving here.
+        Another writer is saving here, or has committed meanwhile: nothing was committed, save again.
     StorageError
-        The disk is full or fails; earlier commits are as they were.
+        The disk is full or fails, or the service does; earlier commits are as they were.
     Unsupported
-        `path` is a URI.
+        `path` is a URI whose service needs obstore, which is not there.
 
     Notes
     -----
-    Equal rows give equal Parquet bytes, whatever tier holds them. Each table is saved as of one instant of this call, so
-    others may train it meanwhile; for several tables to be of one step, none may be trained until this returns.
+    Equal rows give equal Parquet bytes, whatever tier holds them. Each table is saved as of one instant of this call,
+    so others may train it meanwhile; for several tables to be of one step, none may be trained until this returns.
 
     In the background: rows that change before they are written are set aside, at most 64 MiB of them in memory, then in
     a temporary file in the snapshot's directory; 20 bytes for each and 8 for each row to be written come on top. A
     second save of a table, `load` and `Table.close` wait. A table of 10 million rows in host memory pauses for a pass
     over 4 of 8 bytes a row at the most, and for a copy of the admission counts.
     """
-    place = place_of(path)
-    _check(tables, step)
-    values, blobs = _split_state(state or {})
-    for table in tables:
-        if table.pending is not None:
-            table.pending.settle()
+    place, ranks = place_of(path), Ranks(group)
+    values: dict[str, Any] = {}
+    blobs: dict[str, bytes] = {}
     with ExitStack() as stack:
-        draft = stack.enter_context(place.draft())
         history = History(place)
-        parent = history.find(base) if base is not None else None
+        drafts: list[Draft] = []
+
+        def begin() -> list[str | None]:
+            _check(tables, step)
+            for one, part in zip((values, blobs), _split_state(state or {}), strict=True):
+                one.update(part)
+            for table in tables:
+                if table.pending is not None:
+                    table.pending.settle()
+            if ranks.rank:
+                return []
+            drafts.append(stack.enter_context(place.draft()))
+            found = history.find(base) if base is not None else None
+            return [drafts[0].commit, drafts[0].directory, found.commit if found is not None else None]
+
+        commit, directory, onto = ranks.gather(begin)[0]
         taken: dict[str, tuple[TableEntry, Point]] = {}
-        notes = []
-        for table in sorted(tables, key=id):  # points are waited for: all in one order
-            entry, point, note = _take(draft, table, history, parent)
-            stack.callback(point.close)
-            taken[table.name] = entry, point
-            notes += [note] if note is not None else []
+        notes: list[str] = []
+
+        def take(some: Collection[str], onto: str | None) -> dict[str, Any]:
+            if not drafts:
+                drafts.append(stack.enter_context(place.join(commit, directory)))
+            parent = history.manifest(onto) if onto is not None else None
+            for table in sorted(tables, key=id):  # points are waited for: all in one order
+                if table.name in some:
+                    entry, point, note = _take(drafts[0], table, history, parent, ranks.part)
+                    stack.callback(point.close)
+                    taken[table.name] = entry, point
+                    notes.extend(filter(None, [note]))
+            return {"tables": {name: _told(entry) for name, (entry, _) in taken.items()}, "state": [*values, *blobs]}
+
+        told = ranks.gather(lambda: take([t.name for t in tables], onto))
+        entries = [entry for t in told for entry in t["tables"].items()]
+        # What is a delta in some ranks and not in all is written in full.
+        mixed = {n for n, e in entries if e["since"] is None} & {n for n, e in entries if e["since"] is not None}
+        if mixed:
+            deltas = [n for n in mixed if n in taken and taken[n][0].since is not None]
+            for name in deltas:
+                taken[name][1].close()
+                notes.append(f"table {name} is written in full: not all ranks know what changed")
+            told = ranks.gather(lambda: take(deltas, None))
+        if any(t["tables"] != told[0]["tables"] for t in told):
+            raise InvalidArgument(
+                "ranks save different tables", remedy="give all of them tables of the same kinds at the same step"
+            )
+        for name in {n for t in told[: ranks.rank] for n in t["state"]}:
+            values.pop(name, None)
+            blobs.pop(name, None)
         for note in notes:
             log.warning("%s", note)
 
         saving = Saving(notes) if background else None
+        draft = drafts[0]
+
+        def files() -> dict[str, Any]:
+            return {
+                "tables": {t.name: asdict(_write_table(draft, t.name, *taken[t.name], saving, ranks)) for t in tables},
+                "state": values,
+                "state_files": {n: asdict(_write_bytes(draft, state_path(directory, n), b)) for n, b in blobs.items()},
+            }
+
+        def publish(parts: list[Any]) -> str:
+            if ranks.rank:
+                return ""
+            manifest = Manifest(
+                version=VERSION,
+                commit=commit,
+                parent=onto,
+                step=int(step),
+                tables={t.name: _merged([part["tables"][t.name] for part in parts]) for t in tables},
+                state={n: value for part in parts for n, value in part["state"].items()},
+                state_files={n: FileEntry(**f) for part in parts for n, f in part["state_files"].items()},
+                directory=directory,
+            )
+            data, digest = encode(manifest)
+            draft.publish(data)
+            return digest
 
         def write() -> str:
             with held:
-                manifest = Manifest(
-                    version=VERSION,
-                    commit=draft.commit,
-                    parent=parent.commit if parent else None,
-                    step=int(step),
-                    tables={t.name: _write_table(draft, t.name, *taken[t.name], saving) for t in tables},
-                    state=values,
-                    state_files={n: _write_bytes(draft, state_path(draft.directory, n), b) for n, b in blobs.items()},
-                    directory=draft.directory,
-                )
-                data, digest = encode(manifest)
-                draft.publish(data)
+                parts = ranks.gather(files)
+                digest = ranks.gather(lambda: publish(parts))[0]
                 for table in tables:
-                    table.store.changes.name(taken[table.name][1].mark, digest)
-            return draft.commit
+                    table.store.changes.name(taken[table.name][1].mark, mark(digest, ranks.part))
+            return str(commit)
 
         held = stack.pop_all()
     if saving is None:
@@ -163,6 +226,20 @@ def save(
         table.pending = saving
     saving.begin(write)
     return saving
+
+
+def _told(entry: TableEntry) -> dict[str, Any]:
+    """What all ranks must have the same of, to save one table."""
+    return {name: value for name, value in asdict(entry).items() if name != "n_rows"}
+
+
+def _merged(parts: list[dict[str, Any]]) -> TableEntry:
+    """The entry of a table of which each rank has written a part."""
+    files = {
+        name: [FileEntry(**file) for part in parts for file in part[name]]
+        for name in ("rows", "erased", "admission_files")
+    }
+    return TableEntry(**{**parts[0], **files, "n_rows": sum(part["n_rows"] for part in parts)})
 
 
 def _check(tables: Sequence[TableLike], step: int) -> None:
@@ -204,18 +281,18 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
 
 
 def _take(
-    draft: Draft, table: TableLike, history: History, parent: Manifest | None
+    draft: Draft, table: TableLike, history: History, parent: Manifest | None, part: Part
 ) -> tuple[TableEntry, Point, str | None]:
     """A point of a table, what the manifest is to say of it, and why it holds all rows although a parent was named."""
     base, name = parent.tables.get(table.name) if parent is not None else None, table.name
-    digest = why = None
+    known = why = None
     if parent is not None:
-        mine = config(table.optimizer)
+        mine, marks = config(table.optimizer), [mark(digest, part) for digest in history.same(parent)]
         if base is None:
             why = f"it is not in commit {parent.commit}"
         elif any(mine.get(k) != base.optimizer.get(k) for k in ("name", "columns")):
             why = "its optimizer is another"
-        elif (digest := next((d for d in history.same(parent) if descends(table, d)), None)) is None:
+        elif (known := next(filter(table.store.changes.knows, marks), None)) is None:
             why = (
                 f"it does not descend from commit {parent.commit}, or too much has changed since, or it has no metadata"
             )
@@ -225,7 +302,7 @@ def _take(
         counts = {} if admission is None else {k: np.array(column) for k, column in admission.state().items()}
         return int(table.step), counts
 
-    point = table.store.point(digest, keep, draft.spill)
+    point = table.store.point(known, keep, draft.spill)
     entry = TableEntry(
         dim=table.dim,
         n_state=table.optimizer.n_state(table.dim),
@@ -246,20 +323,38 @@ def _take(
     return entry, point, None if why is None else f"table {name} is written in full: {why}"
 
 
-def _write_table(draft: Draft, name: str, entry: TableEntry, point: Point, saving: Saving | None) -> TableEntry:
-    """Write the files of a table; its entry with them."""
+def _write_table(
+    draft: Draft, name: str, entry: TableEntry, point: Point, saving: Saving | None, ranks: Ranks
+) -> TableEntry:
+    """Write the files of a rank's part of a table; its entry with them."""
     directory, key_dtype = table_directory(draft.directory, name), entry.key_dtype
-    path = f"{directory}/rows-00000.parquet"
+    path = f"{directory}/rows-{ranks.rank:05d}.parquet"
     chunks = point.scan() if saving is None else saving.paced(point.scan())
+    if ranks.size > 1:
+        chunks = _own(chunks, name, ranks)
     file = rows.write_rows(draft, path, chunks, name, key_dtype, entry.dim, entry.n_state)
     erased, admission = [], []
     if len(point.erased):
-        path = f"{directory}/erased-00000.parquet"
+        path = f"{directory}/erased-{ranks.rank:05d}.parquet"
         erased.append(rows.write_keys(draft, path, point.erased, name, key_dtype))
     if entry.admission is not None:
-        path = f"{directory}/admission-00000.parquet"
+        path = f"{directory}/admission-{ranks.rank:05d}.parquet"
         admission.append(rows.write_columns(draft, path, point.kept[1]))
     return dataclasses.replace(entry, rows=[file], erased=erased, admission_files=admission)
+
+
+def _own(chunks: Iterable[Chunk], name: str, ranks: Ranks) -> Iterator[Chunk]:
+    """The same, if its keys are the rank's own."""
+    for chunk in chunks:
+        own = ranks.part.has(chunk.key)
+        if not own.all():
+            raise InvalidArgument(
+                f"rank {ranks.rank} of {ranks.size} holds key {chunk.key[~own][0]}, which another owns",
+                table=name,
+                remedy="give each rank the rows of its own keys, as load(shard=(rank, size)) does; "
+                "where all ranks hold all rows, let one of them save",
+            )
+        yield chunk
 
 
 def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:

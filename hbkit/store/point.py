@@ -170,8 +170,8 @@ class Point:
 
     Notes
     -----
-    Memory: 64 MiB of lines set aside; beyond that, about 20 bytes for each, and the file. The keys of the point, 8 bytes
-    each (in tiers with rows on disk, those changed since the mark, or some million at a time).
+    Memory: 64 MiB of lines set aside; beyond that, about 20 bytes for each, and the file. The keys of the point, 8
+    bytes each (in tiers with rows on disk, those changed since the mark, or some million at a time).
     """
 
     def __init__(

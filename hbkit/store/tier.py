@@ -742,6 +742,7 @@ class TieredStore(ABC):
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
         all_keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
+        freq, last_step = np.clip(freq, 0, 2**32 - 1), np.clip(last_step, 0, 2**32 - 1)
         with self._open(), self._change():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]

@@ -194,9 +194,9 @@ class Overtaken:
     def __getattr__(self, name):
         return getattr(self.store, name)
 
-    def scan(self, *args, **kwargs):
+    def point(self, *args, **kwargs):
         self.act()
-        return self.store.scan(*args, **kwargs)
+        return self.store.point(*args, **kwargs)
 
 
 def test_writer_that_loses_the_race_is_told_so(place, proxy):

@@ -261,9 +261,9 @@ class Tape(Disk):
 
     def open(self, path, create=False, direct=False):
         handle = super().open(path, create, direct)
+        self.paths[handle] = path
         if create:
             self.calls.append(("open", path))
-            self.paths[handle] = path
         return handle
 
     def write(self, handle, data, offset):

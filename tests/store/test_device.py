@@ -86,6 +86,24 @@ def test_device_over_ssd_reopens(tmp_path):
 
 
 @on_device
+def test_device_point_is_the_rows_of_its_instant():
+    t = train(Table("t", 5, store=device_cached(host_memory(), 500, policy="lru")))
+    store, want, before = t.store, contents(t.store), {int(k) for c in t.store.scan() for k in c.key}
+    store.changes.name(store.changes.mark(store.latest_step()), "base")
+    point = store.point()
+    train(t, seed=1)
+    assert b"".join(c.row.tobytes() for c in point.scan()) == want[-2] != contents(store)[-2]
+    point.close()
+    point = store.point("base")
+    chunks = list(store.scan())
+    stamped = [k for c in chunks for k in c.key[c.last_step > 4].tolist()]
+    assert set(stamped) <= {int(k) for c in point.scan() for k in c.key} and point.changed
+    assert before - {int(k) for c in chunks for k in c.key} <= set(point.erased.tolist())
+    point.close()
+    t.close()
+
+
+@on_device
 def test_device_admission_and_eviction_equal_host():
     def run(store):
         exported, rng = [], np.random.default_rng(0)

@@ -1,19 +1,14 @@
 """A point against a copy made at its instant, while the store goes on: any tier, all rows or those changed since a
 mark, in memory or in a file."""
 
-import gc
-import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbkit import errors
-from hbkit._ext import pool
 from hbkit.embedding import SGD, Adagrad, Adam, Ftrl, IdleSteps, Table
 from hbkit.store import cached_ssd, host_memory
-from hbkit.store import changes as changes_of
 from hbkit.store import point as points
 from hbkit.store.base import Chunk
 
