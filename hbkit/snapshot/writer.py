@@ -268,7 +268,8 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
             blobs[name] = bytes(value)
             continue
         try:
-            same = json.loads(json.dumps(value, allow_nan=False)) == value
+            values[name] = json.loads(json.dumps(value, allow_nan=False))  # a copy: the caller's may change meanwhile
+            same = values[name] == value
         except (TypeError, ValueError, RecursionError):
             same = False
         if not same:
@@ -276,7 +277,6 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
                 f"state {name!r} does not survive JSON",
                 remedy="give bytes, or str, int, finite float, bool, None, lists and dicts with str keys",
             )
-        values[name] = value
     return values, blobs
 
 
