@@ -324,8 +324,15 @@ class HostStore:
         found = [self._index.part(part.first, part.last - 1, point.bits) for part in parts]
         keys = np.concatenate([*found, point.aside.keys()])  # in this order: what is changed meanwhile is set aside
         del found
-        keys.sort()
-        yield keys[np.append(keys[1:] != keys[:-1], True)] if len(keys) else keys
+        cuts = np.arange(PIECE_ROWS, len(keys), PIECE_ROWS)
+        if len(cuts):
+            keys.partition(cuts)
+        last = keys[:0]
+        for piece in np.split(keys, cuts):  # sorted while those before are being written
+            piece.sort()
+            is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
+            yield piece[is_new]
+            last = piece[-1:]
 
     def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
         """Those that nothing was about to change until they were read."""
@@ -392,3 +399,4 @@ class _HostPoint(Point):
 
 _NONE = np.zeros(0, np.int64)
 NEAR_ROWS = 1024
+PIECE_ROWS = 1 << 18  # keys that are sorted at once
