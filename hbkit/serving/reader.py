@@ -30,7 +30,7 @@ class Reader:
     Parameters
     ----------
     path : str or path
-        Directory of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
+        Directory or URI of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
     commit : str, optional
         Its id: then `refresh` changes nothing. The newest when left out.
 
