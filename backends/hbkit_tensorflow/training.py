@@ -13,6 +13,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from hbkit import errors
+from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
 from hbkit_tensorflow.pipeline import leaves, pipeline
 
@@ -28,8 +29,8 @@ OPTIMIZERS: dict[str, Callable[[float], keras.optimizers.Optimizer]] = {
 }
 
 
-class Trainer:
-    """Trains a click model over an embedding collection, and predicts with it.
+class Trainer(Resumable):
+    """Trains a click model over an embedding collection, predicts with it, and saves and resumes.
 
     Parameters
     ----------
@@ -53,7 +54,8 @@ class Trainer:
     Notes
     -----
     For the same model, tables and data, the results are the same for every ``lookahead``, bit for bit, at a fixed
-    number of TensorFlow threads.
+    number of TensorFlow threads; so are those of a training that ``save`` and ``load`` divide, with the dropout of
+    Keras's layers as well. (What ``tf.nn.dropout`` and other stateful ops draw is known to TensorFlow alone.)
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Trainer:
         ds : Dataset
             Batched, with a label (``supervised``).
         on_step : function of (n_rows, loss), optional
-            Called after each step.
+            Called after each step; it may ``save``.
         lookahead : int, batches
             See `pipeline`.
 
@@ -94,6 +96,7 @@ class Trainer:
         for step in pipeline(ds, self.embeddings, lookahead):
             loss, rows = self._train(step.dense, step.embeddings, step.label, step.weight)
             step.apply(rows)
+            self.cursor = step.cursor
             if on_step is not None:
                 on_step(step.n_rows, float(loss))
 
@@ -139,13 +142,46 @@ class Trainer:
         return self.model(dense, embeddings, **mode)
 
     def _variables(self) -> dict[str, keras.Variable]:
-        """Weights by path, optimizer state by position: not by the names that Keras numbers if several share one."""
+        """Weights by path, optimizer state and layers' seeds by position: Keras numbers names that several share."""
         weights = {f"model/{w.path.partition('/')[2]}": w for w in self.model.weights}
-        return weights | {f"{self._optimizer_name}/{i}": v for i, v in enumerate(self._optimizer.variables)}
+        seeds = [v for v in self.model.variables if v.name == "seed_generator_state"]
+        return (
+            weights
+            | {f"{self._optimizer_name}/{i}": v for i, v in enumerate(self._optimizer.variables)}
+            | {f"seed/{i}": v for i, v in enumerate(seeds)}
+        )
 
     def dense_state(self) -> bytes:
-        """The model's weights and its optimizer's state, as a safetensors file. The tables are not in it."""
+        """The model's weights, its layers' random seeds and its optimizer's state, as a safetensors file.
+
+        The tables are not in it.
+        """
         return safetensors.numpy.save({path: np.array(array(v.value)) for path, v in self._variables().items()})
+
+    @staticmethod
+    def random_state() -> bytes:
+        """The generators of TensorFlow (``tf.random.get_global_generator``), Python and NumPy, as a safetensors file.
+
+        Those of Keras's layers belong to the model, and are in ``dense_state``.
+        """
+        own = {"tensorflow": np.array(tf.random.get_global_generator().state)}
+        return safetensors.numpy.save(random_arrays() | own)
+
+    @staticmethod
+    def load_random_state(state: bytes) -> None:
+        """Set the generators to what ``random_state`` gave.
+
+        Raises
+        ------
+        Corrupt
+            The bytes are not what it gave.
+        """
+        try:
+            arrays = safetensors.numpy.load(state)
+            set_random_arrays(arrays)
+            tf.random.get_global_generator().reset(arrays["tensorflow"])
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as e:
+            raise errors.Corrupt(f"the random state is broken: {e}", remedy="load another commit") from e
 
     def load_dense_state(self, state: bytes) -> None:
         """Load what ``dense_state`` gave. The state of an optimizer of another name is left out: this one starts anew.
@@ -163,7 +199,7 @@ class Trainer:
             raise errors.Corrupt(f"the dense state is no safetensors file: {e}", remedy="load another commit") from e
         variables = self._variables()
         kinds = ["model"] + [
-            kind for kind in [self._optimizer_name] if any(path.startswith(f"{kind}/") for path in found)
+            kind for kind in (self._optimizer_name, "seed") if any(path.startswith(f"{kind}/") for path in found)
         ]
         for kind in kinds:
             for path in sorted(path for path in variables.keys() | found.keys() if path.startswith(f"{kind}/")):

@@ -11,7 +11,7 @@ import torch
 
 import hbkit
 from hbkit import errors
-from hbkit.embedding import Collection
+from hbkit.embedding import Collection, Resumable, random_arrays, set_random_arrays
 from hbkit_torch.data import Array, Dataset
 from hbkit_torch.nn import EmbeddingCollection
 from hbkit_torch.pipeline import pipeline
@@ -26,8 +26,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-class Trainer:
-    """Trains a click model over an embedding collection, and predicts with it.
+class Trainer(Resumable):
+    """Trains a click model over an embedding collection, predicts with it, and saves and resumes.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Trainer:
     Notes
     -----
     For the same model, tables and data, the results are the same for every ``lookahead``, bit for bit, at a fixed
-    number of torch threads.
+    number of torch threads; so are those of a training that ``save`` and ``load`` divide, with dropout as well.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Trainer:
         ds : Dataset
             Batched, with a label (``supervised``).
         on_step : function of (n_rows, loss), optional
-            Called after each step.
+            Called after each step; it may ``save``.
         lookahead : int, batches
             See `pipeline`.
 
@@ -102,6 +102,7 @@ class Trainer:
             loss.backward()
             self._optimizer.step()
             step.apply()
+            self.cursor = step.cursor
             if on_step is not None:
                 on_step(step.n_rows, loss.item())
 
@@ -139,6 +140,34 @@ class Trainer:
                 if value is not None:
                     state[f"{self._optimizer_name}/{name}/{key}"] = torch.as_tensor(value)
         return safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
+
+    @staticmethod
+    def random_state() -> bytes:
+        """The generators of torch (on every device in use), Python and NumPy, as a safetensors file."""
+        states = {name: torch.from_numpy(array) for name, array in random_arrays().items()}
+        states["torch"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            states |= {f"cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        return safetensors.torch.save(states)
+
+    @staticmethod
+    def load_random_state(state: bytes) -> None:
+        """Set the generators to what ``random_state`` gave.
+
+        Raises
+        ------
+        Corrupt
+            The bytes are not what it gave.
+        """
+        try:
+            states = safetensors.torch.load(state)
+            set_random_arrays({name: tensor.numpy() for name, tensor in states.items()})
+            torch.set_rng_state(states["torch"])
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
+            raise errors.Corrupt(f"the random state is broken: {e}", remedy="load another commit") from e
+        for name, device in states.items():
+            if name.startswith("cuda/"):
+                torch.cuda.set_rng_state(device, int(name[5:]))
 
     def load_dense_state(self, state: bytes) -> None:
         """Load what ``dense_state`` gave. The state of an optimizer of another name is left out: this one starts anew.

@@ -17,6 +17,7 @@ import numpy as np
 
 import hbkit
 from hbkit.cli.columns import Columns, choose
+from hbkit.cli.commits import Commits, Every, committed, every
 from hbkit.cli.console import note, progress, summary
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
@@ -69,7 +70,10 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 
 @click.command()
 @click.option("--config", callback=_config, is_eager=True, help="TOML file of these options' names; the line wins.")
-@click.option("--data", required=True, help="Parquet files to train on: file, directory, glob or URI.")
+@click.option("--data", help="Parquet files to train on: file, directory, glob or URI.")
+@click.option(
+    "--follow", metavar="DIR", help="Instead: directory or URI; train on its Parquet files as they come, once each."
+)
 @click.option("--label", required=True, help="Column of 0 and 1 to predict.")
 @click.option("--dense", callback=_names, help="Dense columns, a,b. Inferred (floats) if no column is named.")
 @click.option(
@@ -84,12 +88,28 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of the embeddings.")
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
-@click.option("--save", help="Directory of the snapshot; each training adds a commit.")
+@click.option("--save", help="Directory or URI of the snapshot; each training adds a commit.")
+@click.option("--save-every", callback=every, metavar="EVERY", help="Commit meanwhile too: each 60s, or 500steps.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from the newest commit of --save, exactly; begin where there is none."
+)
+@click.option(
+    "--publish-every",
+    callback=every,
+    metavar="EVERY",
+    default="10s",
+    show_default=True,
+    help="With --follow: how often to commit what changed, in seconds or steps.",
+)
+@click.option(
+    "--idle-exit", type=float, metavar="SECONDS", help="With --follow: end when no new file came for so long."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
 @click.argument("extra", nargs=-1, metavar="")
 def train(
     config: str | None,
-    data: str,
+    data: str | None,
+    follow: str | None,
     label: str,
     dense: list[str],
     sparse: list[str],
@@ -103,63 +123,101 @@ def train(
     dense_lr: float,
     eval_data: str | None,
     save: str | None,
+    save_every: Every | None,
+    resume: bool,
+    publish_every: Every,
+    idle_exit: float | None,
     seed: int,
     extra: tuple[str, ...],
 ) -> None:
     """Train a click model on Parquet files, evaluate it and save it.
 
     The exit status is 0 only if training, evaluation and saving succeeded.
+
+    With --follow, files are taken once each, in order of (time of change, name), as soon as they are complete; what was
+    learnt is committed to --save as deltas. SIGINT or SIGTERM ends it after a last commit. The same command goes on
+    with the rows that no commit has.
     """
     if extra:
         raise InvalidArgument(
             f"{len(extra)} arguments belong to no option, the first is {extra[0]}",
             remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
         )
-    whole = Dataset.from_parquet(data)
-    columns = choose(whole.schema, whole.stats()["unsupported"], label, dense, sparse)
-    if not columns.sparse:
-        raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
-    for what, text in columns.describe().items():
-        note(f"{what}: {text}")
-    _check_label(data, columns)
+    options = {
+        "model": model,
+        "backend": backend,
+        "dim": dim,
+        "optimizer": optimizer,
+        "lr": lr,
+        "dense_lr": dense_lr,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    if (data is None) == (follow is None):
+        raise InvalidArgument("neither --data nor --follow, or both", remedy="name the files in one of them")
+    if save is None and (follow is not None or save_every is not None or resume):
+        raise InvalidArgument("no --save", remedy="name the directory of the snapshot")
+    if follow is not None:
+        if epochs != 1 or eval_data is not None or save_every is not None:
+            raise InvalidArgument(
+                "--epochs, --eval-data or --save-every with --follow", remedy="leave them out; see --publish-every"
+            )
+        from hbkit.cli.follow import follow as follow_files
+
+        assert save is not None
+        follow_files(follow, label, dense, sparse, save, publish_every, idle_exit, options)
+        return
+    assert data is not None
+    columns = choose_columns(Dataset.from_parquet(data), label, dense, sparse)
+    check_label(data, columns)
     # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
     if eval_data is not None:
-        _dataset(eval_data, columns, batch_size)
+        dataset(eval_data, columns, batch_size)
     if save is not None:
         place_of(save).prepare()
-    settings = settings_of(
-        columns,
-        model=model,
-        backend=backend,
-        dim=dim,
-        optimizer=optimizer,
-        lr=lr,
-        dense_lr=dense_lr,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    settings = settings_of(columns, **options)
     hb, trainer, collection = build(settings)
-    ds = _dataset(data, columns, batch_size).shuffle(seed, SHUFFLE_ROWS)
-    n_rows, losses, started = ds.n_rows, Smoothed(), time.perf_counter()
-    for epoch in range(epochs):
+    ds = dataset(data, columns, batch_size).shuffle(seed, SHUFFLE_ROWS)
+    figures: dict[str, float] | None = None
+    first, commits = 0, None
+    if save is not None:
+        loaded = committed(save, settings) if resume else None
+        if loaded is not None:
+            trainer.load(save, ds, loaded.commit)
+            first = ds.state_dict()["epoch"]
+            note(f"continuing from commit {loaded.commit}, step {collection.step}")
+
+        def state() -> dict[str, Any]:
+            return {"train": {**settings, "figures": figures}}
+
+        commits = Commits(trainer, save, save_every, state, "latest" if loaded is not None else None)
+    losses, n_rows, started = Smoothed(), 0, time.perf_counter()
+    for epoch in range(first, epochs):
         title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
-        with progress(title, n_rows, "rows") as bar:
-            trainer.fit(ds.set_epoch(epoch), on_step=_reporter(bar, losses, collection))
+        with progress(title, ds.n_rows, "rows") as bar:
+            report = reporter(bar, losses, collection)
+
+            def on_step(n: int, loss: float, report: Callable[[int, float], None] = report) -> None:
+                nonlocal n_rows
+                n_rows += n
+                report(n, loss)
+                if commits is not None:
+                    commits.step()
+
+            trainer.fit(ds.set_epoch(epoch), on_step=on_step)
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {
         "model": f"{model} ({backend}), dim {dim}",
-        "rows": f"{n_rows * epochs:,}" + (f" ({epochs} epochs)" if epochs > 1 else ""),
-        "samples/s": f"{n_rows * epochs / seconds:,.0f}",
+        "rows": f"{n_rows:,}" + (f" ({epochs} epochs)" if epochs > 1 else ""),
+        "samples/s": f"{n_rows / seconds:,.0f}",
         "training loss": f"{losses.value:.4f}",
     }
-    figures = None
     if eval_data is not None:
-        figures = measure(hb, trainer, _dataset(eval_data, columns, batch_size), eval_data)
+        figures = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data)
         result |= _show(figures)
     result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
-    if save is not None:
-        state = {"train": {**settings, "figures": figures}, "dense": trainer.dense_state()}
-        commit = hbkit.snapshot.save(save, list(collection.tables.values()), collection.step, state=state)
+    if save is not None and commits is not None:
+        commit = commits.commit()
         hbkit.snapshot.verify(save)
         result["saved"] = f"{save} (commit {commit}, verified)"
     summary("trained", result)
@@ -189,13 +247,25 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     hb, trainer, collection = build(settings)
     hbkit.snapshot.load(path, list(collection.tables.values()))
     trainer.load_dense_state(loaded.state["dense"])
-    columns = Columns(
-        settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]]
-    )
-    figures = measure(hb, trainer, _dataset(data, columns, settings["batch_size"]), data)
+    figures = measure(hb, trainer, dataset(data, columns_of(settings), settings["batch_size"]), data)
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
     result |= _show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
+
+
+def choose_columns(ds: Dataset, label: str, dense: list[str], sparse: list[str]) -> Columns:
+    """`choose` of a data set's columns, and say what was chosen; there must be keys."""
+    columns = choose(ds.schema, ds.stats()["unsupported"], label, dense, sparse)
+    if not columns.sparse:
+        raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
+    for what, text in columns.describe().items():
+        note(f"{what}: {text}")
+    return columns
+
+
+def columns_of(settings: dict[str, Any]) -> Columns:
+    """The columns that `settings_of` took."""
+    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
 
 
 def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
@@ -261,11 +331,12 @@ def _show(figures: dict[str, float]) -> dict[str, str]:
     return shown
 
 
-def _dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
+def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
+    """The rows of the columns, in batches."""
     return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
 
 
-def _check_label(data: str, columns: Columns) -> None:
+def check_label(data: str, columns: Columns) -> None:
     """Nulls and values other than 0..1 in the label, before anything is trained."""
     label = Dataset.from_parquet(data, [columns.fields[0]]).batch(SHUFFLE_ROWS)
     for batch in label:
@@ -297,7 +368,9 @@ class Smoothed:
         return self._sum / self._weight if self._weight else float("nan")
 
 
-def _reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
+def reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
+    """What shows each step; raises where the training diverged."""
+
     def on_step(n_rows: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise InvalidArgument(

@@ -19,6 +19,7 @@ from hbkit.embedding.optimizers import (
     RowWiseAdam,
     Warmup,
 )
+from hbkit.embedding.resume import Resumable, random_arrays, set_random_arrays
 from hbkit.embedding.table import Table
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MaxRows",
     "Normal",
     "Pipeline",
+    "Resumable",
     "RowWiseAdagrad",
     "RowWiseAdam",
     "SequenceOutput",
@@ -50,4 +52,6 @@ __all__ = [
     "Uniform",
     "Warmup",
     "lookahead",
+    "random_arrays",
+    "set_random_arrays",
 ]

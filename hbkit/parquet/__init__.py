@@ -3,7 +3,7 @@
 from hbkit.parquet.decoded import RowGroup, Slab
 from hbkit.parquet.field import ColumnType, Field
 from hbkit.parquet.file import File, read_columns
-from hbkit.parquet.source import Source, list_files, open_source
+from hbkit.parquet.source import Source, list_files, list_modified, open_source
 from hbkit.parquet.threads import Threads
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Source",
     "Threads",
     "list_files",
+    "list_modified",
     "open_source",
     "read_columns",
 ]

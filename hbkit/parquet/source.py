@@ -21,7 +21,17 @@ from pyarrow import fs as pafs
 from hbkit import errors
 from hbkit.parquet import fetch
 
-__all__ = ["SUFFIXES", "LocalSource", "RemoteSource", "Source", "list_files", "open_source", "resolve", "unreadable"]
+__all__ = [
+    "SUFFIXES",
+    "LocalSource",
+    "RemoteSource",
+    "Source",
+    "list_files",
+    "list_modified",
+    "open_source",
+    "resolve",
+    "unreadable",
+]
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 LEAST = 4096  # bytes of a remote request: pyarrow's S3 files find no room for the service's reasons in less
@@ -318,6 +328,20 @@ def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
         Nothing is there, or the directory holds no such file.
     """
     text = os.fspath(path)
+    found, problem, remedy = _listed(text, suffixes)
+    if not found:
+        raise errors.NotFound(problem, remedy=remedy, file=text)
+    return sorted(name for name, _ in found)
+
+
+def list_modified(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> list[tuple[int, str]]:
+    """The same files, none where nothing is there, by when they were last changed: (nanoseconds since 1970, name)."""
+    found, _, _ = _listed(os.fspath(path), suffixes)
+    return sorted((time or 0, name) for name, time in found)
+
+
+def _listed(text: str, suffixes: Sequence[str]) -> tuple[list[tuple[str, int | None]], str, str]:
+    """Names and times of the files that a path stands for; and if there are none, what is wrong, and the remedy."""
     filesystem, inner = resolve(text)
     prefix = suffix = ""
     if filesystem is None:
@@ -327,13 +351,13 @@ def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
         if not isinstance(filesystem, pafs.PyFileSystem) and "?" in text:
             suffix = text[text.index("?") :]  # pyarrow's own file systems take their options there
     try:
-        kind = filesystem.get_file_info(inner).type
-        if kind == pafs.FileType.File:
-            return [text]
-        if kind == pafs.FileType.Directory:
+        info = filesystem.get_file_info(inner)
+        if info.type == pafs.FileType.File:
+            return [(text, info.mtime_ns)], "", ""
+        if info.type == pafs.FileType.Directory:
             base = inner.rstrip("/")
-            names = [n for n in _walk(filesystem, base) if n.lower().endswith(tuple(suffixes))]
-            names = [n for n in names if not any(_hidden(p) for p in n[len(base) :].split("/"))]
+            files = [i for i in _walk(filesystem, base) if i.path.lower().endswith(tuple(suffixes))]
+            files = [i for i in files if not any(_hidden(p) for p in i.path[len(base) :].split("/"))]
             problem = f"the directory holds no file that ends in {' or '.join(suffixes)}"
             remedy = f"name the files, or end them in {suffixes[0]}"
         elif _WILD.search(inner):
@@ -341,24 +365,22 @@ def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
             fixed = next(i for i, part in enumerate(parts) if _WILD.search(part))
             base = "/".join(parts[:fixed]) or ("/" if inner.startswith("/") else ".")
             pattern = re.compile(_glob_regex(inner if fixed or inner.startswith("/") else "./" + inner))
-            names = [n for n in _walk(filesystem, base) if pattern.fullmatch(n)]
+            files = [i for i in _walk(filesystem, base) if pattern.fullmatch(i.path)]
             problem, remedy = "the glob matches no file", "check the pattern"
         else:
-            names, problem, remedy = [], "no such file or directory", "check the path"
+            files, problem, remedy = [], "no such file or directory", "check the path"
     except OSError as e:
         raise _refused(text, e) from e
-    if not names:
-        raise errors.NotFound(problem, remedy=remedy, file=text)
-    return sorted(prefix + n + suffix for n in names)
+    return [(prefix + i.path + suffix, i.mtime_ns) for i in files], problem, remedy
 
 
 def _hidden(part: str) -> bool:
     return part.startswith(".") or (part.startswith("_") and "=" not in part)
 
 
-def _walk(filesystem: Any, base: str) -> list[str]:
+def _walk(filesystem: Any, base: str) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-    return [i.path for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
+    return [i for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
 
 
 def _glob_regex(pattern: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from types import TracebackType
@@ -17,7 +18,7 @@ from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.store.base import Float32s
+from hbkit.store.base import Chunk, Float32s, Int64s
 from hbkit.store.keys import as_keys
 
 __all__ = ["Reader"]
@@ -29,7 +30,7 @@ class Reader:
     Parameters
     ----------
     path : str or path
-        Directory of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
+        Directory or URI of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
 
     Raises
     ------
@@ -44,7 +45,12 @@ class Reader:
 
     Notes
     -----
-    Safe to use from several threads; lookups take no lock. While `refresh` loads, two commits are in memory.
+    Safe to use from several threads; lookups take no lock, and each reads one commit.
+
+    Memory: a row is float32[dim], 4 bytes, and 16 to 20 of an index. Where the newest commit builds on the one held,
+    `refresh` reads only the deltas since, and its time and memory follow their rows (and 4 bytes for each row of the
+    table). The rows that they replace stay until a fifth of all are such; then those that are left are copied. While
+    that is done, or a commit is loaded that does not build on the one held, two commits are in memory.
 
     Examples
     --------
@@ -97,7 +103,7 @@ class Reader:
             newest = history.find(None)
             if history.digest(newest) == held.digest:
                 return False
-            self._held = _Held(history, newest)
+            self._held = _Held(history, newest, held)
             return True
 
     @property
@@ -138,51 +144,117 @@ class Reader:
 class _Held:
     """All tables of one commit, never changed."""
 
-    def __init__(self, history: History, manifest: Manifest | None) -> None:
+    def __init__(self, history: History, manifest: Manifest | None, before: _Held | None = None) -> None:
         self.manifest = manifest or history.find(None)
         self.digest = history.digest(self.manifest)
-        chains = {name: history.chain(self.manifest, name) for name in self.manifest.tables}
-        history.check_files(
-            file
-            for name, chain in chains.items()
-            for link in chain
-            for file in link.tables[name].rows + link.tables[name].erased
-        )
-        self.tables = {name: _Rows(history, name, chain) for name, chain in chains.items()}
+        self.tables = {name: self._rows(history, name, before) for name in self.manifest.tables}
+
+    def _rows(self, history: History, name: str, before: _Held | None) -> _Rows:
+        entry = self.manifest.tables[name]
+        if before is not None and name in before.tables and before.tables[name].reads_like(entry):
+            changes = history.changes(self.manifest, name, before.digest)
+            if changes is not None:
+                return before.tables[name].changed(*changes, entry, history.place.name)
+        return _Rows.load(history, name, history.chain(self.manifest, name))
+
+
+ABSENT, ZEROS, FIRST = 0, 1, 2  # lines: what absent keys read, what the padding key reads, and the first of a key
+STEP = 4096  # keys that are made known at once: lookups wait meanwhile
 
 
 class _Rows:
-    """One table: an index over contiguous rows."""
+    """One table at one commit: key to slot to line.
 
-    def __init__(self, history: History, name: str, chain: list[Manifest]) -> None:
-        self._name = name
-        self._entry: TableEntry = chain[-1].tables[name]
-        keys = history.check_rows(chain, name)
-        self._index = Index(len(keys))
-        self._index.find_or_insert(keys)  # slots are 0..n-1 in this order
-        # Two rows more than keys: zeros for the padding key and, since an absent key's slot is -1, the default last.
-        self._rows = np.zeros((len(keys) + 2, self._entry.dim), np.float32)
+    The commits of a reader share the index and the lines, to which a newer commit only adds; what tells them apart is
+    `place`, the line of each slot. So an older one, which lookups under way may hold, reads what it always read.
+    """
+
+    def __init__(self, name: str, entry: TableEntry, n_keys: int, file: str) -> None:
+        self._name, self._entry, self.n_rows = name, entry, n_keys
+        room = n_keys + n_keys // 4 + STEP  # for slots, and for lines: memory that is not touched is not taken
+        self._index = Index(n_keys)
+        self._lines = np.zeros((FIRST + room, entry.dim), np.float32)
+        self._n_lines = FIRST
+        self._place = np.full(room + 1, ABSENT, np.uint32)  # the last one is that of slot -1
         self._drawn: Initializer | None = None
-        default, key = self._entry.default, self._entry.padding_key
-        if isinstance(default, dict):
-            self._drawn = self._initializer(default, history.place.name)
-        elif default is not None:
-            self._rows[-1] = default
-        self._padding = None if key is None else as_keys([key], self._entry.key_dtype, name)[0]
-        for _, lines in history.replay(chain, name):
-            if lines is not None:  # a key erased and not made again is not among the keys
-                slots = self._index.find(lines.key)
-                there = slots >= 0
-                self._rows[slots[there]] = lines.row[there]
+        if isinstance(entry.default, dict):
+            self._drawn = self._initializer(entry.default, file)
+        elif entry.default is not None:
+            self._lines[ABSENT] = entry.default
+        self._padding = None if entry.padding_key is None else as_keys([entry.padding_key], entry.key_dtype, name)[0]
+
+    @staticmethod
+    def load(history: History, name: str, chain: list[Manifest]) -> _Rows:
+        """A table as a chain of commits has it."""
+        keys = history.check_rows(chain, name)
+        held = _Rows(name, chain[-1].tables[name], len(keys), history.place.name)
+        held._know(keys)
+        for _, chunk in history.replay(chain, name):
+            if chunk is not None:  # a key erased and not made again is not among the keys
+                lines = held._find(chunk.key)
+                there = lines != ABSENT
+                held._lines[lines[there]] = chunk.row[there]
+        return held
+
+    def reads_like(self, entry: TableEntry) -> bool:
+        """Whether rows of `entry` can stand beside these."""
+        same = ("dim", "key_dtype", "default", "padding_key")
+        return all(getattr(self._entry, what) == getattr(entry, what) for what in same)
+
+    def changed(self, erased: Int64s, chunk: Chunk, entry: TableEntry, file: str) -> _Rows:
+        """Without some keys, and with the rows of `chunk`. Raises Corrupt where that does not make `entry`."""
+        was_there = self._find(erased) != ABSENT
+        is_new = self._find(chunk.key) == ABSENT
+        n_rows = self.n_rows - int(was_there.sum()) + int(is_new.sum())
+        if n_rows != entry.n_rows:
+            raise Corrupt(
+                f"the deltas make {n_rows} rows, the manifest says {entry.n_rows}",
+                file=file,
+                table=self._name,
+                remedy=RESTORE,
+            )
+        room = len(self._place) - 1
+        if max(self._index.n_slots + is_new.sum(), self._n_lines - FIRST + len(chunk.key)) > room:
+            return self._packed(len(chunk.key), file).changed(erased, chunk, entry, file)
+        new = copy.copy(self)
+        new._entry, new.n_rows, new._place = entry, n_rows, self._place.copy()
+        new._place[new._index.find(erased)] = ABSENT
+        new._know(chunk.key)
+        new._lines[self._n_lines : new._n_lines] = chunk.row
+        return new
+
+    def _packed(self, more: int, file: str) -> _Rows:
+        """The same rows, with room for `more` of them, and none that are not read."""
+        keys, slots = self._index.items()
+        lines = self._place[slots]
+        there = lines != ABSENT
+        new = _Rows(self._name, self._entry, self.n_rows + more, file)
+        new.n_rows = self.n_rows
+        new._know(keys[there])
+        np.take(self._lines, lines[there], axis=0, out=new._lines[FIRST : new._n_lines], mode="clip")
+        return new
+
+    def _know(self, keys: Int64s) -> None:
+        """Give each of some distinct keys a new line."""
+        for first in range(0, len(keys), STEP):
+            part = keys[first : first + STEP]
+            slots, _ = self._index.find_or_insert(part)
+            self._place[slots] = np.arange(self._n_lines, self._n_lines + len(part))
+            self._n_lines += len(part)
+
+    def _find(self, keys: Int64s) -> npt.NDArray[np.uint32]:
+        lines: npt.NDArray[np.uint32] = np.take(self._place, self._index.find(keys))
+        return lines
 
     def lookup(self, keys: npt.ArrayLike) -> Float32s:
+        """As `Reader.lookup`."""
         held = as_keys(keys, self._entry.key_dtype, self._name)
-        slots = self._index.find(held)
+        lines = self._find(held)
         if self._padding is not None:
-            slots[held == self._padding] = len(self._rows) - 2
-        rows = np.take(self._rows, slots, axis=0)
+            lines[held == self._padding] = ZEROS
+        rows = np.take(self._lines, lines, axis=0)
         if self._drawn is not None:
-            absent = np.flatnonzero(slots < 0)
+            absent = np.flatnonzero(lines == ABSENT)
             rows[absent] = self._drawn(self._name, held[absent], self._entry.dim)
         return rows
 

@@ -1,5 +1,6 @@
 """Tables, step and state on disk as one commit: Parquet files that other tools read, and a manifest of checksums."""
 
+from hbkit.snapshot.follow import Follower, follow
 from hbkit.snapshot.interop import (
     export_arrow,
     export_dense,
@@ -19,6 +20,7 @@ from hbkit.snapshot.writer import save
 __all__ = [
     "Commit",
     "Diff",
+    "Follower",
     "Loaded",
     "Saving",
     "diff",
@@ -28,6 +30,7 @@ __all__ = [
     "export_ipc",
     "export_npy",
     "export_parquet",
+    "follow",
     "import_arrays",
     "import_parquet",
     "load",

@@ -66,20 +66,22 @@ class History:
 
     def chain(self, manifest: Manifest, table: str) -> list[Manifest]:
         """The commits that hold a table's rows as of `manifest`: the one with all rows first. Raises Corrupt."""
-        chain = [manifest]
-        while (since := (entry := chain[-1].tables[table]).since) is not None:
-            assert chain[-1].parent is not None
-            parent = self.manifest(chain[-1].parent)
+        return list(self._chain(manifest, table))[::-1]
+
+    def _chain(self, manifest: Manifest, table: str) -> Iterator[Manifest]:
+        yield manifest
+        while (since := (entry := manifest.tables[table]).since) is not None:
+            assert manifest.parent is not None
+            parent = self.manifest(manifest.parent)
             below = parent.tables.get(table)
             if below is None or below.step != since or _shape(below) != _shape(entry):
                 raise Corrupt(
-                    f"commit {chain[-1].commit} does not fit its parent",
+                    f"commit {manifest.commit} does not fit its parent",
                     file=self.place.where(f"{parent.commit}.json"),
                     table=table,
                     remedy=RESTORE,
                 )
-            chain.append(parent)
-        return chain[::-1]
+            yield (manifest := parent)
 
     def check_files(self, files: Iterable[FileEntry]) -> None:
         """Compare files with their manifests: present, whole, every bit. Raises Corrupt."""
@@ -112,6 +114,33 @@ class History:
     def links(self, chain: list[Manifest], table: str) -> Iterator[tuple[Manifest, Iterator[Step]]]:
         """`replay`, a commit after the other."""
         return self._links(chain, table, _Keys())
+
+    def changes(self, manifest: Manifest, table: str, digest: str) -> tuple[Int64s, Chunk] | None:
+        """What makes a table of the commit of this digest the one of `manifest`: keys to erase, and lines to put.
+
+        Both ascend, no key is in both, and all of it is in memory at once. None where the chain of `manifest` does not
+        pass through that commit; what is before it is not read. Raises Corrupt.
+        """
+        links: list[Manifest] = []
+        for link in self._chain(manifest, table):
+            if digest in self.same(link):
+                break
+            links.append(link)
+        else:
+            return None
+        entry, none = manifest.tables[table], np.zeros(0, np.int64)
+        empty = Chunk(none, none, none, np.zeros((0, entry.dim), np.float32), np.zeros((0, entry.n_state), np.float32))
+        chunks, events, n = [empty], [(none, none)], 0  # keys, and the line that each of them has then, or -1
+        for erased, chunk in self.replay(links[::-1], table):
+            if chunk is None:
+                events.append((erased, np.full(len(erased), -1)))
+            else:
+                chunks.append(chunk)
+                events.append((chunk.key, np.arange(n, n := n + len(chunk.key))))
+        keys, lines = _last(*(np.concatenate(parts) for parts in zip(*events, strict=True)))
+        whole = Chunk._make(np.concatenate(columns) for columns in zip(*chunks, strict=True))
+        put = lines >= 0
+        return keys[~put], Chunk._make(column[lines[put]] for column in whole)
 
     def _links(self, chain: list[Manifest], table: str, held: _Keys) -> Iterator[tuple[Manifest, Iterator[Step]]]:
         counted = bool(chain) and chain[0].tables[table].since is None
@@ -195,6 +224,14 @@ def _merged(a: list[Int64s], b: list[Int64s]) -> tuple[list[Int64s], bool]:
     both.sort(kind="stable")  # linear: two runs that ascend
     is_new = np.append(True, both[1:] != both[:-1])
     return [both[is_new]], bool(is_new.all())
+
+
+def _last(keys: Int64s, values: Int64s) -> tuple[Int64s, Int64s]:
+    """Each key once, ascending, with the last of its values."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    last = np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), np.bool_))
+    return keys[last], values[order[last]]
 
 
 def _shape(entry: TableEntry) -> tuple[Any, ...]:

@@ -75,7 +75,7 @@ def load(
     Parameters
     ----------
     path : str or path
-        Directory of a snapshot.
+        Directory or URI of a snapshot.
     tables : sequence of Table, or mapping of str to Table
         Any of the snapshot's, found by name, or by the name that a mapping gives: that of the table when it was saved.
         Their rows, optimizer state, admission counts and step are replaced. Where the optimizer is another class than
@@ -108,9 +108,7 @@ def load(
     """
     history = History(place_of(path))
     manifest = history.find(commit)
-    named = dict(tables) if isinstance(tables, Mapping) else {t.name: t for t in tables}
-    if len({id(t) for t in named.values()}) != len(tables):
-        raise InvalidArgument("two tables have one name", remedy="name each table differently, and once")
+    named = named_tables(tables)
     if not 0 <= shard[0] < shard[1]:
         raise InvalidArgument(f"shard {shard}", remedy="give (i, n) with 0 <= i < n")
     part = Part.share(*shard, bits=10)
@@ -120,12 +118,8 @@ def load(
             table.pending.settle()
         notes += _compare(name, table, manifest, history.place.name)
     chains = {name: history.chain(manifest, name) for name in named}
-    history.check_files(
-        [*manifest.state_files.values(), *(f for name in named for f in manifest.tables[name].admission_files)]
-    )
-    state = dict(manifest.state)
-    for name, file in manifest.state_files.items():
-        state[name] = history.place.read(file.path, file.nbytes)
+    history.check_files(f for name in named for f in manifest.tables[name].admission_files)
+    state = read_state(history, manifest)
     held = {name for name, table in named.items() if len(table.store)}
     for name in held:
         history.check_rows(chains[name], name)
@@ -156,6 +150,23 @@ def load(
     for name, table in named.items():
         table.step = manifest.tables[name].step
     return Loaded(manifest.step, state, manifest.commit, notes)
+
+
+def named_tables(tables: Sequence[TableLike] | Mapping[str, TableLike]) -> dict[str, TableLike]:
+    """Tables by the names that they were saved by. Raises InvalidArgument."""
+    named = dict(tables) if isinstance(tables, Mapping) else {t.name: t for t in tables}
+    if len({id(t) for t in named.values()}) != len(tables):
+        raise InvalidArgument("two tables have one name", remedy="name each table differently, and once")
+    return named
+
+
+def read_state(history: History, manifest: Manifest) -> dict[str, Any]:
+    """The state of a commit, as it was given to `save`. Raises Corrupt."""
+    history.check_files(manifest.state_files.values())
+    state = dict(manifest.state)
+    for name, file in manifest.state_files.items():
+        state[name] = history.place.read(file.path, file.nbytes)
+    return state
 
 
 def _compare(name: str, table: TableLike, manifest: Manifest, path: str) -> list[str]:

@@ -103,7 +103,7 @@ def write_rows(
     with draft.create(path) as sink:
         # Row groups must not depend on the tier that scans, but lines are copied while they are in the CPU's cache.
         for chunk in _in_order(chunks, table):
-            parts = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
+            parts: tuple[Any, ...] = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
             first = 0
             while first < len(chunk.key):
                 if n == 0:

@@ -204,8 +204,8 @@ class HostStore:
                 self._set_aside(point, keys, self._index.find(keys))
             slots = self._index.erase(keys)
             n -= len(self._index)
-            self.changes.note(keys[slots >= 0], n)
             self._erasures += n > 0
+            self.changes.note(keys, len(self._index), slots)
             return n
 
     def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
@@ -301,7 +301,7 @@ class HostStore:
         if (point := self._point) is not None:
             self._set_aside(point, lease.keys, lease.slots)
         if not self.changes.tells(step):
-            self.changes.note(lease.keys[lease.slots >= 0], len(self._index))
+            self.changes.note(lease.keys, len(self._index), lease.slots)
 
     def _set_aside(self, point: _HostPoint, keys: Int64s, slots: Int64s) -> None:
         """Set aside the lines of rows that are about to change, those that the point still needs. Never fails."""

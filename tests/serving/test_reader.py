@@ -24,7 +24,9 @@ from hbkit.embedding import (
 )
 from hbkit.embedding.initializers import Initializer
 from hbkit.serving import Reader
-from hbkit.snapshot import load, save
+from hbkit.serving import reader as reader_module
+from hbkit.snapshot import history as history_module
+from hbkit.snapshot import load, save, squash
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
 from hbkit.store.base import Chunk
 
@@ -233,15 +235,85 @@ def test_refresh_that_fails_keeps_the_commit(tmp_path):
     assert reader.refresh() and reader.step == 2
 
 
-def test_lookups_during_refresh_read_one_commit_each(tmp_path):
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["train", "erase", "delta", "full", "refresh"]), st.sets(st.integers(0, 30)))
+)
+
+
+@settings(max_examples=15)
+@given(events=EVENTS, default=st.sampled_from([0.0, 0.5, Normal(0, 1, seed=1)]), room=st.integers(1, 20))
+def test_refreshed_reader_is_as_a_new_one(tmp_path_factory, events, default, room):
+    path = tmp_path_factory.mktemp("served")
+    t = train(Table("t", 3, default=default, padding_key=4), [1, 2])
+    save(path, [t], 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "STEP", room)  # so that room has to be made
+        reader, keys = Reader(path), np.arange(31)
+        for n, (event, some) in enumerate([*events, ("delta", ()), ("refresh", ())]):
+            if event == "train":
+                train(t, some, n)
+            elif event == "erase":
+                t.store.erase(np.array(sorted(some), np.int64))
+            elif event == "refresh":
+                reader.refresh()
+                with Reader(path) as new:
+                    assert reader.lookup("t", keys).tobytes() == new.lookup("t", keys).tobytes()
+                    assert (reader.commit, reader.step) == (new.commit, new.step)
+            else:
+                save(path, [t], n, base="latest" if event == "delta" else None)
+        assert reader.lookup("t", keys).tobytes() == t.lookup(keys).tobytes()
+    shutil.rmtree(path)
+
+
+def test_refresh_reads_the_new_deltas_alone(tmp_path, monkeypatch):
+    t, u = train(Table("t", 4), range(1000)), Table("u", 2)
+    save(tmp_path, [t, u], 0)
+    monkeypatch.setattr(reader_module, "STEP", 64)
+    reader, paths, read = Reader(tmp_path), [], history_module.rows.read_rows
+    monkeypatch.setattr(
+        history_module.rows, "read_rows", lambda place, entry, t: paths.append(entry.path) or read(place, entry, t)
+    )
+    for n in range(1, 31):  # in all more rows than there is room for at first
+        train(t, range(n, n + 100), n)
+        save(tmp_path, [t, u], n, base="latest")
+        assert n % 3 or reader.refresh()
+        assert n % 3 or np.array_equal(reader.lookup("t", range(1200)), t.lookup(range(1200)))
+    assert len(paths) == 2 * 30 and not any(p.startswith("c00000001/") for p in paths)
+    assert len(reader._held.tables["t"]._lines) < 2000
+    squash(tmp_path)  # the same rows: there is nothing to read
+    paths.clear()
+    assert reader.refresh() and not paths
+    assert np.array_equal(reader.lookup("t", range(1200)), t.lookup(range(1200)))
+
+
+def test_a_delta_that_does_not_make_its_rows_is_refused(tmp_path):
+    t = train(Table("t", 4), range(10))
+    save(tmp_path, [t], 0)
+    reader, want = Reader(tmp_path), t.lookup(range(20))
+    commit = save(tmp_path, [train(t, [3, 11])], 1, base="latest")
+
+    def change(manifest):
+        manifest["tables"]["t"]["n_rows"] = 10
+
+    reseal(tmp_path / f"{commit}.json", change)
+    with pytest.raises(errors.Corrupt, match="make 11 rows"):
+        reader.refresh()
+    assert np.array_equal(reader.lookup("t", range(20)), want)
+    reseal(tmp_path / f"{commit}.json", lambda manifest: manifest["tables"]["t"].update(n_rows=11))
+    assert reader.refresh() and np.array_equal(reader.lookup("t", range(20)), t.lookup(range(20)))
+
+
+@pytest.mark.parametrize("base", [None, "latest"])
+def test_lookups_during_refresh_read_one_commit_each(tmp_path, base):
     """Every row of commit n holds n: a lookup that mixed commits would show two numbers."""
     keys = np.arange(20_000)
+    t = Table("t", 4, optimizer=Adagrad(), initializer=Constant(0))
 
     def commit(n):
-        t = Table("t", 4, optimizer=Adagrad(), initializer=Constant(0))
         full = np.full((len(keys), 4), n, np.float32)
-        t.store.put(Chunk(keys, keys, keys, full, full))
-        save(tmp_path, [t], n)
+        t.store.put(Chunk(keys, keys, np.full(len(keys), n), full, full))
+        t.step = n
+        save(tmp_path, [t], n, base=base if n > 1 else None)
 
     commit(1)
     reader, seen, failed, done = Reader(tmp_path), set(), [], threading.Event()

@@ -10,7 +10,7 @@ from powerless import Replay, Tape, seeded
 
 from hbkit import errors
 from hbkit.embedding import SGD, CountAdmission, Table
-from hbkit.snapshot import load, place, save, verify
+from hbkit.snapshot import load, place, prune, save, squash, verify
 from hbkit.snapshot.place import place_of
 
 
@@ -140,6 +140,32 @@ def test_each_sync_is_needed(tmp_path, monkeypatch, omitted):
         assert not all(survives(n, seed) for seed in range(40) for n in range(len(fewer) - 4, len(fewer) + 1)), calls[
             skip
         ]
+
+
+def test_power_lost_at_any_call_of_a_prune_leaves_whole_commits(tmp_path, monkeypatch):
+    def begin(path):
+        t, go = delta(path)
+        go()
+        squash(path)
+        save(path, [train(t, range(9), seed=2)], 3, base="latest")
+        return t, lambda: prune(path, keep=2)
+
+    calls, _, new = tape(tmp_path, monkeypatch, begin)
+    assert sum(kind == "unlink" for kind, *_ in calls) > 10
+    found = set()
+    for n in range(len(calls) + 1):
+        for seed in range(2):
+            path = left(tmp_path, calls[:n], seeded("prune", n, seed))
+            commits = [c.id for c in verify(path)]
+            u = table()
+            assert load(path, [u]).step == 3 and lines(u) == lines(new)
+            prune(path, keep=2)
+            assert [c.id for c in verify(path)] == ["c00000003", "c00000004"]
+            assert {p.name for p in path.iterdir()} == {"LOCK"} | {
+                name for c in ("c00000003", "c00000004") for name in (c, f"{c}.json")
+            }
+            found.add(tuple(commits))
+    assert len(found) > 1 and all(commits[-2:] == ("c00000003", "c00000004") for commits in found)
 
 
 KILLED = """
