@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,7 @@ class Device:
             )
         with self._named():
             from numba import cuda as numba_cuda
+            from numba.core.errors import NumbaPerformanceWarning
 
             cuda: Any = numba_cuda  # its annotations are partial
             if not cuda.is_available():
@@ -83,6 +85,8 @@ class Device:
                 raise DeviceUnavailable(
                     f"there are {len(cuda.gpus)} CUDA devices", device=name, remedy="name one of them, from cuda:0"
                 )
+            # Numba warns where a launch is too small to fill the device, as those of small batches are.
+            warnings.filterwarnings("ignore", "Grid size", category=NumbaPerformanceWarning)
             self._cuda = cuda
             self._compiled: dict[Any, Any] = {}
             with cuda.gpus[self._number]:

@@ -485,15 +485,29 @@ def segment_sum(
         return np.zeros((n_segments, dim), np.float32)
     order = np.argsort(segment, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=n_segments))]).astype(np.int64)
-    sums = _Sums(
-        device.send(values),
-        device.none(np.int64) if rows is None else device.send(rows),
-        device.none(np.float32) if scale is None else device.send(scale),
-        device.send(order),
-        device.send(starts),
-    )
-    shift, vec = shift_of(dim), fours(dim)
-    partials, out = device.empty((n_partials(n), dim), np.float32), device.empty((n_segments, dim), np.float32)
-    device.launch(block_sums, partials.shape[0] << shift, *sums, partials, shift, vec)
-    device.launch(segment_sums, n_segments << shift, *sums, partials, out, shift, vec)
+    out = device.empty((n_segments, dim), np.float32)
+    sum_segments(device, values, order, starts, out, rows, scale)
     return device.fetch(out)
+
+
+def sum_segments(
+    device: Device, values: Any, order: Any, starts: Any, out: Any, rows: Any = None, scale: Any = None
+) -> None:
+    """``out[s]`` = sum of ``scale[p] * values[rows[p]]`` over p in ``order[starts[s]:starts[s + 1]]``; does not wait.
+
+    Arrays are in device memory, or are copied there; `out` is there. There is at least one position.
+    """
+    send = device.array
+    sums = _Sums(
+        send(values),
+        device.none(np.int64) if rows is None else send(rows),
+        device.none(np.float32) if scale is None else send(scale),
+        send(order),
+        send(starts),
+    )
+    out = send(out)
+    n, dim = out.shape
+    shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
+    partials = device.empty((n_partials(sums.order.size), dim), np.float32)
+    device.launch(block_sums, partials.shape[0] << shift, *sums, partials, shift, vec)
+    device.launch(segment_sums, n << shift, *sums, partials, out, shift, vec)

@@ -38,7 +38,8 @@ def quantize(rows: Any, values: Any, scales: Any, error: Any) -> None:
                 bits = np.uint16(bits + 1)
             step = widen_float16(bits)
             for j in range(part, dim, COOPERATING):
-                values[i, j] = np.int8(rint(div(rows[i, j], step))) if step > ZERO else np.int8(0)
+                fits = step > ZERO and abs(rows[i, j]) <= LARGEST
+                values[i, j] = np.int8(rint(div(rows[i, j], step))) if fits else np.int8(0)
             if part == 0:
                 scales[i] = bits
 
