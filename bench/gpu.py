@@ -123,7 +123,9 @@ class Bench:
         """The device, the versions, and the speed of plain copies."""
         gpu, driver = self.cuda.get_current_device(), self.cuda.cudadrv.driver.driver.get_version()
         name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
-        self.say(f"Measured on: {name}, {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}, {platform.machine()}")
+        self.say(
+            f"Measured on: {name}, {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}, {platform.machine()}"
+        )
         self.say(f"numba-cuda {importlib.metadata.version('numba-cuda')}, Python {platform.python_version()}")
         self.say(f"command: python bench/gpu.py {' '.join(sys.argv[1:])}")
         n = 2**30
@@ -139,7 +141,9 @@ class Bench:
             f"copies: {self.copy_gbs:,.0f} GB/s on the device (read and written), "
             f"{n / 4 / up / 1e6:.1f} GB/s from pinned memory, {n / 4 / down / 1e6:.1f} GB/s to it"
         )
-        self.say(f"workload: {N_IDS:,} ids, {self.n_unique:,} distinct, the most frequent {np.diff(self.starts).max():,} times")
+        self.say(
+            f"workload: {N_IDS:,} ids, {self.n_unique:,} distinct, the most frequent {np.diff(self.starts).max():,} times"
+        )
         self.say()
 
     # --- kernels ----------------------------------------------------------------------------------------------
@@ -183,12 +187,12 @@ class Bench:
         yield (
             "quantize",
             u * (row + DIM + 2),
-            lambda: self.device.launch(wire.quantize, u * COOPERATING, sums, q, scales),
+            lambda: self.device.launch(wire.QUANTIZE[True], u * COOPERATING, sums, q, scales),
         )
         yield (
             "dequantize",
             u * (row + DIM + 2),
-            lambda: self.device.launch(wire.dequantize, u * COOPERATING, q, scales, each_key),
+            lambda: self.device.launch(wire.DEQUANTIZE[True], u * COOPERATING, q, scales, each_key),
         )
         out = empty((n // 8, 16), np.int64)
         yield "padded, lists of 8 to 16", n // 8 * (8 + 128), lambda: self.device.launch(padded, n * 2, splits, 1, out)
@@ -283,9 +287,15 @@ class Bench:
         footprint = max(len(keys) for keys, _ in batches) * line
         staging = 2**25
         grads = self.rng.standard_normal((N_IDS, DIM), np.float32)
-        self.say("| device tier: cache | rows and gradients | fetch, ms | rows out, ms | update, ms | a step, ms | hit rate |")
+        self.say(
+            "| device tier: cache | rows and gradients | fetch, ms | rows out, ms | update, ms | a step, ms | hit rate |"
+        )
         self.say("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, budget in (("all", 2**33), ("a batch", footprint + staging), ("0.8 of it", int(0.8 * footprint) + staging)):
+        for name, budget in (
+            ("all", 2**33),
+            ("a batch", footprint + staging),
+            ("0.8 of it", int(0.8 * footprint) + staging),
+        ):
             for tensors in (True, False) if torch is not None else (False,):
                 table = Table("t", DIM, optimizer=Adam(), store=device_cached(host_memory(), budget), metadata=False)
                 for keys, _ in batches:  # all rows exist before
@@ -311,7 +321,9 @@ class Bench:
         self.say()
         self.say("fetch: announce the distinct keys and make their rows resident. Keys are deduped and grouped before.")
 
-    def one(self, table: Any, step: int, keys: Any, inverse: Any, by: Any, grads: Any, on_gpu: Any, out: Any) -> list[float]:
+    def one(
+        self, table: Any, step: int, keys: Any, inverse: Any, by: Any, grads: Any, on_gpu: Any, out: Any
+    ) -> list[float]:
         """Seconds of a step's parts."""
         store, hyper, times = table.store, table.optimizer.hyper(step), [time.perf_counter()]
         lease = store.reserve(keys, np.ones(len(keys), np.int64))

@@ -17,7 +17,21 @@ from numba.cuda import libdevice
 
 from hbkit.cuda.device import COOPERATING, simulated
 
-__all__ = ["add", "as_float", "as_int", "cuda", "device", "div", "load4", "mul", "rint", "sqrt", "store4", "sub", "swap"]
+__all__ = [
+    "add",
+    "as_float",
+    "as_int",
+    "cuda",
+    "device",
+    "div",
+    "load4",
+    "mul",
+    "rint",
+    "sqrt",
+    "store4",
+    "sub",
+    "swap",
+]
 
 cuda: Any = _cuda  # Numba's annotations know nothing of kernels
 device = cuda.jit(device=True)

@@ -129,7 +129,9 @@ class DeviceStore(TieredStore):
 
         line_nbytes = 4 * stride_of(layout.dim, layout.width, layout.dtype)
         staging = min(STAGING_NBYTES, cache_budget // 4)
-        self._batch_lines = max(1, (staging // 2 - 48) // (buffer_nbytes(2, layout.width) - buffer_nbytes(1, layout.width)))
+        self._batch_lines = max(
+            1, (staging // 2 - 48) // (buffer_nbytes(2, layout.width) - buffer_nbytes(1, layout.width))
+        )
         self._device = device
         self._n_lines = (cache_budget - 2 * buffer_nbytes(self._batch_lines, layout.width)) // line_nbytes
         if self._n_lines < 1:
@@ -172,9 +174,7 @@ class DeviceStore(TieredStore):
             self._gather(lines, away, lease.keys, rows)
             self._lines.spread(rows, out, index)
 
-    def apply(
-        self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False
-    ) -> int:
+    def apply(self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False) -> int:
         """As `TieredStore.apply`; gradients in device memory, summed by key, are used there."""
         if not isinstance(grads, (np.ndarray, Gradients)):
             with self._open():
