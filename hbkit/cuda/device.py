@@ -20,11 +20,13 @@ from hbkit.errors import DeviceUnavailable, HbkitError, InvalidArgument
 
 BLOCK = 128  # threads a block
 MAX_BLOCKS = 65_536
-SIMULATED_THREADS = 8  # the simulator runs each thread as one of Python's
+SIMULATED_THREADS = 16  # the simulator runs each thread as one of Python's; two words of digests a bucket
+SIMULATED_BLOCKS = 3
 
 ERRORS = {
     1: "a slot is outside the lines in device memory",
     2: "a segment reaches outside its values",
+    3: "a key that is pinned was to be erased",
 }
 
 
@@ -124,7 +126,8 @@ class Device:
         with self._current():
             if kernel not in self._compiled:
                 self._compiled[kernel] = self._cuda.jit(kernel)
-            grid = (1, SIMULATED_THREADS) if simulated() else (min(-(-n // BLOCK), MAX_BLOCKS), BLOCK)
+            block, most = (SIMULATED_THREADS, SIMULATED_BLOCKS) if simulated() else (BLOCK, MAX_BLOCKS)
+            grid = (min(-(-n // block), most), block)
             self._compiled[kernel][(*grid, self._stream)](*args, self._error)
 
     def sync(self) -> None:

@@ -1,0 +1,182 @@
+"""Dedupe: the distinct keys of a batch in the order of first occurrence, by a hash table of positions.
+
+A cell of the table holds a position, -1 where it is free. A thread claims a free cell for its key with its own position,
+by compare-and-swap. From then on the cell belongs to that key: other positions may only lower it, by an atomic minimum,
+to another position of the same key. So whatever the order of threads, a key ends in one cell, and the cell in the key's
+first position. Which cell that is depends on the race, and nothing else does: the keys are numbered by a scan over
+positions. A cell that was read before it changed costs an atomic operation more, or none less.
+
+`claim` and `first_of` read and settle the cells, `number` frees them again and numbers the first positions, `spread`
+gives every position its number and counts. Equal keys of a warp are counted by one addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hbkit.cuda.arith import cuda
+from hbkit.cuda.device import Device
+from hbkit.cuda.index import TILES, mix, sum_before, tile_length
+from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, word, word_of
+from hbkit.errors import InvalidArgument
+
+FREE = -1
+S16 = word_of(16)
+
+
+@inline
+def cell_of(key: Any, n_cells: Any) -> Any:
+    """Where the search for a key begins; the number of cells is a power of two."""
+    return np.int64((mix(key) >> S16) & word(n_cells - 1))
+
+
+def claim(keys: Any, table: Any, cells: Any, error: Any) -> None:
+    """``cells[i]`` = the cell of ``keys[i]``. The table is free but for what this launch writes."""
+    n_cells = table.shape[0]
+    for i in range(cuda.grid(1), keys.shape[0], cuda.gridsize(1)):
+        key = keys[i]
+        cell = cell_of(key, n_cells)
+        held = table[cell]
+        while True:
+            if held == FREE:
+                held = cuda.atomic.cas(table, cell, FREE, i)
+                if held == FREE:
+                    break
+            if keys[held] == key:
+                if i < held:
+                    cuda.atomic.min(table, cell, i)
+                break
+            cell = (cell + 1) & (n_cells - 1)
+            held = table[cell]
+        cells[i] = cell
+
+
+def first_of(table: Any, cells: Any, firsts: Any, counts: Any, totals: Any, error: Any) -> None:
+    """``firsts[i]`` = the first position of the key at i; a tile's total is how many first ones it has."""
+    n = cells.shape[0]
+    n_tiles = totals.shape[0]
+    length = tile_length(n, n_tiles)
+    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+        total = np.int64(0)
+        for base in range(tile * length, min((tile + 1) * length, n), WARP):
+            i = base + lane()
+            begins = False
+            if i < n:
+                found = table[cells[i]]
+                firsts[i] = found
+                counts[i] = 0
+                begins = found == i
+            total += ones(ballot(begins))
+        if lane() == 0:
+            totals[tile] = total
+
+
+def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any) -> None:
+    """Number the first positions in order, list their keys, and free their cells; the number of keys goes last."""
+    n = cells.shape[0]
+    n_tiles = totals.shape[0] - 1
+    length = tile_length(n, n_tiles)
+    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+        at = sum_before(totals, tile)
+        for base in range(tile * length, min((tile + 1) * length, n), WARP):
+            i = base + lane()
+            begins = i < n and firsts[min(i, n - 1)] == i
+            beginners = ballot(begins)
+            if begins:
+                mine = at + ones(beginners & ((1 << lane()) - 1))
+                numbers[i] = mine
+                distinct[mine] = keys[i]
+                table[cells[i]] = FREE
+            at += ones(beginners)
+        if tile == n_tiles - 1 and lane() == 0:
+            totals[n_tiles] = at
+
+
+def spread(firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
+    """``inverse[i]`` = the number of the key at i, and each key's count."""
+    n = firsts.shape[0]
+    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
+        i = base + lane()
+        mine = np.int64(-1)
+        if i < n:
+            mine = np.int64(numbers[firsts[i]])
+            inverse[i] = mine
+        same = matching(mine)
+        if i < n and lane() == first(same):
+            cuda.atomic.add(counts, mine, ones(same))
+
+
+_A64, _A32 = "int64[::1]", "int32[::1]"
+SIGNATURES = {
+    claim: f"void({_A64}, {_A32}, {_A32}, {_A32})",
+    first_of: f"void({_A32}, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
+    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A64}, {_A32})",
+    spread: f"void({_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
+}
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """A batch's distinct keys, in device memory until the next call.
+
+    Attributes
+    ----------
+    keys, counts : int64[n_distinct]
+        In the order of first occurrence, and how often each occurs.
+    inverse : int64[n]
+        ``keys[inverse]`` is the batch.
+    """
+
+    keys: Any
+    counts: Any
+    inverse: Any
+
+
+class Dedupe:
+    """Distinct keys of batches on a device, with its work space.
+
+    Parameters
+    ----------
+    device : Device
+    max_keys : int
+        Keys of a batch at the most, below 2**30.
+
+    Notes
+    -----
+    Device memory: 36 to 44 bytes a key.
+    """
+
+    def __init__(self, device: Device, max_keys: int) -> None:
+        if not 0 < max_keys < 2**30:
+            raise InvalidArgument(f"batches of {max_keys} keys", device=device.name, remedy="give from 1 to 2**30 - 1")
+        self._device, self.max_keys = device, max_keys
+        self._table = device.send(np.full(1 << (2 * max_keys - 1).bit_length(), FREE, np.int32))
+        self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
+        self._keys, self._counts, self._inverse = (device.empty((max_keys,), np.int64) for _ in range(3))
+        self._totals = device.empty((TILES + 1,), np.int64)
+
+    def __call__(self, keys: Any) -> Distinct:
+        """The distinct keys of int64[n], in host or device memory."""
+        if keys.dtype != np.int64 or keys.ndim != 1 or keys.shape[0] > self.max_keys:
+            raise InvalidArgument(
+                f"{keys.dtype}{tuple(keys.shape)} given to a dedupe of {self.max_keys} keys",
+                device=self._device.name,
+                remedy="give int64[n], and fewer of them or a larger one",
+            )
+        n, device = keys.shape[0], self._device
+        if n == 0:
+            return Distinct(self._keys[:0], self._counts[:0], self._inverse[:0])
+        if isinstance(keys, np.ndarray):
+            keys = device.send(keys)
+        n_tiles = min(TILES, -(-n // WARP))
+        cells, firsts, numbers = self._cells[:n], self._firsts[:n], self._numbers[:n]
+        counts, inverse, totals = self._counts[:n], self._inverse[:n], self._totals[: n_tiles + 1]
+        device.launch(claim, n, keys, self._table, cells)
+        device.launch(first_of, n_tiles * WARP, self._table, cells, firsts, counts, totals[:n_tiles])
+        device.launch(number, n_tiles * WARP, keys, self._table, cells, firsts, totals, numbers, self._keys)
+        device.launch(spread, n, firsts, numbers, inverse, counts)
+        n_distinct = int(device.fetch(totals[n_tiles:])[0])
+        return Distinct(self._keys[:n_distinct], counts[:n_distinct], inverse)
