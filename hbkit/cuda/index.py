@@ -403,12 +403,14 @@ class DeviceIndex:
         self.n_slots, self.max_keys, self.max_side = n_buckets * BUCKET, max_keys, n_side
         self._device = device
         self._digests = device.send(np.zeros(self.n_slots // 8, np.int64))
+        self._bytes = self._digests.view(np.uint8)
         self._entries = device.send(np.zeros((self.n_slots + n_side, 2), np.int64))
         lists = np.zeros(COUNTERS + n_buckets + 2 * max_keys, np.int32)
         lists[COUNTERS : COUNTERS + n_buckets] = -1
         self._lists = device.send(lists)
         self._placed = device.empty((3, max_keys), np.int64)
         self._positions = device.empty((max_keys,), np.int64)
+        self._totals = device.empty((TILES,), np.int64)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
         self._n_keys = self._n_evicted = self._n_refused = self._n_spilled = 0
@@ -437,10 +439,10 @@ class DeviceIndex:
             "n_refused": self._n_refused,
         }
 
-    def find(self, keys: Any) -> Any:
-        """Slots of keys, which may repeat: int64[n] in device memory, -1 where there is none. Does not wait."""
+    def find(self, keys: Any, out: Any = None) -> Any:
+        """Slots of keys, which may repeat: int64[n] in device memory (`out`), -1 where there is none. Does not wait."""
         keys = self._sent(keys)
-        slots = self._device.empty(keys.shape, np.int64)
+        slots = self._device.empty(keys.shape, np.int64) if out is None else out
         self._device.launch(find, keys.size, self._digests, self._searched, keys, slots)
         return slots
 
@@ -546,14 +548,16 @@ class DeviceIndex:
         """Recount everything; AssertionError where it contradicts itself."""
         keys, slots = self.contents()
         assert len(keys) == self._n_keys == len(np.unique(keys))
-        assert np.array_equal(self._device.fetch(self.find(keys)) if len(keys) else slots, slots)
+        for at in range(0, len(keys), self.max_keys):
+            some = slice(at, at + self.max_keys)
+            assert np.array_equal(self._device.fetch(self.find(keys[some])), slots[some])
         lists = self._device.fetch(self._lists)
         assert (lists[COUNTERS : COUNTERS + self.n_slots // BUCKET] == -1).all()
 
     def contents(self) -> tuple[Int64s, Int64s]:
         """All keys and their slots, by slot: int64[n_keys] each."""
         entries = self._device.fetch(self._searched)
-        used = self._device.fetch(self._digests.view(np.uint8)) != 0
+        used = self._device.fetch(self._bytes) != 0
         slots = np.flatnonzero(np.concatenate([used, entries[self.n_slots :, WORD] != HOLE]))
         return entries[slots, KEY], slots
 
@@ -582,9 +586,8 @@ class DeviceIndex:
         self._device.launch(
             probe, n, self._digests, self._searched, keys, scores, int(add), placed, self._lists
         )
-        bytes_ = self._digests.view(np.uint8)
         self._device.launch(
-            place, n * WARP, bytes_, self._entries, keys, scores, int(evict), placed, self._lists
+            place, n * WARP, self._bytes, self._entries, keys, scores, int(evict), placed, self._lists
         )
         counted = self._device.fetch(self._lists[:COUNTERS])
         return Placement(
@@ -605,7 +608,7 @@ class DeviceIndex:
     def _select(self, status: Any, least: int, most: int, out: Any) -> None:
         n = status.shape[0]
         n_tiles = min(TILES, -(-n // WARP))
-        totals = self._device.empty((n_tiles,), np.int64)
+        totals = self._totals[:n_tiles]
         self._device.launch(count, n_tiles * WARP, status, least, most, totals)
         self._device.launch(select, n_tiles * WARP, status, least, most, totals, out)
 
