@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit.cuda.arith import cuda
-from hbkit.cuda.device import Device
+from hbkit.cuda.device import BAD_ERASE, Device
 from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
 from hbkit.errors import InvalidArgument
 
@@ -49,7 +49,6 @@ SLOT, STATUS, VICTIM = range(3)  # rows of `placed`
 N_WORK, N_NEW, N_EVICTED, N_REFUSED = range(4)  # counters; there are two sets, of this call and of the next
 COUNTERS = 8
 NO_POSITION = 2**31 - 1
-BAD_ERASE = 3
 TILES = 2048  # warps that share a scan at the most
 
 BYTES, HIGHS = word_of(0x0101_0101_0101_0101), word_of(0x8080_8080_8080_8080)
