@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import int32
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import Device
@@ -24,6 +25,8 @@ from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, w
 from hbkit.errors import InvalidArgument
 
 FREE = -1
+HOT = 512
+SPREADERS = 1 << 17  # threads of `spread` at the most, since each of their blocks adds up what it counted
 S16 = word_of(16)
 
 
@@ -54,12 +57,10 @@ def claim(keys: Any, table: Any, cells: Any, error: Any) -> None:
         cells[i] = cell
 
 
-def first_of(table: Any, cells: Any, firsts: Any, counts: Any, totals: Any, error: Any) -> None:
-    """``firsts[i]`` = the first position of the key at i; a tile's total is how many first ones it has."""
-    n = cells.shape[0]
-    n_tiles = totals.shape[0]
-    length = tile_length(n, n_tiles)
-    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+def first_of(n: Any, table: Any, cells: Any, firsts: Any, counts: Any, totals: Any, error: Any) -> None:
+    """``firsts[i]`` = the first position of the key at i of n; a tile's total is how many first ones it has."""
+    length = tile_length(n)
+    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         total = np.int64(0)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
@@ -76,10 +77,9 @@ def first_of(table: Any, cells: Any, firsts: Any, counts: Any, totals: Any, erro
 
 def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any) -> None:
     """Number the first positions in order, list their keys, and free their cells; the number of keys goes last."""
-    n = cells.shape[0]
-    n_tiles = totals.shape[0] - 1
-    length = tile_length(n, n_tiles)
-    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+    n = keys.shape[0]
+    length = tile_length(n)
+    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
@@ -91,13 +91,20 @@ def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers:
                 distinct[mine] = keys[i]
                 table[cells[i]] = FREE
             at += ones(beginners)
-        if tile == n_tiles - 1 and lane() == 0:
-            totals[n_tiles] = at
+        if tile == TILES - 1 and lane() == 0:
+            totals[TILES] = at
 
 
-def spread(firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
-    """``inverse[i]`` = the number of the key at i, and each key's count."""
-    n = firsts.shape[0]
+def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
+    """``inverse[i]`` = the number of the key at i of n, and each key's count.
+
+    Frequent keys come early, so they have small numbers: a block counts the first `HOT` in its own memory, since a place
+    in device memory takes one addition after the other.
+    """
+    hot = cuda.shared.array(HOT, int32)
+    for j in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):
+        hot[j] = 0
+    cuda.syncthreads()
     for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
         i = base + lane()
         mine = np.int64(-1)
@@ -106,33 +113,50 @@ def spread(firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> 
             inverse[i] = mine
         same = matching(mine)
         if i < n and lane() == first(same):
-            cuda.atomic.add(counts, mine, ones(same))
+            if mine < HOT:
+                cuda.atomic.add(hot, mine, ones(same))
+            else:
+                cuda.atomic.add(counts, mine, ones(same))
+    cuda.syncthreads()
+    for j in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):
+        if hot[j] > 0:
+            cuda.atomic.add(counts, j, hot[j])
 
 
 _A64, _A32 = "int64[::1]", "int32[::1]"
 SIGNATURES = {
     claim: f"void({_A64}, {_A32}, {_A32}, {_A32})",
-    first_of: f"void({_A32}, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
+    first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
     number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A64}, {_A32})",
-    spread: f"void({_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
+    spread: f"void(int64, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
 }
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
 
 
 @dataclass(frozen=True)
 class Distinct:
-    """A batch's distinct keys, in device memory until the next call.
+    """A batch's distinct keys, in device memory until the next call."""
 
-    Attributes
-    ----------
-    keys, counts : int64[n_distinct]
-        In the order of first occurrence, and how often each occurs.
-    inverse : int64[n]
-        ``keys[inverse]`` is the batch.
-    """
+    _of: Dedupe
+    n: int
+    n_distinct: int
 
-    keys: Any
-    counts: Any
-    inverse: Any
+    @property
+    def keys(self) -> Any:
+        """int64[n_distinct], in the order of first occurrence."""
+        return self._of._keys[: self.n_distinct]
+
+    @property
+    def counts(self) -> Any:
+        """int64[n_distinct]: how often each occurs."""
+        return self._of._counts[: self.n_distinct]
+
+    @property
+    def inverse(self) -> Any:
+        """int64[n]: ``keys[inverse]`` is the batch."""
+        return self._of._inverse[: self.n]
 
 
 class Dedupe:
@@ -157,6 +181,7 @@ class Dedupe:
         self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
         self._keys, self._counts, self._inverse = (device.empty((max_keys,), np.int64) for _ in range(3))
         self._totals = device.empty((TILES + 1,), np.int64)
+        self._n_distinct = self._totals[TILES:]
 
     def __call__(self, keys: Any) -> Distinct:
         """The distinct keys of int64[n], in host or device memory."""
@@ -168,15 +193,12 @@ class Dedupe:
             )
         n, device = keys.shape[0], self._device
         if n == 0:
-            return Distinct(self._keys[:0], self._counts[:0], self._inverse[:0])
+            return Distinct(self, 0, 0)
         if isinstance(keys, np.ndarray):
             keys = device.send(keys)
-        n_tiles = min(TILES, -(-n // WARP))
-        cells, firsts, numbers = self._cells[:n], self._firsts[:n], self._numbers[:n]
-        counts, inverse, totals = self._counts[:n], self._inverse[:n], self._totals[: n_tiles + 1]
+        cells, firsts, numbers, totals = self._cells, self._firsts, self._numbers, self._totals
         device.launch(claim, n, keys, self._table, cells)
-        device.launch(first_of, n_tiles * WARP, self._table, cells, firsts, counts, totals[:n_tiles])
-        device.launch(number, n_tiles * WARP, keys, self._table, cells, firsts, totals, numbers, self._keys)
-        device.launch(spread, n, firsts, numbers, inverse, counts)
-        n_distinct = int(device.fetch(totals[n_tiles:])[0])
-        return Distinct(self._keys[:n_distinct], counts[:n_distinct], inverse)
+        device.launch(first_of, TILES * WARP, n, self._table, cells, firsts, self._counts, totals)
+        device.launch(number, TILES * WARP, keys, self._table, cells, firsts, totals, numbers, self._keys)
+        device.launch(spread, min(n, SPREADERS), n, firsts, numbers, self._inverse, self._counts)
+        return Distinct(self, n, int(device.fetch(self._n_distinct)[0]))

@@ -26,14 +26,14 @@ when pins are gone, and what finds it full too gets the slot -1 and is counted. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit.cuda.arith import cuda
-from hbkit.cuda.device import BAD_ERASE, Device
+from hbkit.cuda.device import BAD_ERASE, Device, simulated
 from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
 from hbkit.errors import InvalidArgument
 
@@ -46,10 +46,11 @@ MAX_SCORE = (1 << 47) - 1
 HOLE = -1  # the word of a free place of the side list
 FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
 SLOT, STATUS, VICTIM = range(3)  # rows of `placed`
-N_WORK, N_NEW, N_EVICTED, N_REFUSED = range(4)  # counters; there are two sets, of this call and of the next
+N_WORK, N_NEW, N_EVICTED, N_REFUSED = range(4)  # counters; there are two sets, which calls take in turns
 COUNTERS = 8
+PLACERS = 8192  # warps of `place` at the most: about as many as a device runs at once, since each adds to the counters
 NO_POSITION = 2**31 - 1
-TILES = 2048  # warps that share a scan at the most
+TILES = 8 if simulated() else 4096  # warps that share a scan
 
 BYTES, HIGHS = word_of(0x0101_0101_0101_0101), word_of(0x8080_8080_8080_8080)
 TO_TOP_BYTE = word_of(0x0102_0408_1020_4080)
@@ -115,12 +116,13 @@ def find(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None:
 
 
 def probe(
-    digests: Any, entries: Any, keys: Any, scores: Any, add: Any, placed: Any, lists: Any, error: Any
+    digests: Any, entries: Any, keys: Any, scores: Any, add: Any, placed: Any, lists: Any, turn: Any, error: Any
 ) -> None:
     """Pin and score the keys that are there, and list the others by bucket. Keys are distinct.
 
-    A score is set, or added where `add` is not 0. ``lists``: int32, `COUNTERS` of them, a head for each bucket, a link
-    for each key, then the buckets that have work, as many as keys. Heads are -1 before and after.
+    A score is set, or added where `add` is not 0. ``lists``: int32, `COUNTERS` of them, of which this call's begin at
+    `turn`; a head for each bucket, a link for each key, then the buckets that have work, as many as keys. Heads are -1
+    before and after.
     """
     n = keys.shape[0]
     n_buckets = digests.shape[0] * 8 // BUCKET
@@ -148,7 +150,7 @@ def probe(
         if beginners != 0:
             at = np.int32(0)
             if lane() == first(beginners):
-                at = cuda.atomic.add(lists, N_WORK, ones(beginners))
+                at = cuda.atomic.add(lists, turn + N_WORK, ones(beginners))
             at = shuffle(at, first(beginners))
             if begins:
                 before = beginners & ((1 << lane()) - 1)
@@ -156,12 +158,12 @@ def probe(
 
 
 def place(
-    digests: Any, entries: Any, keys: Any, scores: Any, evict: Any, placed: Any, lists: Any, error: Any
+    digests: Any, entries: Any, keys: Any, scores: Any, evict: Any, placed: Any, lists: Any, turn: Any, error: Any
 ) -> None:
     """Give the keys that `probe` listed a slot, the first ones first; evict where `evict` is not 0.
 
     Here ``digests`` is the same memory by bytes. A victim's key and whether it was dirty are noted at the position of
-    the key that took its slot; its line is still as it was.
+    the key that took its slot; its line is still as it was. The next call's counters are set to 0.
     """
     n = keys.shape[0]
     n_buckets = digests.shape[0] // BUCKET
@@ -170,8 +172,13 @@ def place(
     n_evicted = np.int64(0)
     n_refused = np.int64(0)
     me = lane()
-    for at in range(cuda.grid(1) // WARP, lists[N_WORK], cuda.gridsize(1) // WARP):
-        bucket = np.int64(lists[links + n + at])
+    work = np.int64(lists[turn + N_WORK])
+    warps = cuda.gridsize(1) // WARP
+    begin = cuda.grid(1) // WARP
+    following = lists[links + n + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
+    for at in range(begin, work, warps):
+        bucket = np.int64(following)
+        following = lists[links + n + min(at + warps, work - 1)]
         mine = bucket * BUCKET + me
         digest = np.int64(digests[mine])
         value = entries[mine, WORD]
@@ -228,15 +235,14 @@ def place(
             n_placed += 1
         n_refused += n_listed - n_placed
     if me == 0:
-        cuda.atomic.add(lists, N_NEW, n_new)
-        cuda.atomic.add(lists, N_EVICTED, n_evicted)
-        cuda.atomic.add(lists, N_REFUSED, n_refused)
-
-
-def start(lists: Any, error: Any) -> None:
-    """Set the counters to 0."""
-    for i in range(cuda.grid(1), COUNTERS, cuda.gridsize(1)):
-        lists[i] = 0
+        if n_new > 0:
+            cuda.atomic.add(lists, turn + N_NEW, n_new)
+        if n_evicted > 0:
+            cuda.atomic.add(lists, turn + N_EVICTED, n_evicted)
+        if n_refused > 0:
+            cuda.atomic.add(lists, turn + N_REFUSED, n_refused)
+        for i in range(begin, COUNTERS // 2, warps):
+            lists[COUNTERS // 2 - turn + i] = 0
 
 
 def settle(entries: Any, slots: Any, dirty: Any, error: Any) -> None:
@@ -265,30 +271,26 @@ def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None
         slots[i] = slot
 
 
-def count(status: Any, least: Any, most: Any, totals: Any, error: Any) -> None:
-    """``totals[t]`` = how many of tile t have a status from `least` to `most`; a warp a tile, see `tile_length`."""
-    n = status.shape[0]
-    n_tiles = totals.shape[0]
-    length = tile_length(n, n_tiles)
-    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+def count(placed: Any, n: Any, least: Any, most: Any, totals: Any, error: Any) -> None:
+    """``totals[t]`` = how many of the n keys, in tile t, have a status from `least` to `most`; a warp a tile."""
+    length = tile_length(n)
+    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         total = np.int64(0)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            total += ones(ballot(i < n and least <= status[min(i, n - 1)] <= most))
+            total += ones(ballot(i < n and least <= placed[STATUS, min(i, n - 1)] <= most))
         if lane() == 0:
             totals[tile] = total
 
 
-def select(status: Any, least: Any, most: Any, totals: Any, positions: Any, error: Any) -> None:
+def select(placed: Any, n: Any, least: Any, most: Any, totals: Any, positions: Any, error: Any) -> None:
     """List the positions that `count` counted, in order. A warp sums the totals before its tile for itself."""
-    n = status.shape[0]
-    n_tiles = totals.shape[0]
-    length = tile_length(n, n_tiles)
-    for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
+    length = tile_length(n)
+    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            mine = i < n and least <= status[min(i, n - 1)] <= most
+            mine = i < n and least <= placed[STATUS, min(i, n - 1)] <= most
             chosen = ballot(mine)
             if mine:
                 positions[at + ones(chosen & ((1 << lane()) - 1))] = i
@@ -296,17 +298,19 @@ def select(status: Any, least: Any, most: Any, totals: Any, positions: Any, erro
 
 
 @inline
-def tile_length(n: Any, n_tiles: Any) -> Any:
+def tile_length(n: Any) -> Any:
     """Items a tile: n over the tiles, a multiple of the warp."""
-    return (n + n_tiles * WARP - 1) // (n_tiles * WARP) * WARP
+    return (n + TILES * WARP - 1) // (TILES * WARP) * WARP
 
 
 @inline
 def sum_before(totals: Any, tile: Any) -> Any:
-    """Sum of ``totals[:tile]``, in every lane."""
+    """Sum of ``totals[:tile]``, in every lane; four reads at a time are on their way."""
     total = np.int64(0)
-    for i in range(lane(), tile, WARP):
+    for i in range(lane(), tile, 4 * WARP):
         total += totals[i]
+        for j in range(1, 4):
+            total += totals[min(i + j * WARP, TILES - 1)] * (i + j * WARP < tile)
     step = WARP // 2
     while step > 0:
         total += xor(total, step)
@@ -333,43 +337,59 @@ def vacate(entries: Any, sides: Any, error: Any) -> None:
 
 
 _A64, _A32 = "int64[::1]", "int32[::1]"
-_INSERT = f"int64[:,::1], {_A64}, {_A64}, int64, int64[:,::1], {_A32}, {_A32}"
+_INSERT = f"int64[:,::1], {_A64}, {_A64}, int64, int64[:,::1], {_A32}, int64, {_A32}"
 SIGNATURES = {
     find: f"void({_A64}, int64[:,::1], {_A64}, {_A64}, {_A32})",
     probe: f"void({_A64}, {_INSERT})",
     place: f"void(uint8[::1], {_INSERT})",
-    start: f"void({_A32}, {_A32})",
     settle: f"void(int64[:,::1], {_A64}, int64, {_A32})",
     erase: f"void({_A64}, int64[:,::1], {_A64}, {_A64}, {_A32})",
-    count: f"void({_A64}, int64, int64, {_A64}, {_A32})",
-    select: f"void({_A64}, int64, int64, {_A64}, {_A64}, {_A32})",
+    count: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A32})",
+    select: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A64}, {_A32})",
     spill: f"void(int64[:,::1], {_A64}, {_A64}, {_A64}, {_A64}, int64[:,::1], {_A32})",
     vacate: f"void(int64[:,::1], {_A64}, {_A32})",
 }
 
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
+
 
 @dataclass(frozen=True)
 class Placement:
-    """What became of a batch's keys; arrays are in device memory, by the keys' positions, until the next call.
+    """What became of a batch's keys; the arrays are in device memory, by the keys' positions, until the next call.
 
     Attributes
     ----------
-    slots : int64[n]
-        The key's slot, pinned; -1 where there was no room at all.
-    status : int64[n]
-        FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY (the slot was taken from a victim) or REFUSED.
-    victims : int64[n]
-        The victim's key where there is one. Its line is still in `slots`, until the caller writes there.
+    n : int
+        Keys of the batch.
     n_new, n_evicted, n_refused : int
         Keys that took a free slot, took a victim's, and have none. The others were found.
     """
 
-    slots: Any
-    status: Any
-    victims: Any
+    _placed: Any  # int64[3 * max_keys]
+    n: int
     n_new: int
     n_evicted: int
     n_refused: int
+
+    @property
+    def slots(self) -> Any:
+        """int64[n]: the key's slot, pinned; -1 where there was no room at all."""
+        return self._row(SLOT)
+
+    @property
+    def status(self) -> Any:
+        """int64[n]: FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY (the slot was taken from a victim) or REFUSED."""
+        return self._row(STATUS)
+
+    @property
+    def victims(self) -> Any:
+        """int64[n]: the victim's key where there is one. Its line is still in `slots`, until the caller writes there."""
+        return self._row(VICTIM)
+
+    def _row(self, row: int) -> Any:
+        first_of_row = row * (self._placed.shape[0] // 3)
+        return self._placed[first_of_row : first_of_row + self.n]
 
 
 class DeviceIndex:
@@ -407,7 +427,10 @@ class DeviceIndex:
         lists = np.zeros(COUNTERS + n_buckets + 2 * max_keys, np.int32)
         lists[COUNTERS : COUNTERS + n_buckets] = -1
         self._lists = device.send(lists)
+        self._counters = [self._lists[i : i + COUNTERS // 2] for i in (0, COUNTERS // 2)]
+        self._turn = 0
         self._placed = device.empty((3, max_keys), np.int64)
+        self._flat = self._placed.reshape(3 * max_keys)
         self._positions = device.empty((max_keys,), np.int64)
         self._totals = device.empty((TILES,), np.int64)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
@@ -460,42 +483,19 @@ class DeviceIndex:
         """
         keys, scores = self._sent(keys), self._sent(scores)
         placed = self._place(keys, scores, evict, add)
-        if not placed.n_refused:
-            return self._counted(placed)
-        refused = self._device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
-        end = int(self._searched.shape[0])
-        n_grown = min(max(len(refused) - len(self._holes), 0), self.n_slots + self.max_side - end)
-        sides = np.array([*self._holes[::-1], *range(end, end + n_grown)], np.int64)[: len(refused)]
-        del self._holes[len(self._holes) - min(len(sides), len(self._holes)) :]
-        self._searched = self._entries[: end + n_grown]
-        n = keys.shape[0]
-        self._device.launch(
-            spill,
-            len(sides),
-            self._entries,
-            keys,
-            scores,
-            self._device.send(refused),
-            self._device.send(sides),
-            self._rows(n),
-        )
-        self._n_spilled += len(sides)
-        return self._counted(
-            Placement(
-                placed.slots,
-                placed.status,
-                placed.victims,
-                placed.n_new + len(sides),
-                placed.n_evicted,
-                placed.n_refused - len(sides),
-            )
-        )
+        if placed.n_refused:
+            placed = self._spill(placed, keys, scores)
+        self._n_keys += placed.n_new
+        self._n_evicted += placed.n_evicted
+        self._n_refused += placed.n_refused
+        return placed
 
     def positions(self, placement: Placement, least: int, most: int, n: int) -> Any:
         """Positions of the `n` keys of a placement with a status from `least` to `most`: int64[n], ascending."""
-        out = self._positions[:n]
-        self._select(placement.status, least, most, out)
-        return out
+        device, some = self._device, (placement.n, least, most)
+        device.launch(count, TILES * WARP, self._placed, *some, self._totals)
+        device.launch(select, TILES * WARP, self._placed, *some, self._totals, self._positions)
+        return self._positions[:n]
 
     def settle(self, slots: Any, *, dirty: bool = False) -> None:
         """Take one pin from distinct slots, -1 left out; mark them dirty. Does not wait."""
@@ -569,47 +569,34 @@ class DeviceIndex:
             )
         return self._device.send(keys) if isinstance(keys, np.ndarray) else keys
 
-    def _rows(self, n: int) -> Any:
-        """`placed` for n keys: int64[3, n]."""
-        return self._placed.reshape(-1)[: 3 * n].reshape(3, n)
-
     def _place(self, keys: Any, scores: Any, evict: bool, add: bool) -> Placement:
         n = keys.shape[0]
         if scores.shape != keys.shape:
-            raise InvalidArgument(f"{len(scores)} scores for {n} keys", remedy="give each key its score")
+            raise InvalidArgument(f"{scores.shape[0]} scores for {n} keys", remedy="give each key its score")
         if n == 0:
-            none = self._positions[:0]
-            return Placement(none, none, none, 0, 0, 0)
-        placed = self._rows(n)
-        self._device.launch(start, COUNTERS, self._lists)
-        self._device.launch(
-            probe, n, self._digests, self._searched, keys, scores, int(add), placed, self._lists
-        )
-        self._device.launch(
-            place, n * WARP, self._bytes, self._entries, keys, scores, int(evict), placed, self._lists
-        )
-        counted = self._device.fetch(self._lists[:COUNTERS])
-        return Placement(
-            placed[SLOT],
-            placed[STATUS],
-            placed[VICTIM],
-            int(counted[N_NEW]),
-            int(counted[N_EVICTED]),
-            int(counted[N_REFUSED]),
-        )
+            return Placement(self._flat, 0, 0, 0, 0)
+        device, turn = self._device, self._turn * (COUNTERS // 2)
+        rest = (self._placed, self._lists, turn)
+        device.launch(probe, n, self._digests, self._searched, keys, scores, int(add), *rest)
+        device.launch(place, min(n, PLACERS) * WARP, self._bytes, self._entries, keys, scores, int(evict), *rest)
+        counted = device.fetch(self._counters[self._turn])
+        self._turn ^= 1
+        return Placement(self._flat, n, int(counted[N_NEW]), int(counted[N_EVICTED]), int(counted[N_REFUSED]))
 
-    def _counted(self, placed: Placement) -> Placement:
-        self._n_keys += placed.n_new
-        self._n_evicted += placed.n_evicted
-        self._n_refused += placed.n_refused
-        return placed
-
-    def _select(self, status: Any, least: int, most: int, out: Any) -> None:
-        n = status.shape[0]
-        n_tiles = min(TILES, -(-n // WARP))
-        totals = self._totals[:n_tiles]
-        self._device.launch(count, n_tiles * WARP, status, least, most, totals)
-        self._device.launch(select, n_tiles * WARP, status, least, most, totals, out)
+    def _spill(self, placed: Placement, keys: Any, scores: Any) -> Placement:
+        """Write what was refused to the side list, as far as there is room."""
+        device = self._device
+        refused = device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
+        end = int(self._searched.shape[0])
+        n_grown = min(max(len(refused) - len(self._holes), 0), self.n_slots + self.max_side - end)
+        sides = np.array([*self._holes[::-1], *range(end, end + n_grown)], np.int64)[: len(refused)]
+        del self._holes[len(self._holes) - min(len(sides), len(self._holes)) :]
+        self._searched = self._entries[: end + n_grown]
+        n = len(sides)
+        places = (device.send(refused), device.send(sides))
+        device.launch(spill, n, self._entries, keys, scores, *places, self._placed)
+        self._n_spilled += n
+        return replace(placed, n_new=placed.n_new + n, n_refused=placed.n_refused - n)
 
     def _free(self, sides: Int64s) -> None:
         """Places of the side list that nobody uses any more; its end comes down to the last one in use."""
