@@ -6,30 +6,33 @@
 1 Mi keys a call, rows of 64 float32, 2^27 slots (32 GiB of rows): the setting of HierarchicalKV's public figures. Load
 is keys over slots. Two figures a case: the device's time alone (CUDA events around calls that were queued behind a
 kernel that waits), and the wall clock of a call with its launches and its one wait for the counts. Keys and scores are
-in device memory. Medians of 7 rounds over 8 batches, so that no batch is asked for twice in a row.
+in device memory. Medians of 5 rounds over 8 batches, so that no batch is asked for twice in a row.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import time
 from pathlib import Path
 
 import numpy as np
 from numba import cuda
 
-from hbkit.cuda import dedupe, index, kernels
+from hbkit.cuda import dedupe, index
 from hbkit.cuda.dedupe import Dedupe
 from hbkit.cuda.device import Device
-from hbkit.cuda.index import EVICTED_CLEAN, EVICTED_DIRTY, WARP, DeviceIndex
+from hbkit.cuda.index import COUNTERS, EVICTED_CLEAN, EVICTED_DIRTY, WARP, DeviceIndex, Placement
+from hbkit.cuda.lines import SCATTER, DeviceLines, fours, shift_of
 
 N = 1 << 20
 DIM = 64
 IDS = 1_050_000
 LARGE, SMALL = 25, 20
 BATCHES = 8
-ROUNDS = 7
+ROUNDS = 5
 ODD = np.int64(-7046029254386353131)  # odd, so that i * ODD are distinct keys
 
 
@@ -59,6 +62,7 @@ class Bench:
         self.index = DeviceIndex(self.device, 1 << log_slots, n)
         self.rng = np.random.default_rng(0)
         self.filled, self.step = 0, 0
+        self.slots = self.index._flat[:n]  # where the index notes a batch's slots
         self.figures = {}
 
     def device_ms(self, calls):
@@ -115,13 +119,12 @@ class Bench:
 
     def probe_and_place(self, keys, scores):
         """The launches of `insert` without its wait; and `settle`."""
-        x, placed = self.index, self.index._rows(keys.size)
-        self.device.launch(index.start, 8, x._lists)
-        self.device.launch(index.probe, keys.size, x._digests, x._searched, keys, scores, 0, placed, x._lists)
-        self.device.launch(
-            index.place, keys.size * WARP, x._bytes, x._entries, keys, scores, 1, placed, x._lists
-        )
-        x.settle(placed[0], dirty=True)
+        x, device = self.index, self.device
+        rest = (x._placed, x._lists, x._turn * (COUNTERS // 2))
+        x._turn ^= 1
+        device.launch(index.probe, self.n, x._digests, x._searched, keys, scores, 0, *rest)
+        device.launch(index.place, min(self.n, index.PLACERS) * WARP, x._bytes, x._entries, keys, scores, 1, *rest)
+        x.settle(self.slots, dirty=True)
 
     def insert(self, keys, scores):
         x = self.index
@@ -168,7 +171,7 @@ class Bench:
 
                 def moved(k):
                     device.launch(index.find, self.n, x._digests, x._searched, k, slots)
-                    device.launch(kernels.gather, rows.size, lines, slots, rows)
+                    lines.gather(slots, rows)
 
                 calls = [lambda k=k: moved(k) for k in batches]
                 self.note(f"find + rows out, {name}, load {load}", self.n, self.device_ms(calls))
@@ -190,6 +193,14 @@ class Bench:
         """All new, once a batch: the rounds take batches of their own."""
         device, x = self.device, self.index
         rows = device.empty((self.n, DIM), np.float32)
+        rows_in = (
+            SCATTER["float32"],
+            self.n << shift_of(DIM),
+            lines.lines,
+            self.slots,
+            rows,
+            *(0, 0, DIM, shift_of(DIM), fours(DIM, DIM, 0, 0, DIM)),
+        )
         took = {"insert-and-evict": [], "insert-and-evict + victims out + rows in": []}
         stream = device._stream
         for _ in range(ROUNDS):
@@ -203,15 +214,12 @@ class Bench:
                 for k in batches:
                     self.probe_and_place(k, scores)
                     if "rows" in name:
-                        placed = x._rows(self.n)
-                        positions = x._positions[: self.n]
-                        x._select(placed[1], EVICTED_CLEAN, EVICTED_DIRTY, positions)
-                        device.launch(kernels.gather, rows.size, lines, placed[0], rows)
-                        device.launch(kernels.scatter, rows.size, lines, placed[0], rows)
+                        x.positions(Placement(x._flat, self.n, 0, 0, 0), EVICTED_CLEAN, EVICTED_DIRTY, self.n)
+                        lines.gather(self.slots, rows)
+                        device.launch(*rows_in)
                 end.record(stream)
                 device.sync()
                 took[name].append(cuda.event_elapsed_time(begin, end) / len(batches))
-        counted = device.fetch(x._lists[:8])
         walls = []
         for _ in range(ROUNDS):
             batches = self.fresh()
@@ -220,7 +228,20 @@ class Bench:
             walls.append(self.wall_once(lambda k: self.insert(k, scores), batches))
         for name, ms in took.items():
             wall = float(np.median(walls)) if "rows" not in name else None
-            self.note(f"{name}, all new, load {load}", self.n, float(np.median(ms)), wall, last=counted[1:4].tolist())
+            self.note(f"{name}, all new, load {load}", self.n, float(np.median(ms)), wall)
+
+    def host(self):
+        """Where the host's time goes in calls that find everything, and in dedupes."""
+        run, there, scores = Dedupe(self.device, self.n), self.resident(BATCHES), self.scores(self.n)
+        for keys in there:
+            run(keys)
+        profile = cProfile.Profile()
+        profile.enable()
+        for keys in there * 5:
+            run(keys)
+            self.insert(keys, scores)
+        profile.disable()
+        pstats.Stats(profile).sort_stats("tottime").print_stats(16)
 
     def wall_once(self, call, batches):
         self.device.sync()
@@ -254,12 +275,13 @@ class Bench:
             self.torch_unique(name, batches)
 
     def dedupe_launches(self, run, keys):
-        n, device, tiles = keys.size, self.device, index.TILES
-        cells, firsts, numbers, totals = run._cells[:n], run._firsts[:n], run._numbers[:n], run._totals
+        """The launches of a dedupe without its wait."""
+        n, device, tiles = keys.size, self.device, index.TILES * WARP
+        cells, firsts, numbers, totals = run._cells, run._firsts, run._numbers, run._totals
         device.launch(dedupe.claim, n, keys, run._table, cells)
-        device.launch(dedupe.first_of, tiles * WARP, run._table, cells, firsts, run._counts, totals[:tiles])
-        device.launch(dedupe.number, tiles * WARP, keys, run._table, cells, firsts, totals, numbers, run._keys)
-        device.launch(dedupe.spread, n, firsts, numbers, run._inverse[:n], run._counts)
+        device.launch(dedupe.first_of, tiles, n, run._table, cells, firsts, run._counts, totals)
+        device.launch(dedupe.number, tiles, keys, run._table, cells, firsts, totals, numbers, run._keys)
+        device.launch(dedupe.spread, min(n, dedupe.SPREADERS), n, firsts, numbers, run._inverse, run._counts)
 
     def torch_unique(self, name, batches):
         """The peer: sorted distinct keys, inverse and counts."""
@@ -335,8 +357,8 @@ def main() -> None:
     bench.copy()
     bench.dedupes()
     bench.steps()
-    lines = device.empty((bench.index.n_slots + 1024, DIM), np.float32)
-    for load in (0.5, 0.75, 1.0, 2.0):
+    lines = DeviceLines(device, bench.index.n_slots + 1024, DIM, 1024)
+    for load in (0.5, 1.0, 2.0):
         begin = time.perf_counter()
         held = bench.fill(load)
         print(f"load {load} asked, {held:.3f} held, filled in {time.perf_counter() - begin:.1f} s")
@@ -344,6 +366,7 @@ def main() -> None:
         bench.inserts_there(load)
         if load == 2.0:
             bench.new_keys(load, lines)
+    bench.host()
     print(bench.index.stats())
     if args.json:
         args.json.write_text(json.dumps(bench.figures, indent=1))

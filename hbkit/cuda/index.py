@@ -579,8 +579,9 @@ class DeviceIndex:
         rest = (self._placed, self._lists, turn)
         device.launch(probe, n, self._digests, self._searched, keys, scores, int(add), *rest)
         device.launch(place, min(n, PLACERS) * WARP, self._bytes, self._entries, keys, scores, int(evict), *rest)
-        counted = device.fetch(self._counters[self._turn])
-        self._turn ^= 1
+        counters = self._counters[self._turn]
+        self._turn ^= 1  # `place` has cleared the other ones, whatever the wait reports
+        counted = device.fetch(counters)
         return Placement(self._flat, n, int(counted[N_NEW]), int(counted[N_EVICTED]), int(counted[N_REFUSED]))
 
     def _spill(self, placed: Placement, keys: Any, scores: Any) -> Placement:
