@@ -45,6 +45,8 @@ def device(lane):
         return None
     from hbkit.cuda.device import Device
 
+    if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
+        sys.setswitchinterval(1e-4)
     return Device()
 
 
@@ -54,6 +56,7 @@ def any_order(lane, request, monkeypatch):
     if lane != "cudasim":
         if request.param:
             pytest.skip(f"lane {lane}: the order of threads is not chosen")
+        yield
         return
     from numba.cuda.simulator import kernel
 
@@ -71,7 +74,6 @@ def any_order(lane, request, monkeypatch):
             return points
 
     monkeypatch.setattr(kernel, "np", Shuffled())
-    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6 if request.param else 1e-4)
     yield
-    sys.setswitchinterval(interval)
+    sys.setswitchinterval(1e-4)
