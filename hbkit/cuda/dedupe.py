@@ -75,7 +75,9 @@ def first_of(n: Any, table: Any, cells: Any, firsts: Any, counts: Any, totals: A
             totals[tile] = total
 
 
-def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any) -> None:
+def number(
+    keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any
+) -> None:
     """Number the first positions in order, list their keys, and free their cells; the number of keys goes last."""
     n = keys.shape[0]
     length = tile_length(n)

@@ -318,9 +318,7 @@ def sum_before(totals: Any, tile: Any) -> Any:
     return total
 
 
-def spill(
-    entries: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any
-) -> None:
+def spill(entries: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any) -> None:
     """Write the keys at these positions to places of the side list, pinned; places are distinct."""
     for i in range(cuda.grid(1), sides.shape[0], cuda.gridsize(1)):
         p = positions[i]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hbkit._ext.segment import expand, retained
 from hbkit.cuda import rules
 from hbkit.cuda.device import COOPERATING, Device, simulated
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
@@ -178,7 +179,7 @@ class DeviceLines:
 
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
         """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
-        out = np.empty((len(slots), self._at + self._width - self._dim), np.float32)
+        out: Float32s = retained((len(slots), self._at + self._width - self._dim))
         self._to_host(slots, out, [("float32", self._lines, 0, 0, out.shape[1])])
         return out.view(np.uint8)
 
@@ -199,9 +200,9 @@ class DeviceLines:
         elif index is None or len(index) <= len(slots):
             self._to_host(slots if index is None else slots[index], out, parts)
         else:
-            found = np.empty((len(slots), out.shape[1]), np.float32)
+            found = retained((len(slots), out.shape[1]))
             self._to_host(slots, found, parts)
-            np.take(found, index, axis=0, out=out, mode="clip")
+            expand(found, index, out)
 
     def spread(self, found: Float32s, out: Any, index: Any = None) -> None:
         """``out[i] = found[index[i]]``, of rows that the host has into device memory."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import mixed
 from hbkit._ext.index import Index
-from hbkit._ext.segment import Gradients
+from hbkit._ext.segment import Gradients, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, DeviceUnavailable
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Rule, Store, StoreSpec
@@ -230,7 +230,7 @@ class Below:
 
     def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
         """Lines, frequencies and last steps of rows that were written."""
-        lines = np.empty((len(keys), self.store.layout.width), np.float32)
+        lines = retained((len(keys), self.store.layout.width))
         with self._lock:
             lease = self.store.reserve(keys, np.zeros(len(keys), np.int64))
             try:
@@ -242,6 +242,8 @@ class Below:
 
     def _pack(self, lines: Float32s) -> Bytes:
         """Lines as bytes: what a narrow row held, it holds again."""
+        if self.store.layout.dtype == "float32":
+            return lines.view(np.uint8)
         at = np.arange(len(lines))
         self._packing.reserve(len(at))
         self._packing.scatter(at, lines)
@@ -249,6 +251,8 @@ class Below:
         return packed
 
     def _unpack(self, packed: Bytes) -> Float32s:
+        if self.store.layout.dtype == "float32":
+            return packed.view(np.float32)
         at, lines = np.arange(len(packed)), np.empty((len(packed), self.store.layout.width), np.float32)
         self._packing.reserve(len(at))
         self._packing.unpack(at, packed)
