@@ -9,11 +9,12 @@ uint32 they are masked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import cuda as _cuda
-from numba.cuda import libdevice
+from numba.cuda import libdevice as _libdevice
 
 from hbkit.cuda.device import COOPERATING, simulated
 
@@ -34,7 +35,14 @@ __all__ = [
 ]
 
 cuda: Any = _cuda  # Numba's annotations know nothing of kernels
-device = cuda.jit(device=True)
+libdevice: Any = _libdevice
+
+
+def device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call."""
+    compiled: Callable[..., Any] = cuda.jit(function, device=True)
+    return compiled
+
 
 if simulated():
 
@@ -90,9 +98,9 @@ if simulated():
         return y
 
 else:
-    from llvmlite import ir
-    from numba.cuda import cgutils, types
-    from numba.cuda.extending import intrinsic
+    from llvmlite import ir  # type: ignore[import-untyped] # it has no annotations
+
+    cgutils, types, intrinsic = cuda.cgutils, cuda.types, cuda.extending.intrinsic
 
     add, sub, mul, div, sqrt, rint = (
         libdevice.fadd_rn,
@@ -121,7 +129,7 @@ else:
         vector = ir.VectorType(element, 4)
         return builder.bitcast(pointer, vector.as_pointer()), 4 * context.get_abi_sizeof(element)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
     def load4(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
         """``array[i, j:j + 4]``, at a multiple of their size."""
 
@@ -133,7 +141,7 @@ else:
 
         return types.UniTuple(array.dtype, 4)(array, types.int64, types.int64), codegen
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
     def store4(typingctx: Any, array: Any, i: Any, j: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
 

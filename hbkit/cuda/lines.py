@@ -371,7 +371,8 @@ class DeviceLines:
 
     def _from_host(self, slots: Int64s, values: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
-            self._scatter(*buffer.send(slots[part], values[part]), parts)
+            some, far = buffer.send(slots[part], values[part])
+            self._scatter(some, far, parts)
             buffer.end()
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:

@@ -1,9 +1,10 @@
 """Rows of float32, float16 and bfloat16 in device memory: four columns in, four columns out.
 
-`ROWS` names a pair for each dtype: ``load(rows, i, j, end, vec)`` gives columns j..j+3 as float32 (from `end` on, anything), and
-``store(rows, i, j, end, vec, a, b, c, d, noise)`` writes them. float16 and bfloat16 lie in an array of uint16. `vec` says
-that whole fours lie at multiples of their size. `noise` are 64 random bits, 16 a column, by which narrow rows round up
-or down; where it is `NEAREST` they round to the nearest value, ties to even. As ``_ext/kernels.c``, bit for bit.
+`ROWS` names a pair for each dtype: ``load(rows, i, j, end, vec)`` gives columns j..j+3 as float32 (from `end` on,
+anything), and ``store(rows, i, j, end, vec, a, b, c, d, noise)`` writes them. float16 and bfloat16 lie in an array of
+uint16. `vec` says that whole fours lie at multiples of their size. `noise` are 64 random bits, 16 a column, by which
+narrow rows round up or down; where it is `NEAREST` they round to the nearest value, ties to even. As
+``_ext/kernels.c``, bit for bit.
 """
 
 from __future__ import annotations

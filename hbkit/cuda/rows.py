@@ -1,7 +1,7 @@
 """Kernels that move rows: gather, scatter, pool, and where the values of ragged lists go in padded ones.
 
-Rows are [n_lines, stride] in device memory, addressed by slot. 2^shift threads share a row, four columns each at a time:
-neighbours read neighbouring addresses, so a row is moved in whole sectors. No two threads write one place.
+Rows are [n_lines, stride] in device memory, addressed by slot. 2^shift threads share a row, four columns each at a
+time: neighbours read neighbouring addresses, so a row is moved in whole sectors. No two threads write one place.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: 
 
 @device
 def sum_squares(values: Any, i: Any, part: Any) -> Any:
-    """Of a row, by 16 threads: thread `part` sums every 16th, then all add the sums as one tree. A row of none: i < 0."""
+    """Of a row (none: i < 0), by 16 threads: thread `part` sums every 16th, then all add the sums as one tree."""
     total = ZERO
     if i >= 0:
         for j in range(part, values.shape[1], COOPERATING):

@@ -163,6 +163,6 @@ SEGMENT_SUM = {vec: _segment_sum(vec) for vec in (False, True)}
 BLOCK_SUMS[True].__name__ += "_fours"
 SEGMENT_SUM[True].__name__ += "_fours"
 SIGNATURES = {
-    **{kernel: f"void({GRADIENTS}, int64, int32[::1])" for kernel in BLOCK_SUMS.values()},
-    **{kernel: f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])" for kernel in SEGMENT_SUM.values()},
+    **dict.fromkeys(BLOCK_SUMS.values(), f"void({GRADIENTS}, int64, int32[::1])"),
+    **dict.fromkeys(SEGMENT_SUM.values(), f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])"),
 }

@@ -84,6 +84,6 @@ DEQUANTIZE = {vec: _dequantize(vec) for vec in (False, True)}
 QUANTIZE[True].__name__ += "_fours"
 DEQUANTIZE[True].__name__ += "_fours"
 SIGNATURES = {
-    **{kernel: "void(float32[:,::1], int8[:,::1], uint16[::1], int32[::1])" for kernel in QUANTIZE.values()},
-    **{kernel: "void(int8[:,::1], uint16[::1], float32[:,::1], int32[::1])" for kernel in DEQUANTIZE.values()},
+    **dict.fromkeys(QUANTIZE.values(), "void(float32[:,::1], int8[:,::1], uint16[::1], int32[::1])"),
+    **dict.fromkeys(DEQUANTIZE.values(), "void(int8[:,::1], uint16[::1], float32[:,::1], int32[::1])"),
 }

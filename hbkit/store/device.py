@@ -28,6 +28,7 @@ from hbkit.store.tier import Bytes, Lines, TieredStore
 
 if TYPE_CHECKING:
     from hbkit.cuda.device import Device
+    from hbkit.cuda.lines import DeviceLines
 
 STAGING_NBYTES = 2**25
 log = logging.getLogger("hbkit.store")
@@ -121,6 +122,7 @@ class DeviceStore(TieredStore):
     """
 
     tier = "device"
+    _lines: DeviceLines
 
     def __init__(
         self, layout: Layout, below: StoreSpec, cache_budget: int, device: Device, policy: Callable[[int], Policy]
