@@ -112,12 +112,12 @@ else:
     )
 
     @device
-    def as_int(x: Any) -> Any:
+    def as_int(x: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
         """The bits of a float32, as a number >= 0."""
         return np.int64(libdevice.float_as_int(x)) & 0xFFFFFFFF
 
     @device
-    def as_float(b: Any) -> Any:
+    def as_float(b: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
         """The float32 of some bits."""
         return libdevice.int_as_float(np.int32(b))
 
