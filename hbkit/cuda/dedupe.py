@@ -75,7 +75,9 @@ def first_of(n: Any, table: Any, cells: Any, firsts: Any, counts: Any, totals: A
             totals[tile] = total
 
 
-def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any) -> None:
+def number(
+    keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any
+) -> None:
     """Number the first positions in order, list their keys, and free their cells; the number of keys goes last."""
     n = keys.shape[0]
     length = tile_length(n)
@@ -83,13 +85,16 @@ def number(keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers:
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            begins = i < n and firsts[min(i, n - 1)] == i
+            here = min(i, n - 1)
+            key = keys[here]  # read with the first position, not after it
+            cell = cells[here]
+            begins = firsts[here] == i
             beginners = ballot(begins)
             if begins:
                 mine = at + ones(beginners & ((1 << lane()) - 1))
                 numbers[i] = mine
-                distinct[mine] = keys[i]
-                table[cells[i]] = FREE
+                distinct[mine] = key
+                table[cell] = FREE
             at += ones(beginners)
         if tile == TILES - 1 and lane() == 0:
             totals[TILES] = at
@@ -126,8 +131,8 @@ def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: 
 _A64, _A32 = "int64[::1]", "int32[::1]"
 SIGNATURES = {
     claim: f"void({_A64}, {_A32}, {_A32}, {_A32})",
-    first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
-    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A64}, {_A32})",
+    first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A32})",
+    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32})",
     spread: f"void(int64, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
 }
 
@@ -180,7 +185,7 @@ class Dedupe:
         self._table = device.send(np.full(1 << (2 * max_keys - 1).bit_length(), FREE, np.int32))
         self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
         self._keys, self._counts, self._inverse = (device.empty((max_keys,), np.int64) for _ in range(3))
-        self._totals = device.empty((TILES + 1,), np.int64)
+        self._totals = device.empty((TILES + 1,), np.int32)
         self._n_distinct = self._totals[TILES:]
 
     def __call__(self, keys: Any) -> Distinct:

@@ -175,16 +175,31 @@ def place(
     work = np.int64(lists[turn + N_WORK])
     warps = cuda.gridsize(1) // WARP
     begin = cuda.grid(1) // WARP
-    following = lists[links + n + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
+    if me == 0:
+        for i in range(begin, COUNTERS // 2, warps):
+            lists[COUNTERS // 2 - turn + i] = 0
+    if work == 0:
+        return
+    works = links + n
+    # A warp waits for each read, so it reads a bucket while it places in the one before. Nobody else has either.
+    bucket = np.int64(lists[works + min(begin, work - 1)])
+    next_bucket = np.int64(lists[works + min(begin + warps, work - 1)])
+    next_head = lists[COUNTERS + bucket]
+    next_digest = np.int64(digests[bucket * BUCKET + me])
+    next_value = entries[bucket * BUCKET + me, WORD]
     for at in range(begin, work, warps):
-        bucket = np.int64(following)
-        following = lists[links + n + min(at + warps, work - 1)]
         mine = bucket * BUCKET + me
-        digest = np.int64(digests[mine])
-        value = entries[mine, WORD]
+        head = COUNTERS + bucket
+        i = next_head
+        digest = next_digest
+        value = next_value
+        bucket = next_bucket
+        next_bucket = np.int64(lists[works + min(at + 2 * warps, work - 1)])
+        next_head = lists[COUNTERS + bucket]
+        next_digest = np.int64(digests[bucket * BUCKET + me])
+        next_value = entries[bucket * BUCKET + me, WORD]
         position = np.int32(NO_POSITION)
         n_listed = np.int64(0)
-        i = lists[COUNTERS + bucket]
         while i >= 0:  # the least positions, ascending by lane
             rank = ones(ballot(position < i))
             from_below = up(position)
@@ -195,7 +210,7 @@ def place(
             n_listed += 1
             i = lists[links + i]
         if me == 0:
-            lists[COUNTERS + bucket] = -1  # every lane has read it: there was a vote since
+            lists[head] = -1  # every lane has read it: there was a vote since
         n_placed = np.int64(0)
         while n_placed < min(n_listed, BUCKET):
             i = shuffle(position, n_placed)
@@ -241,8 +256,6 @@ def place(
             cuda.atomic.add(lists, turn + N_EVICTED, n_evicted)
         if n_refused > 0:
             cuda.atomic.add(lists, turn + N_REFUSED, n_refused)
-        for i in range(begin, COUNTERS // 2, warps):
-            lists[COUNTERS // 2 - turn + i] = 0
 
 
 def settle(entries: Any, slots: Any, dirty: Any, error: Any) -> None:
@@ -318,9 +331,7 @@ def sum_before(totals: Any, tile: Any) -> Any:
     return total
 
 
-def spill(
-    entries: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any
-) -> None:
+def spill(entries: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any) -> None:
     """Write the keys at these positions to places of the side list, pinned; places are distinct."""
     for i in range(cuda.grid(1), sides.shape[0], cuda.gridsize(1)):
         p = positions[i]
@@ -344,8 +355,8 @@ SIGNATURES = {
     place: f"void(uint8[::1], {_INSERT})",
     settle: f"void(int64[:,::1], {_A64}, int64, {_A32})",
     erase: f"void({_A64}, int64[:,::1], {_A64}, {_A64}, {_A32})",
-    count: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A32})",
-    select: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A64}, {_A32})",
+    count: f"void(int64[:,::1], int64, int64, int64, {_A32}, {_A32})",
+    select: f"void(int64[:,::1], int64, int64, int64, {_A32}, {_A64}, {_A32})",
     spill: f"void(int64[:,::1], {_A64}, {_A64}, {_A64}, {_A64}, int64[:,::1], {_A32})",
     vacate: f"void(int64[:,::1], {_A64}, {_A32})",
 }
@@ -432,7 +443,7 @@ class DeviceIndex:
         self._placed = device.empty((3, max_keys), np.int64)
         self._flat = self._placed.reshape(3 * max_keys)
         self._positions = device.empty((max_keys,), np.int64)
-        self._totals = device.empty((TILES,), np.int64)
+        self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
         self._n_keys = self._n_evicted = self._n_refused = self._n_spilled = 0

@@ -36,9 +36,7 @@ def kernels():
     if not importlib.util.find_spec("numba_cuda"):
         return []
     return [
-        (room, kernel.__name__)
-        for room in ROOMS
-        for kernel in importlib.import_module(f"hbkit.cuda.{room}").SIGNATURES
+        (room, kernel.__name__) for room in ROOMS for kernel in importlib.import_module(f"hbkit.cuda.{room}").SIGNATURES
     ]
 
 
@@ -72,7 +70,8 @@ def test_kernel_assembles_without_spills_or_local_arrays(room, name, cc, tmp_pat
     shared = re.search(r"(\d+) bytes smem", done.stderr)
     print(f"{room}.{name} {target}: {registers} registers, {shared[1] if shared else 0} bytes of shared memory")
     frame, stores, loads = map(
-        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()
+        int,
+        re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups(),
     )
     assert stores == loads == 0
     assert frame == 0 or name in LOCAL_ARRAYS
