@@ -181,23 +181,14 @@ def place(
     if work == 0:
         return
     works = links + n
-    # A warp waits for each read, so it reads a bucket while it places in the one before. Nobody else has either.
-    bucket = np.int64(lists[works + min(begin, work - 1)])
-    next_bucket = np.int64(lists[works + min(begin + warps, work - 1)])
-    next_head = lists[COUNTERS + bucket]
-    next_digest = np.int64(digests[bucket * BUCKET + me])
-    next_value = entries[bucket * BUCKET + me, WORD]
+    following = lists[works + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
     for at in range(begin, work, warps):
+        bucket = np.int64(following)
+        following = lists[works + min(at + warps, work - 1)]
         mine = bucket * BUCKET + me
-        head = COUNTERS + bucket
-        i = next_head
-        digest = next_digest
-        value = next_value
-        bucket = next_bucket
-        next_bucket = np.int64(lists[works + min(at + 2 * warps, work - 1)])
-        next_head = lists[COUNTERS + bucket]
-        next_digest = np.int64(digests[bucket * BUCKET + me])
-        next_value = entries[bucket * BUCKET + me, WORD]
+        digest = np.int64(digests[mine])
+        value = entries[mine, WORD]
+        i = lists[COUNTERS + bucket]
         position = np.int32(NO_POSITION)
         n_listed = np.int64(0)
         while i >= 0:  # the least positions, ascending by lane
@@ -210,7 +201,7 @@ def place(
             n_listed += 1
             i = lists[links + i]
         if me == 0:
-            lists[head] = -1  # every lane has read it: there was a vote since
+            lists[COUNTERS + bucket] = -1  # every lane has read it: there was a vote since
         n_placed = np.int64(0)
         while n_placed < min(n_listed, BUCKET):
             i = shuffle(position, n_placed)
@@ -222,18 +213,14 @@ def place(
             else:
                 if evict == 0:
                     break
-                least = value
-                chosen = np.int64(me)
+                least = (min(value, PIN) << 5) | me  # a slot's word and lane as one number
                 step = BUCKET // 2
                 while step > 0:
-                    other = xor(least, step)
-                    its = xor(chosen, step)
-                    if other < least or (other == least and its < chosen):
-                        least = other
-                        chosen = its
+                    least = min(least, xor(least, step))
                     step //= 2
-                if least >= PIN:
+                if least >> 5 >= PIN:
                     break
+                chosen = np.int64(least & 31)
                 n_evicted += 1
             if me == chosen:
                 status = np.int64(NEW)
