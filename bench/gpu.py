@@ -1,6 +1,6 @@
 """Kernels and the device tier on a CUDA device: what each must move, how long it takes, and what a step takes.
 
-``python bench/gpu.py [--report FILE] [--only kernels,step,tier] [--once NAME]``; `make gpu` runs the tests before it.
+``python bench/gpu.py [--report FILE] [--only kernels,step,tier] [--once NAMES]``; `make gpu` runs the tests before it.
 
 The workload is that of dynamicemb's published benchmark: 10 tables of dim 128, Adam, 1,048,576 ids a step drawn by a
 Zipf law of 1.05, of which about 350,000 are distinct. All tables' lines are one array here, as the bytes are the same.
@@ -12,7 +12,7 @@ Zipf law of 1.05, of which about 350,000 are distinct. All tables' lines are one
   device memory, then a cache of one batch's lines, then 0.8 of it. Rows and gradients stay on the device where PyTorch
   is at hand ("tensors"), or come from and go to NumPy.
 
---once runs each kernel that the name begins once, for a profiler.
+--once runs each kernel that one of the names begins once, for a profiler.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ import numpy as np
 from hbkit._ext.segment import segment_sum as c_segment_sum
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda import wire
+from hbkit.cuda.dedupe import Dedupe
 from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.index import DeviceIndex
 from hbkit.cuda.lines import DeviceLines, sum_segments
 from hbkit.cuda.rows import padded
 from hbkit.embedding import Adam, Table
@@ -88,6 +91,7 @@ class Bench:
         self.text: list[str] = []
         self.report = report
         self.copy_gbs = 0.0
+        self.busy = [self.device.empty((2**29,), np.uint8) for _ in range(2)]
         rng = np.random.default_rng(0)
         self.ids = draw(rng)
         unique, self.inverse = np.unique(self.ids, return_inverse=True)
@@ -104,42 +108,50 @@ class Bench:
             with open(self.report, "w") as f:
                 f.write("\n".join(self.text) + "\n")
 
-    def ms(self, run: Callable[[], Any], rounds: int = 9, times: int = 5) -> float:
-        """Median milliseconds of a call, by events around `times` of them."""
-        took = []
+    def ms(self, run: Callable[[], Any], rounds: int = 9, times: int = 5) -> tuple[float, float]:
+        """Median milliseconds of a call on the device, and of the host until it returns.
+
+        By events around `times` calls. The device is given copies to do before, so that the host is ahead of it.
+        """
+        far, near = [], []
         for i in range(rounds + 1):
             a, b = self.cuda.event(), self.cuda.event()
+            for _ in range(16):
+                self.busy[0].copy_to_device(self.busy[1], stream=self.device._stream)
             a.record(self.device._stream)
+            begin = time.perf_counter()
             for _ in range(times):
                 run()
+            end = time.perf_counter()
             b.record(self.device._stream)
             b.synchronize()
             if i:
-                took.append(self.cuda.event_elapsed_time(a, b) / times)
+                far.append(self.cuda.event_elapsed_time(a, b) / times)
+                near.append((end - begin) / times * 1e3)
         self.device.sync()
-        return statistics.median(took)
+        return statistics.median(far), statistics.median(near)
 
     def machine(self) -> None:
         """The device, the versions, and the speed of plain copies."""
         gpu, driver = self.cuda.get_current_device(), self.cuda.cudadrv.driver.driver.get_version()
         name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
-        self.say(f"Measured on: {name}, {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}, {platform.machine()}")
+        self.say(f"Measured on: {name}, {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}")
         self.say(f"numba-cuda {importlib.metadata.version('numba-cuda')}, Python {platform.python_version()}")
         self.say(f"command: python bench/gpu.py {' '.join(sys.argv[1:])}")
-        n = 2**30
-        a, b = self.device.empty((n,), np.uint8), self.device.empty((n,), np.uint8)
-        took = self.ms(lambda: b.copy_to_device(a, stream=self.device._stream))
+        n, (a, b) = 2**29, self.busy
+        took = self.ms(lambda: b.copy_to_device(a, stream=self.device._stream))[0]
         self.copy_gbs = 2 * n / took / 1e6
         pinned = self.device.pinned(n // 4)
         pinned[:] = 1
         part = a[: n // 4]
-        up = self.ms(lambda: part.copy_to_device(pinned, stream=self.device._stream), 5, 2)
-        down = self.ms(lambda: part.copy_to_host(pinned, stream=self.device._stream), 5, 2)
+        up = self.ms(lambda: part.copy_to_device(pinned, stream=self.device._stream), 5, 2)[0]
+        down = self.ms(lambda: part.copy_to_host(pinned, stream=self.device._stream), 5, 2)[0]
         self.say(
             f"copies: {self.copy_gbs:,.0f} GB/s on the device (read and written), "
             f"{n / 4 / up / 1e6:.1f} GB/s from pinned memory, {n / 4 / down / 1e6:.1f} GB/s to it"
         )
-        self.say(f"workload: {N_IDS:,} ids, {self.n_unique:,} distinct, the most frequent {np.diff(self.starts).max():,} times")
+        most = np.diff(self.starts).max()
+        self.say(f"workload: {N_IDS:,} ids, {self.n_unique:,} distinct, the most frequent {most:,} times")
         self.say()
 
     # --- kernels ----------------------------------------------------------------------------------------------
@@ -176,6 +188,9 @@ class Bench:
             code, line = HYPER[rule][0], u * (8 + 2 * (item * DIM + 4 * N_STATE[rule]))
             yield (f"{rule} {dtype}", line + u * row, partial(lines.apply, code, slots, sums, *after))
             if dtype == "float32":
+                if rule == "adam":
+                    only = partial(sum_segments, self.device, values, order, starts, each_key)
+                    yield "segment sums", n * (8 + row) + u * (8 + row), only
                 summed = partial(lines.apply_segments, code, slots, values, order, starts, *after)
                 yield (f"{rule} {dtype}, sums on the way", line + n * (8 + row) + u * 8, summed)
                 del summed
@@ -183,24 +198,26 @@ class Bench:
         yield (
             "quantize",
             u * (row + DIM + 2),
-            lambda: self.device.launch(wire.quantize, u * COOPERATING, sums, q, scales),
+            lambda: self.device.launch(wire.QUANTIZE[True], u * COOPERATING, sums, q, scales),
         )
         yield (
             "dequantize",
             u * (row + DIM + 2),
-            lambda: self.device.launch(wire.dequantize, u * COOPERATING, q, scales, each_key),
+            lambda: self.device.launch(wire.DEQUANTIZE[True], u * COOPERATING, q, scales, each_key),
         )
         out = empty((n // 8, 16), np.int64)
         yield "padded, lists of 8 to 16", n // 8 * (8 + 128), lambda: self.device.launch(padded, n * 2, splits, 1, out)
 
     def kernels(self) -> None:
         """The table of kernels."""
-        self.say("| kernel | must move, MB | ms | GB/s | of a copy's speed |")
-        self.say("| --- | ---: | ---: | ---: | ---: |")
+        self.say("| kernel | must move, MB | ms | GB/s | of a copy's speed | host, ms |")
+        self.say("| --- | ---: | ---: | ---: | ---: | ---: |")
         for name, nbytes, run in self.cases():
-            took = self.ms(run)
+            took, host = self.ms(run)
             gbs = nbytes / took / 1e6
-            self.say(f"| {name} | {nbytes / 1e6:,.0f} | {took:.3f} | {gbs:,.0f} | {gbs / self.copy_gbs:.0%} |")
+            self.say(
+                f"| {name} | {nbytes / 1e6:,.0f} | {took:.3f} | {gbs:,.0f} | {gbs / self.copy_gbs:.0%} | {host:.3f} |"
+            )
         self.say()
         self.peers()
 
@@ -227,11 +244,15 @@ class Bench:
         self.say()
 
     def once(self, name: str) -> None:
-        """Run the kernels that `name` begins once each, for a profiler."""
+        """Run the kernels that a name of `name` begins once each, for a profiler."""
         for case, _, run in self.cases():
-            if case.startswith(name):
+            if case.startswith(tuple(name.split(","))):
                 run()
                 self.device.sync()
+                self.cuda.profile_start()
+                run()
+                self.device.sync()
+                self.cuda.profile_stop()
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -261,15 +282,60 @@ class Bench:
             lines.gather(slots, out, index)
             lines.apply_segments(code, slots, values, order, starts, hyper)
 
-        took = self.ms(both)
-        self.say(f"one step of rows, all in device memory (gather for each id, sums by key, Adam): {took:.3f} ms")
+        took, host = self.ms(both)
+        self.say(
+            "one step of rows, all in device memory (gather for each id, sums by key, Adam): "
+            f"{took:.3f} ms on the device, {host:.3f} ms of the host"
+        )
         if torch is not None:
             inverse = torch.as_tensor(self.inverse, device="cuda")
             extra = torch_ms(lambda: torch.argsort(inverse, stable=True))
             self.say(f"  and the order of positions by key, by torch.argsort(stable=True): {extra:.3f} ms")
-        self.say("  deduping and looking up the keys are not in it")
+        if torch is not None:
+            del lines, values, out
+            self.whole(grads)
         self.say()
         self.say(PEERS)
+
+    def whole(self, grads: np.ndarray) -> None:
+        """The same from ids: deduped, looked up, rows out, and gradients summed and applied. All on the device."""
+        batches = [self.ids] + [draw(self.rng) for _ in range(3)]
+        index, dedupe = DeviceIndex(self.device, 2**22, N_IDS), Dedupe(self.device, N_IDS)
+        for ids in batches:
+            keys = np.unique(ids)
+            index.insert(keys, np.ones(len(keys), np.int64))
+        lines = DeviceLines(self.device, index.n_slots + 1024, 3 * DIM, 4096, DIM)
+        self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)
+        code, hyper = HYPER["adam"][0], hyper_of("adam")
+        here = [torch.as_tensor(ids, device="cuda") for ids in batches]
+        values, out = torch.as_tensor(grads, device="cuda"), torch.empty(N_IDS, DIM, device="cuda")
+
+        def step(ids: Any) -> None:
+            found = dedupe(self.device.array(ids))
+            slots = index.find(found.keys)
+            lines.gather(slots, out, found.inverse)
+            order = torch.argsort(torch.as_tensor(found.inverse, device="cuda"), stable=True)
+            starts = torch.zeros(found.n_distinct + 1, dtype=torch.int64, device="cuda")
+            torch.cumsum(torch.as_tensor(found.counts, device="cuda"), 0, out=starts[1:])
+            lines.apply_segments(code, slots, values, order, starts, hyper)
+
+        took = []
+        for i in range(30):
+            self.wait()
+            begin = time.perf_counter()
+            step(here[i % 4])
+            self.wait()
+            took.append(1e3 * (time.perf_counter() - begin))
+        self.device.sync()
+        begin = time.perf_counter()
+        for i in range(20):
+            step(here[i % 4])
+        self.wait()
+        steady = (time.perf_counter() - begin) / 20 * 1e3
+        self.say(
+            "one step from ids (dedupe, find, gather for each id, order by torch.argsort, sums by key, Adam), by the "
+            f"wall clock: {statistics.median(took[5:]):.3f} ms alone, {steady:.3f} ms one after the other"
+        )
 
     # --- the tier ---------------------------------------------------------------------------------------------
 
@@ -283,10 +349,16 @@ class Bench:
         footprint = max(len(keys) for keys, _ in batches) * line
         staging = 2**25
         grads = self.rng.standard_normal((N_IDS, DIM), np.float32)
-        self.say("| device tier: cache | rows and gradients | fetch, ms | rows out, ms | update, ms | a step, ms | hit rate |")
+        self.say(
+            "| device tier: cache | rows, gradients | fetch, ms | rows out, ms | update, ms | step, ms | hit rate |"
+        )
         self.say("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, budget in (("all", 2**33), ("a batch", footprint + staging), ("0.8 of it", int(0.8 * footprint) + staging)):
-            for tensors in (True, False) if torch is not None else (False,):
+        for name, budget in (
+            ("all", 2**33),
+            ("a batch", footprint + staging),
+            ("0.8 of it", int(0.8 * footprint) + staging),
+        ):
+            for tensors in (True, False) if torch is not None and name == "all" else (torch is not None,):
                 table = Table("t", DIM, optimizer=Adam(), store=device_cached(host_memory(), budget), metadata=False)
                 for keys, _ in batches:  # all rows exist before
                     lease = table.store.reserve(keys, np.ones(len(keys), np.int64))
@@ -311,7 +383,9 @@ class Bench:
         self.say()
         self.say("fetch: announce the distinct keys and make their rows resident. Keys are deduped and grouped before.")
 
-    def one(self, table: Any, step: int, keys: Any, inverse: Any, by: Any, grads: Any, on_gpu: Any, out: Any) -> list[float]:
+    def one(
+        self, table: Any, step: int, keys: Any, inverse: Any, by: Any, grads: Any, on_gpu: Any, out: Any
+    ) -> list[float]:
         """Seconds of a step's parts."""
         store, hyper, times = table.store, table.optimizer.hyper(step), [time.perf_counter()]
         lease = store.reserve(keys, np.ones(len(keys), np.int64))
@@ -330,7 +404,7 @@ class Bench:
         self.wait()
         times.append(time.perf_counter())
         store.release(lease)
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in pairwise(times)]
 
     def wait(self) -> None:
         """Until the device is idle."""
@@ -357,7 +431,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--report", help="also write what is printed to this file")
     ap.add_argument("--only", default="kernels,step,tier")
-    ap.add_argument("--once", help="run kernels of this name once, for a profiler")
+    ap.add_argument("--once", help="run kernels of these names once, for a profiler")
     a = ap.parse_args()
     bench = Bench(a.report)
     if a.once:

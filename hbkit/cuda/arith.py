@@ -9,18 +9,40 @@ uint32 they are masked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import cuda as _cuda
-from numba.cuda import libdevice
+from numba.cuda import libdevice as _libdevice
 
 from hbkit.cuda.device import COOPERATING, simulated
 
-__all__ = ["add", "as_float", "as_int", "cuda", "device", "div", "load4", "mul", "rint", "sqrt", "store4", "sub", "swap"]
+__all__ = [
+    "add",
+    "as_float",
+    "as_int",
+    "cuda",
+    "device",
+    "div",
+    "load4",
+    "mul",
+    "rint",
+    "sqrt",
+    "store4",
+    "sub",
+    "swap",
+]
 
 cuda: Any = _cuda  # Numba's annotations know nothing of kernels
-device = cuda.jit(device=True)
+libdevice: Any = _libdevice
+
+
+def device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call."""
+    compiled: Callable[..., Any] = cuda.jit(function, device=True)
+    return compiled
+
 
 if simulated():
 
@@ -76,9 +98,9 @@ if simulated():
         return y
 
 else:
-    from llvmlite import ir
-    from numba.cuda import cgutils, types
-    from numba.cuda.extending import intrinsic
+    from llvmlite import ir  # type: ignore[import-untyped] # it has no annotations
+
+    cgutils, types, intrinsic = cuda.cgutils, cuda.types, cuda.extending.intrinsic
 
     add, sub, mul, div, sqrt, rint = (
         libdevice.fadd_rn,
@@ -90,12 +112,12 @@ else:
     )
 
     @device
-    def as_int(x: Any) -> Any:
+    def as_int(x: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
         """The bits of a float32, as a number >= 0."""
         return np.int64(libdevice.float_as_int(x)) & 0xFFFFFFFF
 
     @device
-    def as_float(b: Any) -> Any:
+    def as_float(b: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
         """The float32 of some bits."""
         return libdevice.int_as_float(np.int32(b))
 
@@ -107,7 +129,7 @@ else:
         vector = ir.VectorType(element, 4)
         return builder.bitcast(pointer, vector.as_pointer()), 4 * context.get_abi_sizeof(element)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
     def load4(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
         """``array[i, j:j + 4]``, at a multiple of their size."""
 
@@ -119,7 +141,7 @@ else:
 
         return types.UniTuple(array.dtype, 4)(array, types.int64, types.int64), codegen
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
     def store4(typingctx: Any, array: Any, i: Any, j: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
 

@@ -73,7 +73,6 @@ class Device:
             )
         with self._named():
             from numba import cuda as numba_cuda
-            from numba.core.errors import NumbaPerformanceWarning
 
             cuda: Any = numba_cuda  # its annotations are partial
             if not cuda.is_available():
@@ -87,7 +86,7 @@ class Device:
                     f"there are {len(cuda.gpus)} CUDA devices", device=name, remedy="name one of them, from cuda:0"
                 )
             # Numba warns where a launch is too small to fill the device, as those of small batches are.
-            warnings.filterwarnings("ignore", "Grid size", category=NumbaPerformanceWarning)
+            warnings.filterwarnings("ignore", ".*Grid size")
             self._cuda = cuda
             self._compiled: dict[Any, Any] = {}
             with cuda.gpus[self._number]:

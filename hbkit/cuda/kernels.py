@@ -10,19 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from hbkit.cuda import rows, rules, sums, wire
+from hbkit.cuda.arith import cuda
 
 SIGNATURES: dict[Any, str] = {**rows.SIGNATURES, **sums.SIGNATURES, **rules.SIGNATURES, **wire.SIGNATURES}
 
 
 def ptx(kernel: Any, cc: tuple[int, int]) -> str:
     """What a kernel compiles to for a compute capability, such as (9, 0); needs no device."""
-    from numba.cuda import compile_ptx, dispatcher
-
+    dispatcher = cuda.dispatcher
     of_device = dispatcher.get_current_device
     # Functions that a kernel calls are compiled for the device at hand, even where only PTX is asked for.
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:
-        text: str = compile_ptx(kernel, SIGNATURES[kernel], cc=cc)[0]
+        text: str = cuda.compile_ptx(kernel, SIGNATURES[kernel], cc=cc)[0]
     finally:
         dispatcher.get_current_device = of_device
     return text

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hbkit._ext.segment import expand, retained
 from hbkit.cuda import rules
 from hbkit.cuda.device import COOPERATING, Device, simulated
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
-from hbkit.cuda.sums import block_sums, n_partials
-from hbkit.cuda.sums import segment_sum as segment_sums
+from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
 
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]
-Part: TypeAlias = tuple[Any, Any, int, int, int]  # kernel, array it reads or writes, first column, to column, columns
+Part: TypeAlias = tuple[str, Any, int, int, int]  # columns of lines: dtype, array, first column, to or from, how many
 
 
 class Rule(NamedTuple):
@@ -49,7 +49,9 @@ N_OWN = 8  # hyper-parameters of a rule itself
 
 def on_device(array: Any) -> bool:
     """Whether an array is in device memory."""
-    return hasattr(array, "__cuda_array_interface__") or hasattr(array, "copy_to_host")  # the simulator's have the latter
+    return hasattr(array, "__cuda_array_interface__") or hasattr(
+        array, "copy_to_host"
+    )  # the simulator's have the latter
 
 
 def shift_of(width: int) -> int:
@@ -58,11 +60,11 @@ def shift_of(width: int) -> int:
     return min(most, max(0, (-(-width // 4) - 1).bit_length()))
 
 
-def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> int:
+def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
     """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
     if any(m % 4 for m in multiples):
-        return 0
-    return int(all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays))
+        return False
+    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 def row_words(dim: int, dtype: str) -> int:
@@ -161,6 +163,7 @@ class DeviceLines:
         self._rows = self._lines if row_dtype == "float32" else self._lines.view(np.uint16)
         self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
         self._kept: dict[str, Any] = {}
+        self._hyper: tuple[Float32s, Any] | None = None
         self.nbytes = n_lines * self._stride * 4
 
     @property
@@ -176,45 +179,43 @@ class DeviceLines:
 
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
         """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
-        out = np.empty((len(slots), self._at + self._width - self._dim), np.float32)
-        self._to_host(slots, out, [(GATHER["float32"], self._lines, 0, 0, out.shape[1])])
+        out: Float32s = retained((len(slots), self._at + self._width - self._dim))
+        self._to_host(slots, out, [("float32", self._lines, 0, 0, out.shape[1])])
         return out.view(np.uint8)
 
     def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
         """Write lines that `pack` gave."""
         words = np.ascontiguousarray(lines).view(np.float32)
-        self._from_host(slots, words, [(SCATTER["float32"], self._lines, 0, 0, words.shape[1])])
+        self._from_host(slots, words, [("float32", self._lines, 0, 0, words.shape[1])])
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
 
         With `index`, of line ``slots[index[i]]``. An `out` in device memory is written there.
         """
-        parts = self._parts(GATHER, out.shape[1])
+        parts = self._parts(out.shape[1])
         if on_device(out):
             index = self._device.none(np.int64) if index is None else self._device.array(index)
             self._gather(self._device.array(slots), index, self._device.array(out), parts)
         elif index is None or len(index) <= len(slots):
             self._to_host(slots if index is None else slots[index], out, parts)
         else:
-            found = np.empty((len(slots), out.shape[1]), np.float32)
+            found = retained((len(slots), out.shape[1]))
             self._to_host(slots, found, parts)
-            np.take(found, index, axis=0, out=out, mode="clip")
+            expand(found, index, out)
 
     def spread(self, found: Float32s, out: Any, index: Any = None) -> None:
         """``out[i] = found[index[i]]``, of rows that the host has into device memory."""
         far = self._device.send(found)
         slots = self._device.send(np.arange(len(found)))
         index = self._device.none(np.int64) if index is None else self._device.array(index)
-        self._gather(slots, index, self._device.array(out), [(GATHER["float32"], far, 0, 0, out.shape[1])])
+        self._gather(slots, index, self._device.array(out), [("float32", far, 0, 0, out.shape[1])])
 
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
-        self._from_host(slots, lines, [(k, to, b, a, n) for k, to, a, b, n in self._parts(SCATTER, lines.shape[1])])
+        self._from_host(slots, lines, self._parts(lines.shape[1]))
 
-    def pool(
-        self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
-    ) -> None:
+    def pool(self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order.
 
         Arguments are all in device memory, or all NumPy's.
@@ -342,21 +343,26 @@ class DeviceLines:
             buffer.begin()
         self._device.sync()
 
-    def _parts(self, kernels: dict[str, Any], width: int) -> list[Part]:
-        """Launches for the first `width` floats of lines."""
+    def _parts(self, width: int) -> list[Part]:
+        """The first `width` floats of lines."""
         if self._dtype == "float32":
-            return [(kernels["float32"], self._lines, 0, 0, width)]
-        parts: list[Part] = [(kernels[self._dtype], self._rows, 0, 0, min(width, self._dim))]
+            return [("float32", self._lines, 0, 0, width)]
+        parts: list[Part] = [(self._dtype, self._rows, 0, 0, min(width, self._dim))]
         if width > self._dim:
-            parts.append((kernels["float32"], self._lines, self._at, self._dim, width - self._dim))
+            parts.append(("float32", self._lines, self._at, self._dim, width - self._dim))
         return parts
 
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
-        n = out.shape[0]
-        for kernel, source, first, to, width in parts:
+        for dtype, source, first, to, width in parts:
+            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
             shift = shift_of(width)
-            vec = fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))
-            self._device.launch(kernel, n << shift, source, slots, index, out, first, to, width, shift, vec)
+            self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
+
+    def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
+        for dtype, target, to, first, width in parts:
+            kernel = SCATTER[dtype, fours(target.shape[1], values.shape[1], first, to, width)]
+            shift = shift_of(width)
+            self._device.launch(kernel, values.shape[0] << shift, target, slots, values, first, to, width, shift)
 
     def _to_host(self, slots: Int64s, out: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
@@ -366,30 +372,13 @@ class DeviceLines:
     def _from_host(self, slots: Int64s, values: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
             some, far = buffer.send(slots[part], values[part])
-            for kernel, target, first, to, width in parts:
-                shift = shift_of(width)
-                vec = fours(target.shape[1], far.shape[1], first, to, width)
-                self._device.launch(
-                    kernel, len(slots[part]) << shift, target, some, far, first, to, width, shift, vec
-                )
+            self._scatter(some, far, parts)
             buffer.end()
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape
-        shift, vec = shift_of(dim), fours(dim, self._stride, arrays=(out,))
-        self._device.launch(
-            POOL[self._dtype],
-            n << shift,
-            self._rows,
-            slots,
-            index,
-            splits,
-            weight,
-            row_scale,
-            out,
-            shift,
-            vec,
-        )
+        shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
+        self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
 
     def _rule(self, code: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> Rule:
         if not isinstance(code, int):
@@ -425,21 +414,27 @@ class DeviceLines:
         sums = grads if isinstance(grads, _Sums) else _Sums(grads, none, device.none(np.float32), none, none)
         dim, n = sums.values.shape[1], slots.shape[0]
         at = dim if self._dtype == "float32" else self._at
-        kernel = rules.RULES[rule.kernel, self._dtype]
-        after = keys, device.send(hyper), seed - 2**64 if seed >= 2**63 else seed, step, at
+        after = keys, self._hyper_of(hyper), seed - 2**64 if seed >= 2**63 else seed, step, at
         shift, vec = shift_of(dim), fours(dim, at, self._stride, arrays=(sums.values,))
+        kernel = rules.RULES[rule.kernel, self._dtype, vec]
         partials = device.none(np.float32, 2)
         if sums.order.size:
             partials = self._room("partials", n_partials(sums.order.size), dim)
-            device.launch(block_sums, partials.shape[0] << shift, *sums, partials, shift, vec)
+            device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
         if not rule.by_row:
-            device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift, vec)
+            device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift)
             return
         values = sums.values
         if sums.order.size:
             values = self._room("sums", n, dim)
-            device.launch(segment_sums, n << shift, *sums, partials, values, shift, vec)
-        device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after, vec)
+            device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, values, shift)
+        device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after)
+
+    def _hyper_of(self, hyper: Float32s) -> Any:
+        """Hyper-parameters in device memory, where those of the last update may be already."""
+        if self._hyper is None or not np.array_equal(self._hyper[0], hyper):
+            self._hyper = hyper.copy(), self._device.send(hyper)
+        return self._hyper[1]
 
     def _room(self, name: str, n: int, dim: int) -> Any:
         """float32[n, dim] in device memory that is kept for the next time."""
@@ -509,5 +504,5 @@ def sum_segments(
     n, dim = out.shape
     shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
     partials = device.empty((n_partials(sums.order.size), dim), np.float32)
-    device.launch(block_sums, partials.shape[0] << shift, *sums, partials, shift, vec)
-    device.launch(segment_sums, n << shift, *sums, partials, out, shift, vec)
+    device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
+    device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, out, shift)

@@ -1,9 +1,10 @@
 """Rows of float32, float16 and bfloat16 in device memory: four columns in, four columns out.
 
-`ROWS` names a pair for each dtype: ``load(rows, i, j, end, vec)`` gives columns j..j+3 as float32 (0 from `end` on), and
-``store(rows, i, j, end, vec, a, b, c, d, noise)`` writes them. float16 and bfloat16 lie in an array of uint16. `vec` says
-that whole fours lie at multiples of their size. `noise` are 64 random bits, 16 a column, by which narrow rows round up
-or down; where it is `NEAREST` they round to the nearest value, ties to even. As ``_ext/kernels.c``, bit for bit.
+`ROWS` names a pair for each dtype: ``load(rows, i, j, end, vec)`` gives columns j..j+3 as float32 (from `end` on,
+anything), and ``store(rows, i, j, end, vec, a, b, c, d, noise)`` writes them. float16 and bfloat16 lie in an array of
+uint16. `vec` says that whole fours lie at multiples of their size. `noise` are 64 random bits, 16 a column, by which
+narrow rows round up or down; where it is `NEAREST` they round to the nearest value, ties to even. As
+``_ext/kernels.c``, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,15 +21,11 @@ ZERO = np.float32(0)
 
 @device
 def load(array: Any, i: Any, j: Any, end: Any, vec: Any) -> Any:
-    """Columns j..j+3 of row i of an array of float32."""
+    """Columns j..j+3 of row i of an array of any dtype; the last that is there in place of what is not."""
     if vec:
         return load4(array, i, j)
-    return (
-        array[i, j],
-        array[i, j + 1] if j + 1 < end else ZERO,
-        array[i, j + 2] if j + 2 < end else ZERO,
-        array[i, j + 3] if j + 3 < end else ZERO,
-    )
+    last = end - 1
+    return array[i, j], array[i, min(j + 1, last)], array[i, min(j + 2, last)], array[i, min(j + 3, last)]
 
 
 @device
@@ -108,17 +105,10 @@ def narrow_bfloat16(x: Any, random: Any) -> Any:
 
 def _pair(widen: Any, narrow: Any) -> tuple[Any, Any]:
     """load and store of a narrow dtype."""
-    none = np.uint16(0)
 
     @device
     def load_narrow(rows: Any, i: Any, j: Any, end: Any, vec: Any) -> Any:
-        if vec:
-            a, b, c, d = load4(rows, i, j)
-        else:
-            a = rows[i, j]
-            b = rows[i, j + 1] if j + 1 < end else none
-            c = rows[i, j + 2] if j + 2 < end else none
-            d = rows[i, j + 3] if j + 3 < end else none
+        a, b, c, d = load(rows, i, j, end, vec)
         return widen(a), widen(b), widen(c), widen(d)
 
     @device

@@ -64,7 +64,7 @@ def ftrl(w: Any, m: Any, v: Any, g: Any, h: Any) -> Any:
     return div(sub(clipped, z), add(div(root, h[0]), h[2])), z, total
 
 
-def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: bool) -> Any:
+def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: bool, vec: bool) -> Any:
     def kernel(
         rows: Any,
         lines: Any,
@@ -81,7 +81,6 @@ def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: 
         t: Any,
         at: Any,
         shift: Any,
-        vec: Any,
         error: Any,
     ) -> None:
         dim = values.shape[1]
@@ -119,7 +118,7 @@ def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: 
 
 @device
 def sum_squares(values: Any, i: Any, part: Any) -> Any:
-    """Of a row, by 16 threads: thread `part` sums every 16th, then all add the sums as one tree. A row of none: i < 0."""
+    """Of a row (none: i < 0), by 16 threads: thread `part` sums every 16th, then all add the sums as one tree."""
     total = ZERO
     if i >= 0:
         for j in range(part, values.shape[1], COOPERATING):
@@ -129,7 +128,7 @@ def sum_squares(values: Any, i: Any, part: Any) -> Any:
     return total
 
 
-def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool) -> Any:
+def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool, vec: bool) -> Any:
     def kernel(
         rows: Any,
         lines: Any,
@@ -140,7 +139,6 @@ def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool) -> An
         seed: Any,
         t: Any,
         at: Any,
-        vec: Any,
         error: Any,
     ) -> None:
         dim = values.shape[1]
@@ -192,17 +190,19 @@ def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool) -> An
 BY_ELEMENT = {"sgd": (sgd, 0), "momentum": (momentum, 1), "adagrad": (adagrad, 1), "adam": (adam, 2), "ftrl": (ftrl, 2)}
 BY_ROW = {"rowwise_adagrad": False, "rowwise_adam": True}
 _AFTER = "int64[::1], float32[::1], int64, int64, int64"  # keys, hyper, seed, step, at
-RULES: dict[tuple[str, str], Any] = {}
+RULES: dict[tuple[str, str, bool], Any] = {}  # by name, dtype, and whether columns are read and written in fours
 SIGNATURES: dict[Any, str] = {}
 for _dtype, (_load, _store) in ROWS.items():
-    _rows = "float32[:,::1]" if _dtype == "float32" else "uint16[:,::1]"
-    _made = [(name, _by_element(*rule, _load, _store, _dtype != "float32")) for name, rule in BY_ELEMENT.items()]
-    _made += [(name, _by_row(moment, _load, _store, _dtype != "float32")) for name, moment in BY_ROW.items()]
-    for _name, _kernel in _made:
-        _kernel.__name__ = f"{_name}_{_dtype}"
-        RULES[_name, _dtype] = _kernel
-        SIGNATURES[_kernel] = (
-            f"void({_rows}, float32[:,::1], int64[::1], float32[:,::1], {_AFTER}, int64, int32[::1])"
-            if _name in BY_ROW
-            else f"void({_rows}, float32[:,::1], int64[::1], {GRADIENTS}, {_AFTER}, int64, int64, int32[::1])"
-        )
+    for _vec in (False, True):
+        _rest = _load, _store, _dtype != "float32", _vec
+        _rows = "float32[:,::1]" if _dtype == "float32" else "uint16[:,::1]"
+        for _name, (_step, _n_state) in BY_ELEMENT.items():
+            _kernel = RULES[_name, _dtype, _vec] = _by_element(_step, _n_state, *_rest)
+            _arguments = f"{_rows}, float32[:,::1], int64[::1], {GRADIENTS}, {_AFTER}, int64"
+            SIGNATURES[_kernel] = f"void({_arguments}, int32[::1])"
+        for _name, _moment in BY_ROW.items():
+            _kernel = RULES[_name, _dtype, _vec] = _by_row(_moment, *_rest)
+            _arguments = f"{_rows}, float32[:,::1], int64[::1], float32[:,::1], {_AFTER}"
+            SIGNATURES[_kernel] = f"void({_arguments}, int32[::1])"
+for (_name, _dtype, _vec), _kernel in RULES.items():
+    _kernel.__name__ = f"{_name}_{_dtype}{'_fours' if _vec else ''}"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import mixed
 from hbkit._ext.index import Index
-from hbkit._ext.segment import Gradients
+from hbkit._ext.segment import Gradients, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, DeviceUnavailable
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Rule, Store, StoreSpec
@@ -28,6 +28,7 @@ from hbkit.store.tier import Bytes, Lines, TieredStore
 
 if TYPE_CHECKING:
     from hbkit.cuda.device import Device
+    from hbkit.cuda.lines import DeviceLines
 
 STAGING_NBYTES = 2**25
 log = logging.getLogger("hbkit.store")
@@ -121,6 +122,7 @@ class DeviceStore(TieredStore):
     """
 
     tier = "device"
+    _lines: DeviceLines
 
     def __init__(
         self, layout: Layout, below: StoreSpec, cache_budget: int, device: Device, policy: Callable[[int], Policy]
@@ -129,7 +131,9 @@ class DeviceStore(TieredStore):
 
         line_nbytes = 4 * stride_of(layout.dim, layout.width, layout.dtype)
         staging = min(STAGING_NBYTES, cache_budget // 4)
-        self._batch_lines = max(1, (staging // 2 - 48) // (buffer_nbytes(2, layout.width) - buffer_nbytes(1, layout.width)))
+        self._batch_lines = max(
+            1, (staging // 2 - 48) // (buffer_nbytes(2, layout.width) - buffer_nbytes(1, layout.width))
+        )
         self._device = device
         self._n_lines = (cache_budget - 2 * buffer_nbytes(self._batch_lines, layout.width)) // line_nbytes
         if self._n_lines < 1:
@@ -172,9 +176,7 @@ class DeviceStore(TieredStore):
             self._gather(lines, away, lease.keys, rows)
             self._lines.spread(rows, out, index)
 
-    def apply(
-        self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False
-    ) -> int:
+    def apply(self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False) -> int:
         """As `TieredStore.apply`; gradients in device memory, summed by key, are used there."""
         if not isinstance(grads, (np.ndarray, Gradients)):
             with self._open():
@@ -230,7 +232,7 @@ class Below:
 
     def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
         """Lines, frequencies and last steps of rows that were written."""
-        lines = np.empty((len(keys), self.store.layout.width), np.float32)
+        lines = retained((len(keys), self.store.layout.width))
         with self._lock:
             lease = self.store.reserve(keys, np.zeros(len(keys), np.int64))
             try:
@@ -242,6 +244,8 @@ class Below:
 
     def _pack(self, lines: Float32s) -> Bytes:
         """Lines as bytes: what a narrow row held, it holds again."""
+        if self.store.layout.dtype == "float32":
+            return lines.view(np.uint8)
         at = np.arange(len(lines))
         self._packing.reserve(len(at))
         self._packing.scatter(at, lines)
@@ -249,6 +253,8 @@ class Below:
         return packed
 
     def _unpack(self, packed: Bytes) -> Float32s:
+        if self.store.layout.dtype == "float32":
+            return packed.view(np.float32)
         at, lines = np.arange(len(packed)), np.empty((len(packed), self.store.layout.width), np.float32)
         self._packing.reserve(len(at))
         self._packing.unpack(at, packed)
