@@ -160,7 +160,8 @@ class Bench:
         """Lines of a table, with numbers in them."""
         lines = DeviceLines(self.device, N_LINES, DIM + N_STATE[rule], 4096, DIM, dtype)
         if not simulated():
-            self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)  # 0.0115 in float32 and bfloat16
+            with self.device._current():
+                self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)  # 0.0115 of float32, bfloat16
         return lines
 
     def cases(self) -> Any:
