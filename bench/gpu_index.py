@@ -230,7 +230,7 @@ class Bench:
             batches = self.fresh()
             self.step += 1
             scores = self.scores(self.n)
-            walls.append(self.wall_once(lambda k: self.insert(k, scores), batches))
+            walls.append(self.wall_once(lambda k, scores=scores: self.insert(k, scores), batches))
         for name, ms in took.items():
             wall = float(np.median(walls)) if "rows" not in name else None
             self.note(f"{name}, all new, load {load}", self.n, float(np.median(ms)), wall)

@@ -1,7 +1,7 @@
 """Dedupe: the distinct keys of a batch in the order of first occurrence, by a hash table of positions.
 
-A cell of the table holds a position, -1 where it is free. A thread claims a free cell for its key with its own position,
-by compare-and-swap. From then on the cell belongs to that key: other positions may only lower it, by an atomic minimum,
+A cell of the table holds a position, -1 where it is free. A thread claims a free cell for its key with its position, by
+compare-and-swap. From then on the cell belongs to that key: other positions may only lower it, by an atomic minimum,
 to another position of the same key. So whatever the order of threads, a key ends in one cell, and the cell in the key's
 first position. Which cell that is depends on the race, and nothing else does: the keys are numbered by a scan over
 positions. A cell that was read before it changed costs an atomic operation more, or none less.
@@ -103,8 +103,8 @@ def number(
 def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
     """``inverse[i]`` = the number of the key at i of n, and each key's count.
 
-    Frequent keys come early, so they have small numbers: a block counts the first `HOT` in its own memory, since a place
-    in device memory takes one addition after the other.
+    Frequent keys come early, so they have small numbers: a block counts the first `HOT` in memory of its own, since one
+    place in device memory takes one addition after the other.
     """
     hot = cuda.shared.array(HOT, int32)
     for j in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):

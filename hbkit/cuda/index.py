@@ -16,12 +16,12 @@ A batch's distinct keys are inserted in two launches, in both of which no two th
   by an atomic exchange, and whoever pushes first puts the bucket on the list of work.
 - `place`: a warp a bucket of that list. It reads the list of new keys, whose order came of the threads' race, and keeps
   the `BUCKET` least positions in order, one a lane: so the race leaves no trace. One after the other they take the free
-  slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so they never evict each
-  other. Nobody else reads or writes the bucket in this launch.
+  slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so none evicts another.
+  Nobody else reads or writes the bucket in this launch.
 
-So slots, victims and their order are a function of the batch alone. What finds all of its bucket pinned goes to the side
-list, whose lines come after those of the buckets: every search goes through it after the bucket, `drain` empties it
-when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
+So slots, victims and their order are a function of the calls alone. What finds all of its bucket pinned goes to the
+side list, whose lines come after those of the buckets: every search goes through it after the bucket, `drain` empties
+it when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def place(
         if me == 0:
             lists[COUNTERS + bucket] = -1  # every lane has read it: there was a vote since
         n_placed = np.int64(0)
-        while n_placed < min(n_listed, BUCKET):
+        while n_placed < n_listed and n_placed < BUCKET:
             i = shuffle(position, n_placed)
             free = ballot(digest == 0)
             chosen = np.int64(0)
@@ -213,10 +213,12 @@ def place(
             else:
                 if evict == 0:
                     break
-                least = (min(value, PIN) << 5) | me  # a slot's word and lane as one number
+                least = np.int64((min(value, PIN) << 5) | me)  # a slot's word and lane as one number
                 step = BUCKET // 2
                 while step > 0:
-                    least = min(least, xor(least, step))
+                    other = xor(least, step)
+                    if other < least:
+                        least = other
                     step //= 2
                 if least >> 5 >= PIN:
                     break
@@ -382,7 +384,7 @@ class Placement:
 
     @property
     def victims(self) -> Any:
-        """int64[n]: the victim's key where there is one. Its line is still in `slots`, until the caller writes there."""
+        """int64[n]: the victim's key where there is one. Its line is in `slots` until the caller writes there."""
         return self._row(VICTIM)
 
     def _row(self, row: int) -> Any:
