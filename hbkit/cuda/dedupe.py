@@ -1,7 +1,7 @@
 """Dedupe: the distinct keys of a batch in the order of first occurrence, by a hash table of positions.
 
-A cell of the table holds a position, -1 where it is free. A thread claims a free cell for its key with its own position,
-by compare-and-swap. From then on the cell belongs to that key: other positions may only lower it, by an atomic minimum,
+A cell of the table holds a position, -1 where it is free. A thread claims a free cell for its key with its position, by
+compare-and-swap. From then on the cell belongs to that key: other positions may only lower it, by an atomic minimum,
 to another position of the same key. So whatever the order of threads, a key ends in one cell, and the cell in the key's
 first position. Which cell that is depends on the race, and nothing else does: the keys are numbered by a scan over
 positions. A cell that was read before it changed costs an atomic operation more, or none less.
@@ -85,13 +85,16 @@ def number(
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            begins = i < n and firsts[min(i, n - 1)] == i
+            here = min(i, n - 1)
+            key = keys[here]  # read with the first position, not after it
+            cell = cells[here]
+            begins = firsts[here] == i
             beginners = ballot(begins)
             if begins:
                 mine = at + ones(beginners & ((1 << lane()) - 1))
                 numbers[i] = mine
-                distinct[mine] = keys[i]
-                table[cells[i]] = FREE
+                distinct[mine] = key
+                table[cell] = FREE
             at += ones(beginners)
         if tile == TILES - 1 and lane() == 0:
             totals[TILES] = at
@@ -100,8 +103,8 @@ def number(
 def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
     """``inverse[i]`` = the number of the key at i of n, and each key's count.
 
-    Frequent keys come early, so they have small numbers: a block counts the first `HOT` in its own memory, since a place
-    in device memory takes one addition after the other.
+    Frequent keys come early, so they have small numbers: a block counts the first `HOT` in memory of its own, since one
+    place in device memory takes one addition after the other.
     """
     hot = cuda.shared.array(HOT, int32)
     for j in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):
@@ -128,8 +131,8 @@ def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: 
 _A64, _A32 = "int64[::1]", "int32[::1]"
 SIGNATURES = {
     claim: f"void({_A64}, {_A32}, {_A32}, {_A32})",
-    first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
-    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A64}, {_A32})",
+    first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A32})",
+    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32})",
     spread: f"void(int64, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
 }
 
@@ -182,7 +185,7 @@ class Dedupe:
         self._table = device.send(np.full(1 << (2 * max_keys - 1).bit_length(), FREE, np.int32))
         self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
         self._keys, self._counts, self._inverse = (device.empty((max_keys,), np.int64) for _ in range(3))
-        self._totals = device.empty((TILES + 1,), np.int64)
+        self._totals = device.empty((TILES + 1,), np.int32)
         self._n_distinct = self._totals[TILES:]
 
     def __call__(self, keys: Any) -> Distinct:

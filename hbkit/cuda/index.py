@@ -16,12 +16,12 @@ A batch's distinct keys are inserted in two launches, in both of which no two th
   by an atomic exchange, and whoever pushes first puts the bucket on the list of work.
 - `place`: a warp a bucket of that list. It reads the list of new keys, whose order came of the threads' race, and keeps
   the `BUCKET` least positions in order, one a lane: so the race leaves no trace. One after the other they take the free
-  slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so they never evict each
-  other. Nobody else reads or writes the bucket in this launch.
+  slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so none evicts another.
+  Nobody else reads or writes the bucket in this launch.
 
-So slots, victims and their order are a function of the batch alone. What finds all of its bucket pinned goes to the side
-list, whose lines come after those of the buckets: every search goes through it after the bucket, `drain` empties it
-when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
+So slots, victims and their order are a function of the calls alone. What finds all of its bucket pinned goes to the
+side list, whose lines come after those of the buckets: every search goes through it after the bucket, `drain` empties
+it when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
 """
 
 from __future__ import annotations
@@ -175,16 +175,22 @@ def place(
     work = np.int64(lists[turn + N_WORK])
     warps = cuda.gridsize(1) // WARP
     begin = cuda.grid(1) // WARP
-    following = lists[links + n + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
+    if me == 0:
+        for i in range(begin, COUNTERS // 2, warps):
+            lists[COUNTERS // 2 - turn + i] = 0
+    if work == 0:
+        return
+    works = links + n
+    following = lists[works + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
     for at in range(begin, work, warps):
         bucket = np.int64(following)
-        following = lists[links + n + min(at + warps, work - 1)]
+        following = lists[works + min(at + warps, work - 1)]
         mine = bucket * BUCKET + me
         digest = np.int64(digests[mine])
         value = entries[mine, WORD]
+        i = lists[COUNTERS + bucket]
         position = np.int32(NO_POSITION)
         n_listed = np.int64(0)
-        i = lists[COUNTERS + bucket]
         while i >= 0:  # the least positions, ascending by lane
             rank = ones(ballot(position < i))
             from_below = up(position)
@@ -197,7 +203,7 @@ def place(
         if me == 0:
             lists[COUNTERS + bucket] = -1  # every lane has read it: there was a vote since
         n_placed = np.int64(0)
-        while n_placed < min(n_listed, BUCKET):
+        while n_placed < n_listed and n_placed < BUCKET:
             i = shuffle(position, n_placed)
             free = ballot(digest == 0)
             chosen = np.int64(0)
@@ -207,18 +213,16 @@ def place(
             else:
                 if evict == 0:
                     break
-                least = value
-                chosen = np.int64(me)
+                least = np.int64((min(value, PIN) << 5) | me)  # a slot's word and lane as one number
                 step = BUCKET // 2
                 while step > 0:
                     other = xor(least, step)
-                    its = xor(chosen, step)
-                    if other < least or (other == least and its < chosen):
+                    if other < least:
                         least = other
-                        chosen = its
                     step //= 2
-                if least >= PIN:
+                if least >> 5 >= PIN:
                     break
+                chosen = np.int64(least & 31)
                 n_evicted += 1
             if me == chosen:
                 status = np.int64(NEW)
@@ -241,8 +245,6 @@ def place(
             cuda.atomic.add(lists, turn + N_EVICTED, n_evicted)
         if n_refused > 0:
             cuda.atomic.add(lists, turn + N_REFUSED, n_refused)
-        for i in range(begin, COUNTERS // 2, warps):
-            lists[COUNTERS // 2 - turn + i] = 0
 
 
 def settle(entries: Any, slots: Any, dirty: Any, error: Any) -> None:
@@ -342,8 +344,8 @@ SIGNATURES = {
     place: f"void(uint8[::1], {_INSERT})",
     settle: f"void(int64[:,::1], {_A64}, int64, {_A32})",
     erase: f"void({_A64}, int64[:,::1], {_A64}, {_A64}, {_A32})",
-    count: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A32})",
-    select: f"void(int64[:,::1], int64, int64, int64, {_A64}, {_A64}, {_A32})",
+    count: f"void(int64[:,::1], int64, int64, int64, {_A32}, {_A32})",
+    select: f"void(int64[:,::1], int64, int64, int64, {_A32}, {_A64}, {_A32})",
     spill: f"void(int64[:,::1], {_A64}, {_A64}, {_A64}, {_A64}, int64[:,::1], {_A32})",
     vacate: f"void(int64[:,::1], {_A64}, {_A32})",
 }
@@ -382,7 +384,7 @@ class Placement:
 
     @property
     def victims(self) -> Any:
-        """int64[n]: the victim's key where there is one. Its line is still in `slots`, until the caller writes there."""
+        """int64[n]: the victim's key where there is one. Its line is in `slots` until the caller writes there."""
         return self._row(VICTIM)
 
     def _row(self, row: int) -> Any:
@@ -430,7 +432,7 @@ class DeviceIndex:
         self._placed = device.empty((3, max_keys), np.int64)
         self._flat = self._placed.reshape(3 * max_keys)
         self._positions = device.empty((max_keys,), np.int64)
-        self._totals = device.empty((TILES,), np.int64)
+        self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
         self._n_keys = self._n_evicted = self._n_refused = self._n_spilled = 0

@@ -10,7 +10,7 @@ The simulator's integers are NumPy's, which warn when they wrap; so there a word
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,13 +19,20 @@ from hbkit.cuda.device import SIMULATED_THREADS, simulated
 
 __all__ = ["ALL64", "WARP", "ballot", "first", "inline", "lane", "matching", "ones", "shuffle", "up", "word", "xor"]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 if simulated():
-    from numba.cuda.simulator.kernel import _get_kernel_context as block
+    from numba.cuda.simulator import kernel as simulator
 
     WARP = SIMULATED_THREADS
     word_of: Callable[[Any], Any] = int
 
-    def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    def block() -> Any:
+        """What the threads of the running block share."""
+        context: Any = simulator._kernel_context  # `cuda`, as kernels see it, is not to be had here
+        return context
+
+    def inline(function: F) -> F:
         """A function that kernels call."""
         return function
 
@@ -80,9 +87,9 @@ else:
     FULL = 0xFFFF_FFFF
     word_of = np.uint64
 
-    def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    def inline(function: F) -> F:
         """A function that kernels call."""
-        compiled: Callable[..., Any] = cuda.jit(function, device=True, inline="always")
+        compiled: F = cuda.jit(function, device=True, inline="always")
         return compiled
 
     @inline

@@ -81,9 +81,11 @@ class Oracle:
                 e[1] = (e[1] - PIN) | dirty
 
     def at(self, slot):
-        return self.side[slot - self.n_slots] if slot >= self.n_slots else self.buckets[slot // self.width][
-            slot % self.width
-        ]
+        return (
+            self.side[slot - self.n_slots]
+            if slot >= self.n_slots
+            else self.buckets[slot // self.width][slot % self.width]
+        )
 
     def drop(self, slot):
         if slot >= self.n_slots:

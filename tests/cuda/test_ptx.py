@@ -31,33 +31,45 @@ def ptxas():
     return shutil.which("ptxas")
 
 
-def kernels():
-    """(room, name) of every kernel with a signature."""
-    if not importlib.util.find_spec("numba_cuda"):
-        return []
+def cases():
+    """A room of kernels and an architecture each; that of rows has many, one for each dtype and rule."""
     return [
-        (room, kernel.__name__)
+        pytest.param(room, cc, marks=[pytest.mark.slow] if room == "kernels" else [], id=f"{room}-sm_{cc[0]}{cc[1]}")
         for room in ROOMS
-        for kernel in importlib.import_module(f"hbkit.cuda.{room}").SIGNATURES
+        for cc in ARCHITECTURES
     ]
 
 
-@pytest.mark.parametrize("cc", ARCHITECTURES, ids=["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(("room", "name"), kernels())
-def test_kernel_assembles_without_spills_or_local_arrays(room, name, cc, tmp_path):
+@pytest.mark.parametrize(("room", "cc"), cases())
+def test_kernels_assemble_without_spills_or_local_arrays(room, cc, tmp_path):
+    module = importlib.import_module(f"hbkit.cuda.{room}")
+    assembler = ptxas()
+    for kernel in module.SIGNATURES:
+        ptx = compiled(module, kernel, cc)
+        if assembler:
+            assemble(assembler, kernel.__name__, ptx, f"sm_{cc[0]}{cc[1]}", tmp_path)
+    if assembler is None:
+        pytest.skip("ptxas is not installed (pip install nvidia-cuda-nvcc): PTX alone was compiled")
+
+
+def compiled(module, kernel, cc):
+    """A kernel's PTX."""
     from numba import cuda
 
-    module = importlib.import_module(f"hbkit.cuda.{room}")
-    kernel = getattr(module, name)
-    ptx, _ = cuda.compile_ptx(kernel, module.SIGNATURES[kernel], cc=cc)
-    assert ".visible .entry" in ptx
-    if room != "kernels":
+    from hbkit.cuda import kernels
+
+    if module is kernels:
+        ptx = kernels.ptx(kernel, cc)
+    else:
+        ptx, _ = cuda.compile_ptx(kernel, module.SIGNATURES[kernel], cc=cc)
         assert "f64" not in ptx  # 64-bit words: a signed and an unsigned one together would become a float
-    assembler = ptxas()
-    if assembler is None:
-        pytest.skip("ptxas is not installed: pip install nvidia-cuda-nvcc")
+    assert ".visible .entry" in ptx
+    return ptx
+
+
+def assemble(assembler, name, ptx, target, tmp_path):
+    """PTX to machine code, which uses no local memory."""
     (tmp_path / "kernel.ptx").write_text(ptx)
-    target = f"sm_{cc[0]}{cc[1]}"
     done = subprocess.run(
         [assembler, "-v", f"-arch={target}", "kernel.ptx", "-o", os.devnull],
         cwd=tmp_path,
@@ -70,13 +82,9 @@ def test_kernel_assembles_without_spills_or_local_arrays(room, name, cc, tmp_pat
     assert done.returncode == 0, done.stderr
     registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
     shared = re.search(r"(\d+) bytes smem", done.stderr)
-    print(f"{room}.{name} {target}: {registers} registers, {shared[1] if shared else 0} bytes of shared memory")
+    print(f"{name} {target}: {registers} registers, {shared[1] if shared else 0} bytes of shared memory")
     frame, stores, loads = map(
-        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()
+        int,
+        re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups(),
     )
-    assert stores == loads == 0
-    assert frame == 0 or name in LOCAL_ARRAYS
-
-
-# The partial sums of a row are indexed by its columns, whose number is not known when it compiles.
-LOCAL_ARRAYS = {"rowwise_adagrad"}
+    assert frame == stores == loads == 0, name
