@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-torch test-tensorflow test-debug asan fuzz check format wheel clean
+.PHONY: help demo test test-core test-torch test-tensorflow test-debug asan fuzz gpu check format wheel clean
 
 PYTHON ?= python3
 HBKIT_SHARED ?= $(abspath ../shared)
@@ -90,6 +90,12 @@ fuzz: install-dev ## fuzz footers, pages and files for FUZZ_SECONDS; what was fo
 	$(call sanitize,fuzz,fuzz)
 	cd build/fuzz && $(call sanitized,fuzz,$$($(BIN)/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so) \
 	    $(CURDIR)/tests/parquet/fuzz.py corpus -max_total_time=$(FUZZ_SECONDS) -timeout=10
+
+GPU_REPORT ?= out/gpu.md
+gpu: install-dev ## on a machine with an NVIDIA GPU: the tests that need one, then the figures of docs/gpu.md
+	@mkdir -p $(dir $(GPU_REPORT))
+	$(PYTEST) $(CURDIR)/tests/cuda $(CURDIR)/tests/store/test_device.py -k "not cudasim and not simulator"
+	cd .venv && $(BIN)/python $(CURDIR)/bench/gpu.py --report $(abspath $(GPU_REPORT))
 
 check: install-dev ## style, types and arrows; `make format` mends what can be mended
 	@export PATH="$(BIN):$$PATH" failed=0; \

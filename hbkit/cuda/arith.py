@@ -1,22 +1,48 @@
-"""Arithmetic in float32 that rounds after every operation, on the device and in the simulator alike.
+"""What kernels are made of: float32 that rounds after every operation, bits, and four columns at a time.
 
 The compiler would fuse ``a * b + c`` into one rounding; libdevice's ``_rn`` functions forbid it, and they keep
 denormals. So the kernels give the bits that the C kernels give, which are built without contraction.
+
+Each function is there twice, for the device and for Numba's simulator. Whole numbers are int64 in both: where C has
+uint32 they are masked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import cuda as _cuda
-from numba.cuda import libdevice
+from numba.cuda import libdevice as _libdevice
 
-from hbkit.cuda.device import simulated
+from hbkit.cuda.device import COOPERATING, simulated
 
-__all__ = ["add", "cuda", "div", "mul", "sqrt", "sub"]
+__all__ = [
+    "add",
+    "as_float",
+    "as_int",
+    "cuda",
+    "device",
+    "div",
+    "load4",
+    "mul",
+    "rint",
+    "sqrt",
+    "store4",
+    "sub",
+    "swap",
+]
 
 cuda: Any = _cuda  # Numba's annotations know nothing of kernels
+libdevice: Any = _libdevice
+
+
+def device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call."""
+    compiled: Callable[..., Any] = cuda.jit(function, device=True)
+    return compiled
+
 
 if simulated():
 
@@ -34,17 +60,102 @@ if simulated():
 
     def div(a: Any, b: Any) -> Any:
         """a / b, correctly rounded."""
-        return np.float32(a) / np.float32(b)
+        with np.errstate(invalid="ignore", divide="ignore"):  # columns beyond a row's end are computed, not stored
+            return np.float32(a) / np.float32(b)
 
     def sqrt(a: Any) -> Any:
         """Square root, correctly rounded."""
         return np.sqrt(np.float32(a))
 
+    def rint(a: Any) -> Any:
+        """The nearest whole number, ties to even."""
+        return np.rint(np.float32(a))
+
+    def as_int(x: Any) -> Any:
+        """The bits of a float32, as a number >= 0."""
+        return int(np.float32(x).view(np.uint32))
+
+    def as_float(b: Any) -> Any:
+        """The float32 of some bits."""
+        return np.uint32(int(b) & 0xFFFFFFFF).view(np.float32)
+
+    def load4(array: Any, i: Any, j: Any) -> Any:
+        """``array[i, j:j + 4]``, at a multiple of their size."""
+        return array[i, j], array[i, j + 1], array[i, j + 2], array[i, j + 3]
+
+    def store4(array: Any, i: Any, j: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+        """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
+        array[i, j], array[i, j + 1], array[i, j + 2], array[i, j + 3] = a, b, c, d
+
+    @device
+    def swap(x: Any, mask: Any) -> Any:
+        """The `x` of the thread whose number differs by the bits of `mask`; all threads of the block call it."""
+        values = cuda.shared.array(COOPERATING, np.float32)
+        values[cuda.threadIdx.x] = x
+        cuda.syncthreads()
+        y = values[cuda.threadIdx.x ^ mask]
+        cuda.syncthreads()
+        return y
+
 else:
-    add, sub, mul, div, sqrt = (
+    from llvmlite import ir  # type: ignore[import-untyped] # it has no annotations
+
+    cgutils, types, intrinsic = cuda.cgutils, cuda.types, cuda.extending.intrinsic
+
+    add, sub, mul, div, sqrt, rint = (
         libdevice.fadd_rn,
         libdevice.fsub_rn,
         libdevice.fmul_rn,
         libdevice.fdiv_rn,
         libdevice.fsqrt_rn,
+        libdevice.rintf,
     )
+
+    @device
+    def as_int(x: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
+        """The bits of a float32, as a number >= 0."""
+        return np.int64(libdevice.float_as_int(x)) & 0xFFFFFFFF
+
+    @device
+    def as_float(b: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
+        """The float32 of some bits."""
+        return libdevice.int_as_float(np.int32(b))
+
+    def _four(context: Any, builder: Any, kind: Any, args: Any) -> Any:
+        """Pointer to four elements of a contiguous array, as one vector, and its alignment."""
+        array = context.make_array(kind)(context, builder, args[0])
+        pointer = cgutils.get_item_pointer(context, builder, kind, array, args[1:3])
+        element = context.get_data_type(kind.dtype)
+        vector = ir.VectorType(element, 4)
+        return builder.bitcast(pointer, vector.as_pointer()), 4 * context.get_abi_sizeof(element)
+
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
+    def load4(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
+        """``array[i, j:j + 4]``, at a multiple of their size."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer, nbytes = _four(context, builder, array, args)
+            vector = builder.load(pointer, align=nbytes)
+            items = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(4)]
+            return context.make_tuple(builder, signature.return_type, items)
+
+        return types.UniTuple(array.dtype, 4)(array, types.int64, types.int64), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's
+    def store4(typingctx: Any, array: Any, i: Any, j: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer, nbytes = _four(context, builder, array, args)
+            vector = ir.Constant(ir.VectorType(context.get_data_type(array.dtype), 4), ir.Undefined)
+            for k in range(4):
+                vector = builder.insert_element(vector, args[3 + k], ir.Constant(ir.IntType(32), k))
+            builder.store(vector, pointer, align=nbytes)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, types.int64, *[array.dtype] * 4), codegen
+
+    @device
+    def swap(x: Any, mask: Any) -> Any:
+        """The `x` of the thread whose number differs by the bits of `mask`; all threads of the block call it."""
+        return cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)

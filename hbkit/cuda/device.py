@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,15 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbkit.errors import DeviceUnavailable, HbkitError, InvalidArgument
+from hbkit.errors import BudgetExceeded, DeviceUnavailable, HbkitError, InvalidArgument
 
 BLOCK = 128  # threads a block
 MAX_BLOCKS = 65_536
-SIMULATED_THREADS = 8  # the simulator runs each thread as one of Python's
+COOPERATING = 16  # threads that share a row where they need each other's sums
+SIMULATED_THREADS = COOPERATING  # the simulator runs each thread as one of Python's
+SIMULATED_BLOCKS = 3
 
+BAD_SLOT, BAD_SEGMENT, BAD_ERASE, BAD_INDEX, BAD_VALUE = range(1, 6)
 ERRORS = {
-    1: "a slot is outside the lines in device memory",
-    2: "a segment reaches outside its values",
+    BAD_SLOT: "a slot is outside the lines in device memory",
+    BAD_SEGMENT: "a segment reaches outside its values",
+    BAD_ERASE: "a key that is pinned was to be erased",
+    BAD_INDEX: "an index reaches outside its slots",
+    BAD_VALUE: "a value is not finite, or too large for int8 with a float16 scale",
 }
 
 
@@ -40,6 +47,9 @@ class Device:
     ----------
     name : str
         "cuda" (the first) or "cuda:N".
+    allocate : callable, optional
+        ``allocate(nbytes)`` gives device memory as an object with ``__cuda_array_interface__``, kept as long as it is
+        used: so that memory comes from the framework's own pool. When left out, from the driver.
 
     Raises
     ------
@@ -48,14 +58,15 @@ class Device:
 
     Notes
     -----
-    May be used from several threads, one at a time.
+    May be used from several threads, one at a time. Kernels run on a stream of their own and copies on another; both
+    are ordered with the legacy default stream, where frameworks work unless they are told otherwise.
     """
 
-    def __init__(self, name: str = "cuda:0") -> None:
+    def __init__(self, name: str = "cuda:0", allocate: Callable[[int], Any] | None = None) -> None:
         found = re.fullmatch(r"cuda(?::(\d+))?", name)
         if found is None:
             raise InvalidArgument(f"device {name!r}", remedy="use 'cuda' or 'cuda:N'")
-        self.name, self._number = name, int(found[1] or 0)
+        self.name, self._number, self._allocate = name, int(found[1] or 0), allocate
         if importlib.util.find_spec("numba") is None or not (simulated() or importlib.util.find_spec("numba_cuda")):
             raise DeviceUnavailable(
                 "Numba CUDA is not installed", device=name, remedy="pip install 'hbkit[cuda]', or use another store"
@@ -74,11 +85,15 @@ class Device:
                 raise DeviceUnavailable(
                     f"there are {len(cuda.gpus)} CUDA devices", device=name, remedy="name one of them, from cuda:0"
                 )
+            # Numba warns where a launch is too small to fill the device, as those of small batches are.
+            warnings.filterwarnings("ignore", ".*Grid size")
             self._cuda = cuda
             self._compiled: dict[Any, Any] = {}
             with cuda.gpus[self._number]:
-                self._stream = cuda.stream()
+                self._stream, self._copies = cuda.stream(), cuda.stream()
                 self._error = cuda.to_device(np.zeros(1, np.int32))
+            self._none = {dtype: self.empty((0,), dtype) for dtype in (np.int64, np.float32)}
+            self._none_by_two = self.empty((0, 0), np.float32)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -100,21 +115,85 @@ class Device:
             yield
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        """An uninitialised array in device memory."""
+        """An uninitialised array in device memory.
+
+        Raises
+        ------
+        BudgetExceeded
+            The device has not so much memory left.
+        """
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        try:
+            with self._current():
+                if self._allocate is None or nbytes == 0 or simulated():
+                    return self._cuda.device_array(shape, dtype)
+                return self._cuda.as_cuda_array(self._allocate(nbytes)).view(dtype).reshape(shape)
+        except Exception as e:
+            if not (isinstance(e, MemoryError) or re.search("OUT_OF_MEMORY|out of memory", str(e))):
+                raise
+            raise BudgetExceeded(
+                f"no {nbytes} bytes are left in device memory",
+                device=self.name,
+                remedy="give a smaller cache_budget, or free what else is there (nvidia-smi shows it)",
+            ) from e
+
+    def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes]."""
         with self._current():
-            return self._cuda.device_array(shape, dtype)
+            memory: npt.NDArray[np.uint8] = self._cuda.pinned_array(nbytes, np.uint8)
+            return memory
+
+    def event(self) -> Any:
+        """Something that streams record and wait for."""
+        with self._current():
+            return self._cuda.event() if simulated() else self._cuda.event(timing=False)
+
+    def copy_in(self, pairs: list[tuple[Any, npt.NDArray[Any]]], moved: Any) -> None:
+        """Begin to copy pinned arrays into device memory; what is launched from now on comes after it."""
+        with self._current():
+            for far, near in pairs:
+                far.copy_to_device(near, stream=self._copies)
+            moved.record(self._copies)
+            moved.wait(self._stream)
+
+    def copy_out(self, near: npt.NDArray[Any], far: Any, moved: Any, used: Any) -> None:
+        """Begin to copy what was launched for into a pinned array; `used` is when it is there."""
+        with self._current():
+            moved.record(self._stream)
+            moved.wait(self._copies)
+            far.copy_to_host(near, stream=self._copies)
+            used.record(self._copies)
+
+    def record(self, event: Any) -> None:
+        """`event` is when all that was launched is done."""
+        with self._current():
+            event.record(self._stream)
 
     def send(self, array: npt.NDArray[Any]) -> Any:
         """A copy of a contiguous array in device memory."""
         with self._current():
             return self._cuda.to_device(np.ascontiguousarray(array), stream=self._stream)
 
+    def array(self, array: Any) -> Any:
+        """An array in device memory: a copy of what NumPy has, or what is there already, without a copy."""
+        if isinstance(array, np.ndarray):
+            return self.send(array)
+        if hasattr(array, "copy_to_host"):
+            return array
+        with self._current():
+            return self._cuda.as_cuda_array(array)
+
+    def none(self, dtype: Any, n_dim: int = 1) -> Any:
+        """An argument that is left out: an array without elements."""
+        return self._none[dtype] if n_dim == 1 else self._none_by_two
+
     def fetch(self, array: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Wait for what was launched, raise what it reported, and copy an array from device memory, into `out`."""
-        self.sync()
         with self._current():
+            word = self._error.copy_to_host(stream=self._stream)
             copy: npt.NDArray[Any] = array.copy_to_host(out, stream=self._stream)
             self._stream.synchronize()
+            self._raise(int(word[0]))
             return copy
 
     def launch(self, kernel: Callable[..., None], n: int, *args: Any) -> None:
@@ -123,8 +202,11 @@ class Device:
             return
         with self._current():
             if kernel not in self._compiled:
-                self._compiled[kernel] = self._cuda.jit(kernel)
-            grid = (1, SIMULATED_THREADS) if simulated() else (min(-(-n // BLOCK), MAX_BLOCKS), BLOCK)
+                # With its signature, Numba need not look at each argument's type: half of a launch's time.
+                signature = getattr(kernel, "signature", None)
+                self._compiled[kernel] = self._cuda.jit(signature)(kernel) if signature else self._cuda.jit(kernel)
+            block, most = (SIMULATED_THREADS, SIMULATED_BLOCKS) if simulated() else (BLOCK, MAX_BLOCKS)
+            grid = (min(-(-n // block), most), block)
             self._compiled[kernel][(*grid, self._stream)](*args, self._error)
 
     def sync(self) -> None:
@@ -138,10 +220,13 @@ class Device:
             The device was lost.
         """
         with self._current():
-            word = int(self._error.copy_to_host(stream=self._stream)[0])
+            word = self._error.copy_to_host(stream=self._stream)
             self._stream.synchronize()
-            if word:
-                self._error.copy_to_device(np.zeros(1, np.int32))
-                raise InvalidArgument(
-                    ERRORS.get(word, f"kernel error {word}"), device=self.name, remedy="this is a precondition"
-                )
+            self._raise(int(word[0]))
+
+    def _raise(self, word: int) -> None:
+        if word:
+            self._error.copy_to_device(np.zeros(1, np.int32))
+            raise InvalidArgument(
+                ERRORS.get(word, f"kernel error {word}"), device=self.name, remedy="this is a precondition"
+            )

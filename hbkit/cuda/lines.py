@@ -1,47 +1,175 @@
-"""Lines in device memory, and sums over segments: the kernels as the rooms above call them, NumPy in, NumPy out."""
+"""Lines in device memory, and sums over segments: the kernels as the rooms above call them.
+
+What is given and asked for is NumPy's, or is in device memory already (anything with ``__cuda_array_interface__``, such
+as a CUDA tensor of PyTorch): then it is read and written there, and nothing moves or waits.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hbkit.cuda.device import Device
+from hbkit._ext.segment import expand, retained
+from hbkit.cuda import rules
+from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.rows import GATHER, POOL, SCATTER
+from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
 
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]
+Part: TypeAlias = tuple[str, Any, int, int, int]  # columns of lines: dtype, array, first column, to or from, how many
 
-# Codes of the optimizers, as in _ext/kernels.h, and how many floats of state a row of `dim` needs.
-SGD, ADAGRAD, ROWWISE_ADAGRAD = 0, 1, 2
+
+class Rule(NamedTuple):
+    """An optimizer that has a kernel: as `hbkit._ext.slabs.n_state` and the packed hyper-parameters have it."""
+
+    kernel: str
+    by_row: bool
+    n_state: Callable[[int], int]
+
+
+# By the codes of _ext/kernels.h.
 RULES = {
-    0: "SGD",
-    1: "Adagrad",
-    2: "RowWiseAdagrad",
-    3: "Adam",
-    4: "RowWiseAdam",
-    5: "Ftrl",
-    6: "AdagradDecay",
-    7: "Adam",
+    0: Rule("sgd", False, lambda dim: 0),
+    1: Rule("adagrad", False, lambda dim: dim),
+    2: Rule("rowwise_adagrad", True, lambda dim: 1),
+    3: Rule("adam", False, lambda dim: 2 * dim),
+    4: Rule("rowwise_adam", True, lambda dim: dim + 1),
+    5: Rule("ftrl", False, lambda dim: 2 * dim),
 }
+MOMENTUM = Rule("momentum", False, lambda dim: dim)
+WITHOUT = {6: "AdagradDecay", 7: "Adam with correction='row'"}
+N_OWN = 8  # hyper-parameters of a rule itself
+
+
+def on_device(array: Any) -> bool:
+    """Whether an array is in device memory."""
+    return hasattr(array, "__cuda_array_interface__") or hasattr(
+        array, "copy_to_host"
+    )  # the simulator's have the latter
+
+
+def shift_of(width: int) -> int:
+    """log2 of how many threads share a row, four columns each."""
+    most = 3 if simulated() else 5
+    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
+
+
+def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
+    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
+    if any(m % 4 for m in multiples):
+        return False
+    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
+
+
+def row_words(dim: int, dtype: str) -> int:
+    """Floats that a row takes."""
+    return dim if dtype == "float32" else (dim + 1) // 2
+
+
+def stride_of(dim: int, width: int, dtype: str) -> int:
+    """Floats that a line takes: where rows are read four columns at a time, lines begin at multiples of four."""
+    words = row_words(dim, dtype)
+    stride = words + width - dim
+    return stride if dim % 4 or words % 4 else -(-stride // 4) * 4
+
+
+def buffer_nbytes(n_lines: int, width: int) -> int:
+    """Bytes of a `Buffer` for so many lines with their slots and keys."""
+    return n_lines * (4 * width + 16) + 48
+
+
+class Buffer:
+    """Pinned memory of the host and as much of the device, for what is on its way."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self._device, self._at = device, 0
+        self._near, self._far = device.pinned(nbytes), device.empty((nbytes,), np.uint8)
+        self._used, self._moved = device.event(), device.event()
+        self._asked: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+
+    def begin(self) -> None:
+        """Wait until all is done that the buffer was used for, and hand over what was asked for."""
+        self._used.synchronize()
+        for out, near in self._asked:
+            out[...] = near
+        self._asked, self._at = [], 0
+
+    def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
+        """An array in pinned memory and its twin in the device's."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        here = slice(self._at, self._at + nbytes)
+        self._at += -(-nbytes // 16) * 16
+        return self._near[here].view(dtype).reshape(shape), self._far[here].view(dtype).reshape(shape)
+
+    def send(self, *arrays: npt.NDArray[Any]) -> list[Any]:
+        """Arrays in device memory, for kernels launched from now on."""
+        pairs = []
+        for array in arrays:
+            near, far = self.place(array.shape, array.dtype)
+            near[...] = array
+            pairs.append((far, near))
+        self._device.copy_in(pairs, self._moved)
+        return [far for far, _ in pairs]
+
+    def ask(self, out: npt.NDArray[Any], launch: Callable[[Any], None]) -> None:
+        """What `launch` writes into an array in device memory goes to `out`, by the time the buffer is used again."""
+        near, far = self.place(out.shape, out.dtype)
+        launch(far)
+        self._device.copy_out(near, far, self._moved, self._used)
+        self._asked.append((out, near))
+
+    def end(self) -> None:
+        """The buffer is in use until all that was launched is done."""
+        self._device.record(self._used)
 
 
 class DeviceLines:
-    """float32[n_lines, width] in device memory, addressed by slot; as `hbkit._ext.slabs.Slabs`.
+    """Lines ``[row | state]`` in device memory, addressed by slot; as `hbkit._ext.slabs.Slabs`.
 
     Parameters
     ----------
     device : Device
     n_lines, width : int
+        Lines, and floats a line as `gather` and `scatter` see it.
     batch_lines : int
-        Lines that a launch moves at the most, which bounds the device memory beside the lines.
+        Lines that come from the host or go there at once, which bounds the memory beside the lines: two such batches,
+        of which one is filled while the other is on its way.
+    dim : int, optional
+        Floats of the row, all of them when left out.
+    row_dtype : "float32", "float16" or "bfloat16"
+        How rows are held; state is float32.
     """
 
-    def __init__(self, device: Device, n_lines: int, width: int, batch_lines: int) -> None:
-        self._device, self._width, self._batch = device, width, batch_lines
-        self._lines = device.empty((n_lines, width), np.float32)
-        self.nbytes = n_lines * width * 4
+    def __init__(
+        self,
+        device: Device,
+        n_lines: int,
+        width: int,
+        batch_lines: int,
+        dim: int | None = None,
+        row_dtype: str = "float32",
+    ) -> None:
+        self._device, self._width, self._batch, self._dtype = device, width, batch_lines, row_dtype
+        self._dim = width if dim is None else dim
+        self._stride = stride_of(self._dim, width, row_dtype)
+        self._at = row_words(self._dim, row_dtype)  # float of a line where its state begins
+        self._lines = device.empty((n_lines, self._stride), np.float32)
+        self._rows = self._lines if row_dtype == "float32" else self._lines.view(np.uint16)
+        self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
+        self._kept: dict[str, Any] = {}
+        self._hyper: tuple[Float32s, Any] | None = None
+        self.nbytes = n_lines * self._stride * 4
+
+    @property
+    def lines(self) -> Any:
+        """float32[n_lines, stride] in device memory: the lines themselves, rows first. Not a copy."""
+        return self._lines
 
     def reserve(self, n_lines: int) -> None:
         """All lines are there from the beginning."""
@@ -50,103 +178,279 @@ class DeviceLines:
         """No memory is given back."""
 
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
-        """Lines as bytes: uint8[n, 4 * width]."""
-        lines = np.empty((len(slots), self._width), np.float32)
-        self.gather(slots, lines)
-        return lines.view(np.uint8)
+        """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
+        out: Float32s = retained((len(slots), self._at + self._width - self._dim))
+        self._to_host(slots, out, [("float32", self._lines, 0, 0, out.shape[1])])
+        return out.view(np.uint8)
 
     def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
         """Write lines that `pack` gave."""
-        self.scatter(slots, np.ascontiguousarray(lines).view(np.float32))
+        words = np.ascontiguousarray(lines).view(np.float32)
+        self._from_host(slots, words, [("float32", self._lines, 0, 0, words.shape[1])])
 
-    def gather(self, slots: Int64s, out: Float32s, index: Int64s | None = None) -> None:
+    def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
 
-        With `index`, of line ``slots[index[i]]``.
+        With `index`, of line ``slots[index[i]]``. An `out` in device memory is written there.
         """
-        from hbkit.cuda import kernels
+        parts = self._parts(out.shape[1])
+        if on_device(out):
+            index = self._device.none(np.int64) if index is None else self._device.array(index)
+            self._gather(self._device.array(slots), index, self._device.array(out), parts)
+        elif index is None or len(index) <= len(slots):
+            self._to_host(slots if index is None else slots[index], out, parts)
+        else:
+            found = retained((len(slots), out.shape[1]))
+            self._to_host(slots, found, parts)
+            expand(found, index, out)
 
-        slots = slots if index is None else slots[index]
-        for first in range(0, len(slots), self._batch):
-            some = slots[first : first + self._batch]
-            rows = self._device.empty((len(some), out.shape[1]), np.float32)
-            self._device.launch(kernels.gather, rows.size, self._lines, self._device.send(some), rows)
-            out[first : first + len(some)] = self._device.fetch(rows)
+    def spread(self, found: Float32s, out: Any, index: Any = None) -> None:
+        """``out[i] = found[index[i]]``, of rows that the host has into device memory."""
+        far = self._device.send(found)
+        slots = self._device.send(np.arange(len(found)))
+        index = self._device.none(np.int64) if index is None else self._device.array(index)
+        self._gather(slots, index, self._device.array(out), [("float32", far, 0, 0, out.shape[1])])
 
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
-        """Write whole lines into distinct slots."""
-        from hbkit.cuda import kernels
+        """Write whole lines into distinct slots; narrow rows round to the nearest value."""
+        self._from_host(slots, lines, self._parts(lines.shape[1]))
 
-        for first in range(0, len(slots), self._batch):
-            some, values = slots[first : first + self._batch], lines[first : first + self._batch]
-            self._device.launch(
-                kernels.scatter, values.size, self._lines, self._device.send(some), self._device.send(values)
+    def pool(self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
+        """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order.
+
+        Arguments are all in device memory, or all NumPy's.
+        """
+        send, none = self._device.array, self._device.none
+        weight = none(np.float32) if weight is None else weight
+        row_scale = none(np.float32) if row_scale is None else row_scale
+        if on_device(out):
+            self._pool(send(slots), send(index), send(splits), send(weight), send(row_scale), send(out))
+            return
+        n, first = len(splits) - 1, 0
+        while first < n:  # as many lists as have a batch's values, but at least one
+            last = int(np.searchsorted(splits, splits[first] + self._batch, "right")) - 1
+            lists = slice(first, max(first + 1, min(last, first + self._batch)))
+            values = slice(splits[lists.start], splits[lists.stop])
+            far = self._device.empty(out[lists].shape, np.float32)
+            self._pool(
+                send(slots[index[values]]),
+                none(np.int64),
+                send(splits[lists.start : lists.stop + 1] - splits[lists.start]),
+                send(weight[values]) if isinstance(weight, np.ndarray) else weight,
+                send(row_scale[lists]) if isinstance(row_scale, np.ndarray) else row_scale,
+                far,
             )
-            self._device.sync()
+            out[lists] = self._device.fetch(far)
+            first = lists.stop
 
     def apply(
         self,
         rule: Any,
-        slots: Int64s,
+        slots: Any,
         grads: Any,
         hyper: Float32s,
-        keys: Int64s | None = None,
+        keys: Any = None,
         seed: int = 0,
         step: int = 0,
         bad: str = "apply",
     ) -> int:
-        """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`, in float32.
+        """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`.
+
+        Gradients in device memory are used there.
 
         Raises
         ------
         Unsupported
             There is no kernel for this optimizer, or the row is divided into columns that have one each.
         """
-        from hbkit.cuda import kernels
-
-        if not isinstance(grads, np.ndarray):
+        if not isinstance(grads, np.ndarray) and not on_device(grads):
             grads = grads.sum()
+        found = self._rule(rule, hyper, grads.shape, len(slots))
+        keys = slots if keys is None else keys
+        if on_device(grads):
+            if bad != "apply":
+                raise Unsupported(
+                    f"bad={bad!r} for gradients in device memory",
+                    device=self._device.name,
+                    remedy="look at them there, or give NumPy's",
+                )
+            send = self._device.array
+            self._apply(found, send(slots), send(grads), hyper, send(keys), seed, step)
+            return 0
         left_out = 0
         if bad == "skip":
             skipped = (slots >= 0) & ~np.isfinite(grads).all(axis=1)
             slots, left_out = np.where(skipped, -1, slots), int(np.count_nonzero(skipped))
-        dim = grads.shape[1]
-        if not isinstance(rule, int):
+        for buffer, part in self._batches(len(slots)):
+            near = (slots[part], grads[part]) if self._dtype == "float32" else (slots[part], grads[part], keys[part])
+            far = buffer.send(*near)
+            self._apply(found, far[0], far[1], hyper, far[-1] if len(far) == 3 else far[0], seed, step)
+            buffer.end()
+        return left_out
+
+    def apply_segments(
+        self,
+        rule: int,
+        slots: Any,
+        values: Any,
+        order: Any,
+        starts: Any,
+        hyper: Float32s,
+        keys: Any = None,
+        seed: int = 0,
+        step: int = 0,
+        picked: Any = None,
+        scale: Any = None,
+    ) -> None:
+        """One optimizer step by gradients that are summed on the way, all in device memory; does not wait.
+
+        The gradient of ``slots[s]`` is the sum of ``scale[p] * values[picked[p]]`` over p in
+        ``order[starts[s]:starts[s + 1]]``, in the order of the C kernels.
+
+        Parameters
+        ----------
+        slots : int64[n], distinct; -1 is skipped
+        values : float32[m, dim]
+        order : int64[k]
+        starts : int64[n + 1]
+        keys : int64[n], optional
+            For the rounding of narrow rows.
+        picked : int64[k], optional
+        scale : float32[k], optional
+        """
+        found = self._rule(rule, hyper, (len(slots), values.shape[1]), len(slots))
+        if len(order) == 0:
+            raise InvalidArgument("sums of no positions", remedy="give at least one gradient")
+        send, none = self._device.array, self._device.none
+        sums = _Sums(
+            send(values),
+            none(np.int64) if picked is None else send(picked),
+            none(np.float32) if scale is None else send(scale),
+            send(order),
+            send(starts),
+        )
+        self._apply(found, send(slots), sums, hyper, send(slots if keys is None else keys), seed, step)
+
+    # --- launches ---------------------------------------------------------------------------------------------
+
+    def _batches(self, n: int) -> Iterator[tuple[Buffer, slice]]:
+        """Parts of n lines, each with a buffer that is free; at the end all of it is done."""
+        for number, first in enumerate(range(0, n, self._batch)):
+            buffer = self._buffers[number % 2]
+            buffer.begin()
+            yield buffer, slice(first, min(n, first + self._batch))
+        for buffer in self._buffers:
+            buffer.begin()
+        self._device.sync()
+
+    def _parts(self, width: int) -> list[Part]:
+        """The first `width` floats of lines."""
+        if self._dtype == "float32":
+            return [("float32", self._lines, 0, 0, width)]
+        parts: list[Part] = [(self._dtype, self._rows, 0, 0, min(width, self._dim))]
+        if width > self._dim:
+            parts.append(("float32", self._lines, self._at, self._dim, width - self._dim))
+        return parts
+
+    def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
+        for dtype, source, first, to, width in parts:
+            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
+            shift = shift_of(width)
+            self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
+
+    def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
+        for dtype, target, to, first, width in parts:
+            kernel = SCATTER[dtype, fours(target.shape[1], values.shape[1], first, to, width)]
+            shift = shift_of(width)
+            self._device.launch(kernel, values.shape[0] << shift, target, slots, values, first, to, width, shift)
+
+    def _to_host(self, slots: Int64s, out: npt.NDArray[Any], parts: list[Part]) -> None:
+        for buffer, part in self._batches(len(slots)):
+            (some,) = buffer.send(slots[part])
+            buffer.ask(out[part], partial(self._gather, some, self._device.none(np.int64), parts=parts))
+
+    def _from_host(self, slots: Int64s, values: npt.NDArray[Any], parts: list[Part]) -> None:
+        for buffer, part in self._batches(len(slots)):
+            some, far = buffer.send(slots[part], values[part])
+            self._scatter(some, far, parts)
+            buffer.end()
+
+    def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
+        n, dim = out.shape
+        shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
+        self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
+
+    def _rule(self, code: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> Rule:
+        if not isinstance(code, int):
             raise Unsupported(
-                f"no CUDA kernel for named columns, here {len(rule)}",
+                f"no CUDA kernel for named columns, here {len(code)}",
                 device=self._device.name,
                 remedy="give the table one optimizer and no columns, or keep it in host_memory() or cached_ssd()",
             )
-        if rule == SGD:
-            kernel, n_state = (kernels.momentum, dim) if hyper[1] != 0 else (kernels.sgd, 0)
-        elif rule == ADAGRAD:
-            kernel, n_state = kernels.adagrad, dim
-        elif rule == ROWWISE_ADAGRAD:
-            kernel, n_state = kernels.rowwise_adagrad, 1
-        else:
+        if code not in RULES:
             raise Unsupported(
-                f"no CUDA kernel for the optimizer {RULES.get(rule, rule)}",
+                f"no CUDA kernel for the optimizer {WITHOUT.get(code, code)}",
                 device=self._device.name,
-                remedy="use SGD, Adagrad or RowWiseAdagrad, or another store",
+                remedy="use SGD, Adagrad, RowWiseAdagrad, Adam, RowWiseAdam or Ftrl, or another store",
             )
-        if grads.shape[0] != len(slots) or dim + n_state > self._width:
+        rule = MOMENTUM if code == 0 and hyper[1] != 0 else RULES[code]
+        dim = shape[1]
+        if shape[0] != n or dim + rule.n_state(dim) > self._width or (self._dtype != "float32" and dim != self._dim):
             raise InvalidArgument(
-                f"grads of shape {grads.shape} do not fit {len(slots)} slots or a line of {self._width}",
+                f"grads of shape {shape} do not fit {n} slots or a line of {self._width}",
                 remedy="the rule needs its state beside the row",
             )
-        if np.any(hyper[2:]):
+        if np.any(hyper[N_OWN:]):
             raise Unsupported(
-                f"no CUDA kernel for these options of {RULES[rule]}",
+                f"no CUDA kernel for clipping or weight decay of {rule.kernel}",
                 device=self._device.name,
-                remedy="leave clipping, weight decay, Nesterov's momentum and Keras' eps out, or use another store",
+                remedy="leave them out (AdamW's decay has a kernel), or use another store",
             )
-        packed = self._device.send(hyper)
-        for first in range(0, len(slots), self._batch):
-            some, part = slots[first : first + self._batch], grads[first : first + self._batch]
-            n = len(some) if kernel is kernels.rowwise_adagrad else part.size
-            self._device.launch(kernel, n, self._lines, self._device.send(some), self._device.send(part), packed)
-            self._device.sync()
-        return left_out
+        return rule
+
+    def _apply(self, rule: Rule, slots: Any, grads: Any, hyper: Float32s, keys: Any, seed: int, step: int) -> None:
+        device = self._device
+        none = device.none(np.int64)
+        sums = grads if isinstance(grads, _Sums) else _Sums(grads, none, device.none(np.float32), none, none)
+        dim, n = sums.values.shape[1], slots.shape[0]
+        at = dim if self._dtype == "float32" else self._at
+        after = keys, self._hyper_of(hyper), seed - 2**64 if seed >= 2**63 else seed, step, at
+        shift, vec = shift_of(dim), fours(dim, at, self._stride, arrays=(sums.values,))
+        kernel = rules.RULES[rule.kernel, self._dtype, vec]
+        partials = device.none(np.float32, 2)
+        if sums.order.size:
+            partials = self._room("partials", n_partials(sums.order.size), dim)
+            device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
+        if not rule.by_row:
+            device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift)
+            return
+        values = sums.values
+        if sums.order.size:
+            values = self._room("sums", n, dim)
+            device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, values, shift)
+        device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after)
+
+    def _hyper_of(self, hyper: Float32s) -> Any:
+        """Hyper-parameters in device memory, where those of the last update may be already."""
+        if self._hyper is None or not np.array_equal(self._hyper[0], hyper):
+            self._hyper = hyper.copy(), self._device.send(hyper)
+        return self._hyper[1]
+
+    def _room(self, name: str, n: int, dim: int) -> Any:
+        """float32[n, dim] in device memory that is kept for the next time."""
+        if name not in self._kept or self._kept[name].size < n * dim:
+            self._kept[name] = self._device.empty((n * dim,), np.float32)
+        return self._kept[name][: n * dim].reshape(n, dim)
+
+
+class _Sums(NamedTuple):
+    """Gradients by segment, in device memory; `order` is empty where they are summed already."""
+
+    values: Any
+    picked: Any
+    scale: Any
+    order: Any
+    starts: Any
 
 
 def segment_sum(
@@ -167,16 +471,38 @@ def segment_sum(
     rows : int64[n], in [0, m), or None (position p takes values[p])
     scale : float32[n] or None (all 1)
     """
-    from hbkit.cuda import kernels
-
-    n = len(segment)
-    rows = np.arange(n) if rows is None else rows
-    scale = np.ones(n, np.float32) if scale is None else scale
-    if len(rows) != n or len(scale) != n or (n and (segment.min() < 0 or segment.max() >= n_segments)):
+    n, dim = len(segment), values.shape[1]
+    if any(a is not None and len(a) != n for a in (rows, scale)) or (
+        n and (segment.min() < 0 or segment.max() >= n_segments)
+    ):
         raise InvalidArgument("segments, rows or scales do not fit", remedy="this is a precondition of the sums")
+    if n == 0:
+        return np.zeros((n_segments, dim), np.float32)
     order = np.argsort(segment, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=n_segments))]).astype(np.int64)
-    out = device.empty((n_segments, values.shape[1]), np.float32)
-    arrays = [device.send(a) for a in (values, rows, scale, order, starts)]
-    device.launch(kernels.segment_sum, n_segments * values.shape[1], *arrays, out)
+    out = device.empty((n_segments, dim), np.float32)
+    sum_segments(device, values, order, starts, out, rows, scale)
     return device.fetch(out)
+
+
+def sum_segments(
+    device: Device, values: Any, order: Any, starts: Any, out: Any, rows: Any = None, scale: Any = None
+) -> None:
+    """``out[s]`` = sum of ``scale[p] * values[rows[p]]`` over p in ``order[starts[s]:starts[s + 1]]``; does not wait.
+
+    Arrays are in device memory, or are copied there; `out` is there. There is at least one position.
+    """
+    send = device.array
+    sums = _Sums(
+        send(values),
+        device.none(np.int64) if rows is None else send(rows),
+        device.none(np.float32) if scale is None else send(scale),
+        send(order),
+        send(starts),
+    )
+    out = send(out)
+    n, dim = out.shape
+    shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
+    partials = device.empty((n_partials(sums.order.size), dim), np.float32)
+    device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
+    device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, out, shift)

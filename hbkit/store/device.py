@@ -6,6 +6,8 @@ kernels and put back, with the same bits. The store below sees a row only when i
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,16 +18,20 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import mixed
 from hbkit._ext.index import Index
-from hbkit.errors import BudgetExceeded, Unsupported
-from hbkit.store.base import Chunk, Int64s, Layout, Part, Store, StoreSpec
+from hbkit._ext.segment import Gradients, retained
+from hbkit._ext.slabs import Slabs
+from hbkit.errors import BudgetExceeded, DeviceUnavailable
+from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Rule, Store, StoreSpec
 from hbkit.store.cache import as_nbytes
 from hbkit.store.policy import Policy, make_policy
 from hbkit.store.tier import Bytes, Lines, TieredStore
 
 if TYPE_CHECKING:
     from hbkit.cuda.device import Device
+    from hbkit.cuda.lines import DeviceLines
 
 STAGING_NBYTES = 2**25
+log = logging.getLogger("hbkit.store")
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,26 @@ class DeviceCached:
     cache_budget: int
     device: str
     policy: Callable[[int], Policy]
+    allocate: Callable[[int], Any] | None = None
 
-    def open(self, layout: Layout) -> DeviceStore:
+    def open(self, layout: Layout) -> Store:
         """A store for one table of this layout."""
         from hbkit.cuda.device import Device
 
-        device = Device(self.device)  # before the store below: where there is no device, nothing was touched
+        name = "cuda:0" if self.device == "auto" else self.device
+        try:
+            device = Device(name, self.allocate)  # before the store below: without a device nothing is touched
+        except DeviceUnavailable as e:
+            if self.device != "auto":
+                raise
+            _say_once(f"rows stay in the store below the device tier: {e}")
+            return self.below.open(layout)
         return DeviceStore(layout, self.below, self.cache_budget, device, self.policy)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 def device_cached(
@@ -50,8 +69,12 @@ def device_cached(
     cache_budget: int | str = "8GiB",
     device: str = "cuda:0",
     policy: str | Callable[[int], Policy] = "lfu",
+    allocate: Callable[[int], Any] | None = None,
 ) -> DeviceCached:
     """A place for tables in GPU memory, over host memory or SSD.
+
+    Where a store's `gather` and `apply` are given arrays in device memory (anything with ``__cuda_array_interface__``,
+    such as PyTorch's CUDA tensors), rows and gradients stay there.
 
     Parameters
     ----------
@@ -60,9 +83,12 @@ def device_cached(
     cache_budget : int or str
         Bytes of device memory ("8GiB") for each table.
     device : str
-        "cuda" or "cuda:N".
+        "cuda" or "cuda:N"; or "auto": the first one, and where there is none, rows stay in the store below, which is
+        logged once.
     policy : "lfu", "lru" or "tinylfu", or a `Policy` class
         Which rows the cache keeps. No result depends on it.
+    allocate : callable, optional
+        ``allocate(nbytes)`` gives device memory, so that rows come out of a framework's own pool; see the example.
 
     Raises
     ------
@@ -74,8 +100,12 @@ def device_cached(
     Examples
     --------
     >>> Table("user", dim=16, store=device_cached(host_memory(), cache_budget="4GiB"))
+
+    In memory of PyTorch's caching allocator:
+
+    >>> device_cached(host_memory(), "4GiB", allocate=lambda n: torch.empty(n, dtype=torch.uint8, device="cuda"))
     """
-    return DeviceCached(below, as_nbytes(cache_budget), device, make_policy(policy))
+    return DeviceCached(below, as_nbytes(cache_budget), device, make_policy(policy), allocate)
 
 
 class DeviceStore(TieredStore):
@@ -92,29 +122,30 @@ class DeviceStore(TieredStore):
     """
 
     tier = "device"
+    _lines: DeviceLines
 
     def __init__(
         self, layout: Layout, below: StoreSpec, cache_budget: int, device: Device, policy: Callable[[int], Policy]
     ) -> None:
-        if layout.dtype != "float32":
-            raise Unsupported(
-                f"rows of {layout.dtype} in the device tier",
-                table=layout.table,
-                remedy="use another store, or dtype='float32'",
-            )
-        staging = min(STAGING_NBYTES, cache_budget // 8)
-        batch_lines = max(1, staging // (layout.line_nbytes + 8))
-        self._device, self._batch_lines = device, batch_lines
-        self._n_lines = (cache_budget - batch_lines * (layout.line_nbytes + 8)) // layout.line_nbytes
+        from hbkit.cuda.lines import buffer_nbytes, stride_of
+
+        line_nbytes = 4 * stride_of(layout.dim, layout.width, layout.dtype)
+        staging = min(STAGING_NBYTES, cache_budget // 4)
+        self._batch_lines = max(
+            1, (staging // 2 - 48) // (buffer_nbytes(2, layout.width) - buffer_nbytes(1, layout.width))
+        )
+        self._device = device
+        self._n_lines = (cache_budget - 2 * buffer_nbytes(self._batch_lines, layout.width)) // line_nbytes
         if self._n_lines < 1:
+            least = 2 * buffer_nbytes(1, layout.width) + line_nbytes
             raise BudgetExceeded(
-                f"cache_budget of {cache_budget} bytes does not hold two lines of {layout.line_nbytes}",
+                f"cache_budget of {cache_budget} bytes does not hold a line of {line_nbytes} and two on their way",
                 table=layout.table,
-                remedy=f"give at least {16 * layout.line_nbytes + 64} bytes",
+                remedy=f"give at least {least} bytes",
             )
         home = Below(below.open(layout))
         try:
-            super().__init__(layout, home, policy, batch_lines)
+            super().__init__(layout, home, policy, self._batch_lines)
         except BaseException:
             home.close()
             raise
@@ -125,7 +156,34 @@ class DeviceStore(TieredStore):
     def _new_lines(self) -> Lines:
         from hbkit.cuda.lines import DeviceLines
 
-        return DeviceLines(self._device, self._n_lines, self.layout.width, self._batch_lines)
+        layout = self.layout
+        return DeviceLines(self._device, self._n_lines, layout.width, self._batch_lines, layout.dim, layout.dtype)
+
+    def gather(self, lease: Lease, out: Any, index: Any = None) -> None:
+        """As `TieredStore.gather`; an `out` in device memory is written there, by an `index` there or NumPy's.
+
+        Then the call does not wait for the device, whose work is ordered with the legacy default stream.
+        """
+        if isinstance(out, np.ndarray):
+            super().gather(lease, out, index)
+            return
+        with self._open():
+            lines, away = self._ready(lease)
+            if len(away) == 0:
+                self._lines.gather(lines, out, index)
+                return
+            rows = np.empty((len(lines), out.shape[1]), np.float32)
+            self._gather(lines, away, lease.keys, rows)
+            self._lines.spread(rows, out, index)
+
+    def apply(self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False) -> int:
+        """As `TieredStore.apply`; gradients in device memory, summed by key, are used there."""
+        if not isinstance(grads, (np.ndarray, Gradients)):
+            with self._open():
+                _, away = self._ready(lease)
+            if len(away) or skip:
+                grads = self._device.fetch(self._device.array(grads))
+        return super().apply(lease, grads, rule, hyper, step, skip)
 
     def stats(self) -> dict[str, Any]:
         """Those of `TieredStore`, with the device's name and those of the store below."""
@@ -142,6 +200,8 @@ class Below:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        layout = store.layout
+        self._packing = Slabs(layout.width, 4 * layout.width, dim=layout.dim, row_dtype=layout.dtype)
         self._unwritten = Index()
         self._lock = threading.Lock()  # lines come and go as two calls below
 
@@ -172,7 +232,7 @@ class Below:
 
     def read(self, keys: Int64s) -> tuple[Bytes, Int64s, Int64s]:
         """Lines, frequencies and last steps of rows that were written."""
-        lines = np.empty((len(keys), self.store.layout.width), np.float32)
+        lines = retained((len(keys), self.store.layout.width))
         with self._lock:
             lease = self.store.reserve(keys, np.zeros(len(keys), np.int64))
             try:
@@ -180,12 +240,32 @@ class Below:
             finally:
                 self.store.release(lease)
             freq, last_step = self.metadata(keys)
-        return lines.view(np.uint8), freq, last_step
+            return self._pack(lines), freq, last_step
+
+    def _pack(self, lines: Float32s) -> Bytes:
+        """Lines as bytes: what a narrow row held, it holds again."""
+        if self.store.layout.dtype == "float32":
+            return lines.view(np.uint8)
+        at = np.arange(len(lines))
+        self._packing.reserve(len(at))
+        self._packing.scatter(at, lines)
+        packed: Bytes = self._packing.pack(at)
+        return packed
+
+    def _unpack(self, packed: Bytes) -> Float32s:
+        if self.store.layout.dtype == "float32":
+            return packed.view(np.float32)
+        at, lines = np.arange(len(packed)), np.empty((len(packed), self.store.layout.width), np.float32)
+        self._packing.reserve(len(at))
+        self._packing.unpack(at, packed)
+        self._packing.gather(at, lines)
+        return lines
 
     def write(self, keys: Int64s, lines: Bytes, freq: Int64s, last_step: Int64s) -> None:
         """Lines of distinct rows, new or in place of what there was."""
-        dim, values = self.store.layout.dim, lines.view(np.float32)
+        dim = self.store.layout.dim
         with self._lock:
+            values = self._unpack(lines)
             self.store.put(Chunk(keys, freq, last_step, values[:, :dim], values[:, dim:]))
             self._unwritten.erase(keys)
 

@@ -82,6 +82,18 @@ class Lines(Protocol):
         """First ``out.shape[1]`` floats of lines; zeros where the slot is -1. With `index`, of ``slots[index]``."""
         ...
 
+    def pool(
+        self,
+        slots: Int64s,
+        index: Int64s,
+        splits: Int64s,
+        out: Float32s,
+        weight: Float32s | None = None,
+        row_scale: Float32s | None = None,
+    ) -> None:
+        """Weighted sums of the rows of ``slots[index]`` by list, in order; see `Store.pool`."""
+        ...
+
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines; slots are >= 0."""
         ...
@@ -616,7 +628,7 @@ class TieredStore(ABC):
         """Weighted sums of rows, which may be far apart: they are brought together first."""
         with self._open():
             lines, away = self._ready(lease)
-            if len(away) == 0 and isinstance(self._lines, Slabs):
+            if len(away) == 0:
                 self._lines.pool(lines, index, splits, out, weight, row_scale)
                 return
             rows = retained((len(lines), out.shape[1]))

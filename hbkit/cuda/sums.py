@@ -1,0 +1,168 @@
+"""Sums of gradients by segment, in the order that the C kernels have: blocks of 64 in order, then their sums in order.
+
+A segment of at most a block is summed by whoever needs it (`gradient`). Of longer ones `block_sums` first sums all
+blocks at once, so that a key that half of a batch asks for does not leave the device to one warp. Block k of segment s
+is row ``starts[s] // 32 + k`` of `partials`: a segment of more than 64 positions has at most as many blocks as its
+positions have 32s, so no two share a row, and nothing has to be counted first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbkit.cuda.arith import add, cuda, device, mul
+from hbkit.cuda.device import BAD_SEGMENT
+from hbkit.cuda.narrow import ZERO, load, store
+
+SUM_BLOCK = 64
+HALF_BLOCK = 32
+
+
+def n_partials(n: int) -> int:
+    """Rows of `partials` for segments of `n` positions."""
+    return n // HALF_BLOCK + 1
+
+
+@device
+def term(values: Any, rows: Any, scale: Any, p: Any, j: Any, dim: Any, vec: Any, error: Any) -> Any:
+    """Columns j..j+3 of position p: ``scale[p] * values[rows[p]]``; rows and scale may be empty (p, and 1)."""
+    row = p
+    if rows.shape[0] > 0:
+        row = rows[p]
+    if row < 0 or row >= values.shape[0]:
+        error[0] = BAD_SEGMENT
+        return ZERO, ZERO, ZERO, ZERO
+    a, b, c, d = load(values, row, j, dim, vec)
+    if scale.shape[0] > 0:
+        k = scale[p]
+        return mul(k, a), mul(k, b), mul(k, c), mul(k, d)
+    return a, b, c, d
+
+
+@device
+def block(
+    values: Any, rows: Any, scale: Any, order: Any, begin: Any, end: Any, j: Any, dim: Any, vec: Any, error: Any
+) -> Any:
+    """Columns j..j+3 of the sum over positions ``order[begin:end]``, in order; zeros where there are none."""
+    if begin >= end:
+        return ZERO, ZERO, ZERO, ZERO
+    a, b, c, d = term(values, rows, scale, order[begin], j, dim, vec, error)
+    i = begin + 1
+    while i + 3 < end:  # four are read at once, and added in order
+        e0, f0, g0, h0 = term(values, rows, scale, order[i], j, dim, vec, error)
+        e1, f1, g1, h1 = term(values, rows, scale, order[i + 1], j, dim, vec, error)
+        e2, f2, g2, h2 = term(values, rows, scale, order[i + 2], j, dim, vec, error)
+        e3, f3, g3, h3 = term(values, rows, scale, order[i + 3], j, dim, vec, error)
+        a, b, c, d = add(a, e0), add(b, f0), add(c, g0), add(d, h0)
+        a, b, c, d = add(a, e1), add(b, f1), add(c, g1), add(d, h1)
+        a, b, c, d = add(a, e2), add(b, f2), add(c, g2), add(d, h2)
+        a, b, c, d = add(a, e3), add(b, f3), add(c, g3), add(d, h3)
+        i += 4
+    while i < end:
+        e0, f0, g0, h0 = term(values, rows, scale, order[i], j, dim, vec, error)
+        a, b, c, d = add(a, e0), add(b, f0), add(c, g0), add(d, h0)
+        i += 1
+    return a, b, c, d
+
+
+@device
+def gradient(
+    values: Any,
+    rows: Any,
+    scale: Any,
+    order: Any,
+    starts: Any,
+    partials: Any,
+    s: Any,
+    j: Any,
+    dim: Any,
+    vec: Any,
+    error: Any,
+) -> Any:
+    """Columns j..j+3 of segment s; ``values[s]`` as it stands where `order` is empty."""
+    if order.shape[0] == 0:
+        return load(values, s, j, dim, vec)
+    begin, end = starts[s], starts[s + 1]
+    if begin < 0 or end > order.shape[0]:
+        error[0] = BAD_SEGMENT
+        return ZERO, ZERO, ZERO, ZERO
+    if end - begin <= SUM_BLOCK:
+        return block(values, rows, scale, order, begin, end, j, dim, vec, error)
+    first = begin // HALF_BLOCK
+    a, b, c, d = load(partials, first, j, dim, vec)
+    for k in range(first + 1, first + (end - begin + SUM_BLOCK - 1) // SUM_BLOCK):
+        e, f, g, h = load(partials, k, j, dim, vec)
+        a, b, c, d = add(a, e), add(b, f), add(c, g), add(d, h)
+    return a, b, c, d
+
+
+def _block_sums(vec: bool) -> Any:
+    def block_sums(
+        values: Any,
+        rows: Any,
+        scale: Any,
+        order: Any,
+        starts: Any,
+        partials: Any,
+        shift: Any,
+        error: Any,
+    ) -> None:
+        """Sums of the blocks of segments that have more than one; other rows of `partials` are left alone."""
+        dim = partials.shape[1]
+        mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
+        for at in range(cuda.grid(1) >> shift, partials.shape[0], cuda.gridsize(1) >> shift):
+            low, high = 0, starts.shape[0] - 1  # the last segment that begins at or before row `at`
+            while high - low > 1:
+                middle = (low + high) // 2
+                if starts[middle] // HALF_BLOCK <= at:
+                    low = middle
+                else:
+                    high = middle
+            begin, end = starts[low], starts[low + 1]
+            if begin < 0 or end > order.shape[0]:
+                error[0] = BAD_SEGMENT
+                continue
+            first = begin + (at - begin // HALF_BLOCK) * SUM_BLOCK
+            if end - begin > SUM_BLOCK and begin <= first and first < end:
+                for j in range(mine, dim, 4 << shift):
+                    a, b, c, d = block(
+                        values, rows, scale, order, first, min(first + SUM_BLOCK, end), j, dim, vec, error
+                    )
+                    store(partials, at, j, dim, vec, a, b, c, d)
+
+    return block_sums
+
+
+def _segment_sum(vec: bool) -> Any:
+    def segment_sum(
+        values: Any,
+        rows: Any,
+        scale: Any,
+        order: Any,
+        starts: Any,
+        partials: Any,
+        out: Any,
+        shift: Any,
+        error: Any,
+    ) -> None:
+        """``out[s]`` = sum of ``scale[p] * values[rows[p]]`` over p in ``order[starts[s]:starts[s + 1]]``."""
+        n, dim = out.shape
+        mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
+        for s in range(cuda.grid(1) >> shift, n, cuda.gridsize(1) >> shift):
+            for j in range(mine, dim, 4 << shift):
+                a, b, c, d = gradient(values, rows, scale, order, starts, partials, s, j, dim, vec, error)
+                store(out, s, j, dim, vec, a, b, c, d)
+
+    return segment_sum
+
+
+GRADIENTS = "float32[:,::1], int64[::1], float32[::1], int64[::1], int64[::1], float32[:,::1]"
+# By whether columns are read and written in fours.
+BLOCK_SUMS = {vec: _block_sums(vec) for vec in (False, True)}
+SEGMENT_SUM = {vec: _segment_sum(vec) for vec in (False, True)}
+BLOCK_SUMS[True].__name__ += "_fours"
+SEGMENT_SUM[True].__name__ += "_fours"
+SIGNATURES = {
+    **dict.fromkeys(BLOCK_SUMS.values(), f"void({GRADIENTS}, int64, int32[::1])"),
+    **dict.fromkeys(SEGMENT_SUM.values(), f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])"),
+}

@@ -1,0 +1,85 @@
+"""Distinct keys on the device against NumPy, in whatever order threads run."""
+
+import os
+
+import numpy as np
+import pytest
+
+from hbkit.errors import InvalidArgument
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
+def test_dedupe_in_the_simulator(in_simulator):
+    in_simulator(__file__)
+
+
+def oracle(keys):
+    """Distinct keys by first occurrence, counts, inverse."""
+    ascending, firsts, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(firsts)
+    rank = np.argsort(order)
+    return ascending[order], counts[order], rank[inverse]
+
+
+def batches(lane):
+    """Batches of every kind, small ones in the simulator."""
+    rng = np.random.default_rng(0)
+    n = 90 if lane == "cudasim" else 100_000
+    ends = np.array([0, -1, 1, 2**63 - 1, -(2**63)])
+    yield ends[rng.integers(0, 5, 40)]
+    yield np.zeros(n, np.int64)  # one key
+    yield rng.permutation(n).astype(np.int64)  # all distinct
+    yield rng.zipf(1.3, n).astype(np.int64)
+    yield rng.integers(-(2**63), 2**63 - 1, 1)
+
+
+def test_oracle_gives_the_batch_back(lane):
+    for keys in batches(lane):
+        distinct, counts, inverse = oracle(keys)
+        assert (distinct[inverse] == keys).all() and (np.bincount(inverse) == counts).all()
+        assert (np.diff([np.flatnonzero(keys == k)[0] for k in distinct[:50]]) > 0).all()
+
+
+def test_distinct_keys_match_oracle_in_any_order(lane, device, any_order):
+    if lane == "cpu":
+        pytest.skip("lane cpu: no device")
+    from hbkit.cuda.dedupe import Dedupe
+
+    dedupe = Dedupe(device, 90 if lane == "cudasim" else 100_000)
+    for keys in batches(lane):  # one after the other: each leaves the table free
+        got = dedupe(keys)
+        for a, want in zip((got.keys, got.counts, got.inverse), oracle(keys), strict=True):
+            assert device.fetch(a).tolist() == want.tolist()
+    assert (device.fetch(dedupe._table) == -1).all()
+    assert dedupe(keys[:0]).keys.shape == (0,)
+
+
+def test_keys_of_one_cell_find_others(lane, device, any_order):
+    if lane == "cpu":
+        pytest.skip("lane cpu: no device")
+    from hbkit.cuda import dedupe
+
+    # A table as full as it gets: 31 keys in 32 cells, so most of them walk.
+    n = 31
+    keys = np.random.default_rng(1).integers(-(2**63), 2**63 - 1, n)
+    keys = keys[np.random.default_rng(2).integers(0, n, 3 * n)]
+    table, cells = device.send(np.full(32, -1, np.int32)), device.empty((3 * n,), np.int32)
+    device.launch(dedupe.claim, 3 * n, device.send(keys), table, cells)
+    table, cells = device.fetch(table), device.fetch(cells)
+    distinct, _, inverse = oracle(keys)
+    firsts = np.array([np.flatnonzero(keys == k)[0] for k in distinct])
+    assert (table[cells] == firsts[inverse]).all()
+
+
+def test_dedupe_refuses_what_does_not_fit(lane, device):
+    if lane == "cpu":
+        pytest.skip("lane cpu: no device")
+    from hbkit.cuda.dedupe import Dedupe
+
+    for keys in (np.zeros(5, np.int64), np.zeros(4, np.int32), np.zeros((2, 2), np.int64)):
+        with pytest.raises(InvalidArgument, match="int64"):
+            Dedupe(device, 4)(keys)
+    with pytest.raises(InvalidArgument):
+        Dedupe(device, 0)
