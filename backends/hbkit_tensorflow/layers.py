@@ -31,9 +31,10 @@ class PReLU(keras.layers.Layer):
     Source: He et al., Delving Deep into Rectifiers, ICCV 2015.
     """
 
-    def __init__(self, width: int, name: str | None = None) -> None:
-        super().__init__(name=name)
-        self.slope = self.add_weight(shape=(width,), initializer=keras.initializers.Constant(0.25), name="slope")
+    def build(self, input_shape: Sequence[Any]) -> None:
+        """Make the slopes (not before: until then, weights do not know what they are a part of)."""
+        start = keras.initializers.Constant(0.25)
+        self.slope = self.add_weight(shape=(input_shape[-1],), initializer=start, name="slope")
 
     def call(self, x: Any) -> Any:
         """float32[..., width] to the same shape."""
@@ -59,7 +60,7 @@ class MLP(keras.layers.Layer):
         super().__init__(name=name)
         layers: list[keras.layers.Layer] = []
         for i, width in enumerate(widths):
-            relu = PReLU(width, name=f"relu_{i}") if prelu else keras.layers.ReLU(name=f"relu_{i}")
+            relu = PReLU(name=f"relu_{i}") if prelu else keras.layers.ReLU(name=f"relu_{i}")
             layers += [keras.layers.Dense(width, name=f"dense_{i}"), relu]
         self.layers = layers if last_relu else layers[:-1]
 

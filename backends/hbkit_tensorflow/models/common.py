@@ -34,7 +34,7 @@ class ClickModel(keras.Model):
     def __init__(self, features: Sequence[str], dim: int, n_dense: int, name: str) -> None:
         super().__init__(name=name)
         self.features, self.dim, self.n_dense = list(features), dim, n_dense
-        self.signed_log = SignedLog(name="signed_log")
+        self.signed_log: Any = SignedLog(name="signed_log") if n_dense else None
 
     @staticmethod
     def row_dim(dim: int) -> int:
@@ -48,7 +48,7 @@ class ClickModel(keras.Model):
 
     def flat(self, dense: Any, *x: Any) -> Any:
         """The dense inputs' logarithms and all of x, flattened, side by side: [B, n]."""
-        logs = [self.signed_log(dense)] if self.n_dense else []
+        logs = [self.signed_log(dense)] if self.signed_log else []
         parts = [keras.ops.reshape(part, (-1, part.shape[1] * part.shape[2])) if part.ndim == 3 else part for part in x]
         return keras.ops.concatenate([*logs, *parts], axis=1)
 

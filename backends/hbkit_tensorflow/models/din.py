@@ -40,7 +40,7 @@ class DIN(ClickModel):
         hidden: Sequence[int] = (128, 64),
     ) -> None:
         super().__init__(features, dim, n_dense, "din")
-        self.sequences = dict(sequences)
+        self.sequences = dict(sequences or {})
         self.attention = [TargetAttention(attention, name=f"attention_{i}") for i in range(len(self.sequences))]
         self.deep = MLP([*hidden, 1], prelu=True, name="deep")
         self._make_weights(self.sequences)

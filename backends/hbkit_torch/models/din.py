@@ -43,7 +43,7 @@ class DIN(ClickModel):
         hidden: Sequence[int] = (128, 64),
     ) -> None:
         super().__init__(features, dim, n_dense)
-        self.sequences = dict(sequences)
+        self.sequences = dict(sequences or {})
         self.attention = torch.nn.ModuleList(TargetAttention(dim, attention) for _ in self.sequences)
         self.deep = MLP((len(self.features) + len(self.sequences)) * dim + n_dense, [*hidden, 1], prelu=True)
 
