@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,9 @@ import click
 import numpy as np
 
 import hbkit
-from hbkit.cli.columns import Columns, choose
+from hbkit.cli.columns import Columns, choose, key_field, sequences
 from hbkit.cli.console import note, progress, summary
+from hbkit.cli.events import EventWriter
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
 from hbkit.errors import HbkitError, InvalidArgument, NotFound, SchemaMismatch, StorageError, Unsupported
@@ -27,7 +29,7 @@ from hbkit.snapshot.files import local
 
 __all__ = ["evaluate", "train"]
 
-MODELS = ("dlrm", "deepfm")
+MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
 BACKENDS = ("torch", "tensorflow")
 # Rows' optimizers by name; the dense part takes the nearest one of the framework.
 OPTIMIZERS = {
@@ -41,6 +43,7 @@ OPTIMIZERS = {
 }
 SHUFFLE_ROWS = 1 << 20
 INITIAL_STD = 0.01
+WEIGHT = "weight of the class"
 
 
 def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
@@ -71,10 +74,13 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.command()
 @click.option("--config", callback=_config, is_eager=True, help="TOML file of these options' names; the line wins.")
 @click.option("--data", required=True, help="Parquet files to train on: file, directory, glob or URI.")
-@click.option("--label", required=True, help="Column of 0 and 1 to predict.")
+@click.option("--label", callback=_names, required=True, help="Column of 0 and 1 to predict; a,b for --model mmoe.")
 @click.option("--dense", callback=_names, help="Dense columns, a,b. Inferred (floats) if no column is named.")
 @click.option(
     "--sparse", callback=_names, help="Key columns, c,d:ragged. Inferred (integers, strings, lists) likewise."
+)
+@click.option(
+    "--sequence", callback=_names, help="For --model din: lists of past keys and what they are weighed by, c:d."
 )
 @click.option("--model", type=click.Choice(MODELS), default="deepfm", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
@@ -85,15 +91,22 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of the embeddings.")
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
+@click.option("--group", help="Column to evaluate GAUC by, such as the user.")
+@click.option("--positive-weight", type=float, help="Weight in training of rows with label 1; those with 0 weigh 1.")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without a better AUC after which to stop.")
+@click.option("--log-dir", help="Directory of TensorBoard logs: the loss of each step, and the figures.")
+@click.option("--compile", is_flag=True, help="Compile the model: torch.compile, XLA.")
+@click.option("--amp", is_flag=True, help="Compute the model in bfloat16; weights and rows stay float32.")
 @click.option("--save", help="Directory of the snapshot; each training adds a commit.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
 @click.argument("extra", nargs=-1, metavar="")
 def train(
     config: str | None,
     data: str,
-    label: str,
+    label: list[str],
     dense: list[str],
     sparse: list[str],
+    sequence: list[str],
     model: str,
     backend: str,
     dim: int,
@@ -103,6 +116,12 @@ def train(
     lr: float,
     dense_lr: float,
     eval_data: str | None,
+    group: str | None,
+    positive_weight: float | None,
+    patience: int | None,
+    log_dir: str | None,
+    compile: bool,
+    amp: bool,
     save: str | None,
     seed: int,
     extra: tuple[str, ...],
@@ -120,6 +139,9 @@ def train(
     columns = choose(whole.schema, whole.stats()["unsupported"], label, dense, sparse)
     if not columns.sparse:
         raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
+    past = sequences(columns, sequence)
+    _check_model(model, columns, past)
+    _check_options(columns, eval_data, group, positive_weight, patience)
     for what, text in columns.describe().items():
         note(f"{what}: {text}")
     _check_label(data, columns)
@@ -130,6 +152,8 @@ def train(
         _check_writable(save)
     settings = settings_of(
         columns,
+        sequences=past,
+        group=_group(group, whole),
         model=model,
         backend=backend,
         dim=dim,
@@ -139,30 +163,47 @@ def train(
         seed=seed,
         batch_size=batch_size,
     )
-    hb, trainer, collection = build(settings)
-    ds = _dataset(data, columns, batch_size).shuffle(seed, SHUFFLE_ROWS)
-    n_rows, losses, started = ds.n_rows, Smoothed(), time.perf_counter()
-    for epoch in range(epochs):
-        title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
-        with progress(title, n_rows, "rows") as bar:
-            trainer.fit(ds.set_epoch(epoch), on_step=_reporter(bar, losses, collection))
-    seconds = time.perf_counter() - started
+    hb, trainer, collection = build(settings, compile=compile, amp=amp)
+    ds = _weighed(_dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
+    n_rows, losses, seconds, stale, saved = ds.n_rows, Smoothed(), 0.0, 0, None
+    figures: dict[str, float] | None = None
+    with EventWriter(log_dir) as log:
+        for epoch in range(epochs):
+            title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
+            started = time.perf_counter()
+            with progress(title, n_rows, "rows") as bar:
+                trainer.fit(ds.set_epoch(epoch), on_step=_reporter(bar, losses, collection, log))
+            seconds += time.perf_counter() - started
+            if patience is None and epoch < epochs - 1:
+                continue
+            if eval_data is not None:
+                found = measure(hb, trainer, _dataset(eval_data, columns, batch_size), eval_data, settings["group"])
+                log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
+                if figures is not None and _auc(found) <= _auc(figures):
+                    stale += 1
+                    if stale == patience:
+                        break
+                    continue
+                figures, stale = found, 0
+            if save is not None:  # with patience, each time that it is the best so far
+                state = {"train": {**settings, "figures": figures}, "dense": trainer.dense_state()}
+                commit = hbkit.snapshot.save(save, list(collection.tables.values()), collection.step, state=state)
+                hbkit.snapshot.verify(save)
+                saved = f"{save} (commit {commit}, verified)"
+    n_epochs = epoch + 1
     result: dict[str, Any] = {
         "model": f"{model} ({backend}), dim {dim}",
-        "rows": f"{n_rows * epochs:,}" + (f" ({epochs} epochs)" if epochs > 1 else ""),
-        "samples/s": f"{n_rows * epochs / seconds:,.0f}",
+        "rows": f"{n_rows * n_epochs:,}" + (f" ({n_epochs} epochs)" if n_epochs > 1 else ""),
+        "samples/s": f"{n_rows * n_epochs / seconds:,.0f}",
         "training loss": f"{losses.value:.4f}",
     }
-    figures = None
-    if eval_data is not None:
-        figures = measure(hb, trainer, _dataset(eval_data, columns, batch_size), eval_data)
+    if stale:
+        result["best epoch"] = f"{n_epochs - stale}, whose figures these are"
+    if figures is not None:
         result |= _show(figures)
     result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
-    if save is not None:
-        state = {"train": {**settings, "figures": figures}, "dense": trainer.dense_state()}
-        commit = hbkit.snapshot.save(save, list(collection.tables.values()), collection.step, state=state)
-        hbkit.snapshot.verify(save)
-        result["saved"] = f"{save} (commit {commit}, verified)"
+    if saved is not None:
+        result["saved"] = saved
     summary("trained", result)
     if save is not None:
         again = eval_data or "'<parquet files>'"
@@ -193,7 +234,7 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     columns = Columns(
         settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]]
     )
-    figures = measure(hb, trainer, _dataset(data, columns, settings["batch_size"]), data)
+    figures = measure(hb, trainer, _dataset(data, columns, settings["batch_size"]), data, settings.get("group"))
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
     result |= _show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
@@ -210,14 +251,19 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
     }
 
 
-def build(settings: dict[str, Any]) -> tuple[ModuleType, Any, Collection]:
-    """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values."""
+def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Collection]:
+    """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values.
+
+    What else is `trained` goes to the trainer.
+    """
     try:
         hb = importlib.import_module(f"hbkit.{settings['backend']}")
     except ImportError as e:
         raise Unsupported(f"backend {settings['backend']} cannot be loaded", remedy=str(e)) from e
     rows, dense_optimizer = OPTIMIZERS[settings["optimizer"]]
     make = hb.models.MODELS[settings["model"]]
+    past = settings.get("sequences", {})
+    single = [name for name in settings["sparse"] if name not in past]
     tables = [
         Table(
             name,
@@ -226,37 +272,75 @@ def build(settings: dict[str, Any]) -> tuple[ModuleType, Any, Collection]:
             initializer=Normal(0.0, INITIAL_STD, seed=settings["seed"]),
             optimizer=getattr(hbkit.embedding, rows)(lr=settings["lr"]),
         )
-        for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in settings["sparse"])
+        for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in single)
     ]
-    collection = Collection(tables, pooling="mean")
+    features = {name: past.get(name, name) for name in settings["sparse"]}
+    collection = Collection(tables, features, {name: None if name in past else "mean" for name in features})
     hb.training.seed(settings["seed"])
-    model = make(features=settings["sparse"], dim=settings["dim"], n_dense=len(settings["dense"]))
-    trainer = hb.training.Trainer(model, collection, optimizer=dense_optimizer, lr=settings["dense_lr"])
+    options: dict[str, Any] = {"features": single, "dim": settings["dim"], "n_dense": len(settings["dense"])}
+    if settings["model"] == "mmoe":
+        options["n_tasks"] = 1 if isinstance(settings["label"], str) else len(settings["label"])
+    if settings["model"] == "din":
+        options["sequences"] = past
+    trainer = hb.training.Trainer(
+        make(**options), collection, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
+    )
     return hb, trainer, collection
 
 
-def measure(hb: ModuleType, trainer: Any, ds: Dataset, data: str) -> dict[str, float]:
-    """AUC, log loss and rows of a data set, and its Bayes-optimal AUC where its files state it."""
-    auc, log_loss, n = hb.metrics.AUC(), hb.metrics.LogLoss(), 0
+def measure(
+    hb: ModuleType, trainer: Any, ds: Dataset, data: str, group: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """AUC, log loss and rows of a data set, GAUC by a group, and its Bayes-optimal AUC where its files state it.
+
+    The figures of several labels are named ``label: figure``.
+    """
+    names = [""] if isinstance(ds.label, str) else [f"{name}: " for name in ds.label or ()]
+    metrics = [{"auc": hb.metrics.AUC(), "log_loss": hb.metrics.LogLoss()} for _ in names]
+    gauc = [hb.metrics.GAUC() for _ in names]
+    groups: Iterable[Any] = repeat(None)
+    if group is not None:  # the same rows in the same order: nothing shuffles them
+        groups = (batch[group["name"]] for batch in Dataset.from_parquet(data, [Field(**group)]).batch(ds.batch_size or 1))
+    n = 0
     with progress("evaluating", ds.n_rows, "rows") as bar:
-        for label, score, weight in trainer.predict(ds):
-            auc.update(label, score, weight)
-            log_loss.update(label, score, weight)
+        for (label, score, weight), members in zip(trainer.predict(ds), groups, strict=False):
+            for i, (y, p) in enumerate(
+                zip(label.reshape(len(label), -1).T, score.reshape(len(label), -1).T, strict=True)
+            ):
+                for metric in metrics[i].values():
+                    metric.update(y, p, weight)
+                if members is not None:
+                    gauc[i].update(y, p, weight, members)
             n += len(label)
             bar.update(len(label))
-    figures = {"auc": float(auc.result()), "log_loss": float(log_loss.result()), "rows": float(n)}
+    figures = {
+        f"{name}{of}": float(m.result())
+        for name, of_label in zip(names, metrics, strict=True)
+        for of, m in of_label.items()
+    }
+    if group is not None:
+        figures |= {f"{name}gauc": float(m.result()) for name, m in zip(names, gauc, strict=True)}
+    figures["rows"] = float(n)
     ceilings = {File(f).metadata.get("hbkit.bayes_auc") for f in list_files(data)}
     if len(ceilings) == 1 and (ceiling := ceilings.pop()) is not None:
         figures["bayes_auc"] = float(ceiling)
     return figures
 
 
+def _auc(figures: dict[str, float]) -> float:
+    """The AUC, the mean of the labels'."""
+    return float(np.mean([value for name, value in figures.items() if name == "auc" or name.endswith(": auc")]))
+
+
 def _show(figures: dict[str, float]) -> dict[str, str]:
-    shown = {
-        "evaluated rows": f"{figures['rows']:,.0f}",
-        "AUC": f"{figures['auc']:.6f}",
-        "log loss": f"{figures['log_loss']:.6f}",
-    }
+    shown, titles = (
+        {"evaluated rows": f"{figures['rows']:,.0f}"},
+        {"auc": "AUC", "log_loss": "log loss", "gauc": "GAUC"},
+    )
+    for name, value in figures.items():
+        of, _, what = name.rpartition(": ")
+        if what in titles:
+            shown[f"{of}: {titles[what]}" if of else titles[what]] = f"{value:.6f}"
     if "bayes_auc" in figures:
         shown["AUC of the data's Bayes-optimal model"] = f"{figures['bayes_auc']:.4f}"
     return shown
@@ -266,18 +350,65 @@ def _dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
     return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
 
 
+def _weighed(ds: Dataset, positive: float | None) -> Dataset:
+    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
+    if positive is None:
+        return ds
+    label = str(ds.label)
+    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
+
+
+def _group(name: str | None, whole: Dataset) -> dict[str, Any] | None:
+    """How the column to group by is read."""
+    if name is None:
+        return None
+    kind = whole.schema.get(name)
+    if kind is None or kind.ragged_rank or kind.dtype.startswith("float"):
+        raise InvalidArgument(
+            f"{name!r} is no column of one key a row", remedy=f"group by one of {', '.join(whole.schema)}"
+        )
+    return _to_json(key_field(name, kind))
+
+
+def _check_model(model: str, columns: Columns, past: dict[str, str]) -> None:
+    """Whether the model takes what was chosen."""
+    if len(columns.labels) > 1 and model != "mmoe":
+        raise InvalidArgument(
+            f"{model} predicts one label, not {len(columns.labels)}", remedy="use --model mmoe, or name one --label"
+        )
+    if bool(past) != (model == "din"):
+        raise InvalidArgument(
+            "din needs a sequence" if model == "din" else f"{model} takes no sequence",
+            remedy="use --model din with --sequence BEHAVIOUR:TARGET, or neither",
+        )
+
+
+def _check_options(
+    columns: Columns, eval_data: str | None, group: str | None, positive_weight: float | None, patience: int | None
+) -> None:
+    """Whether the options of training go together."""
+    if eval_data is None and (group is not None or patience is not None):
+        raise InvalidArgument("--group and --patience need figures to look at", remedy="give --eval-data")
+    if positive_weight is not None and (len(columns.labels) > 1 or not 0 <= positive_weight < math.inf):
+        raise InvalidArgument(
+            f"--positive-weight {positive_weight:g} of {len(columns.labels)} labels",
+            remedy="give 0 or more, of one label",
+        )
+
+
 def _check_label(data: str, columns: Columns) -> None:
-    """Nulls and values other than 0..1 in the label, before anything is trained."""
-    label = Dataset.from_parquet(data, [columns.fields[0]]).batch(SHUFFLE_ROWS)
-    for batch in label:
-        values = np.asarray(batch[columns.label])
-        if ((values < 0) | (values > 1) | ~np.isfinite(values)).any():
-            raise InvalidArgument(
-                f"label {values[(values < 0) | (values > 1) | ~np.isfinite(values)][0]:g} is not a click probability",
-                file=data,
-                column=columns.label,
-                remedy="labels are 0 or 1 (or between); convert the column first",
-            )
+    """Nulls and values other than 0..1 in the labels, before anything is trained."""
+    for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)]).batch(SHUFFLE_ROWS):
+        for name in columns.labels:
+            values = np.asarray(batch[name])
+            wrong = (values < 0) | (values > 1) | ~np.isfinite(values)
+            if wrong.any():
+                raise InvalidArgument(
+                    f"label {values[wrong][0]:g} is not a click probability",
+                    file=data,
+                    column=name,
+                    remedy="labels are 0 or 1 (or between); convert the column first",
+                )
 
 
 def _check_writable(path: str) -> None:
@@ -312,7 +443,7 @@ class Smoothed:
         return self._sum / self._weight if self._weight else float("nan")
 
 
-def _reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
+def _reporter(bar: Any, losses: Smoothed, collection: Collection, log: EventWriter) -> Callable[[int, float], None]:
     def on_step(n_rows: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise InvalidArgument(
@@ -320,6 +451,7 @@ def _reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[i
                 step=collection.step,
                 remedy="lower --lr or --dense-lr, or look for extreme values among the dense columns",
             )
+        log.scalars(collection.step, {"training/loss": loss})
         bar.update(n_rows, loss=f"{losses.add(loss):.4f}", keys=f"{_n_keys(collection.tables.values()):,}")
 
     return on_step
