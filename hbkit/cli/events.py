@@ -9,29 +9,15 @@ import time
 from pathlib import Path
 from typing import Self
 
+from hbkit._ext.tfrecord import crc32c
 from hbkit.errors import StorageError
 
 __all__ = ["EventWriter"]
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for i in range(256):
-        for _ in range(8):
-            i = i >> 1 ^ (0x82F63B78 if i & 1 else 0)
-        table.append(i)
-    return table
-
-
-CRC_TABLE = _crc_table()
-
-
 def _masked_crc(data: bytes) -> bytes:
     """CRC-32C as TFRecord masks it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
+    crc = crc32c(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 

@@ -300,7 +300,8 @@ def measure(
     gauc = [hb.metrics.GAUC() for _ in names]
     groups: Iterable[Any] = repeat(None)
     if group is not None:  # the same rows in the same order: nothing shuffles them
-        groups = (batch[group["name"]] for batch in Dataset.from_parquet(data, [Field(**group)]).batch(ds.batch_size or 1))
+        members_of = Dataset.from_parquet(data, [Field(**group)]).batch(ds.batch_size or 1)
+        groups = (batch[group["name"]] for batch in members_of)
     n = 0
     with progress("evaluating", ds.n_rows, "rows") as bar:
         for (label, score, weight), members in zip(trainer.predict(ds), groups, strict=False):
