@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import hbkit.tensorflow as hb
 from hbkit import Ragged, embedding, errors
+from hbkit_tensorflow.pipeline import Sequence
 
 BATCH = {
     "user": np.array([1, 2, 1]),
@@ -140,15 +141,16 @@ def test_embedding_collection_refuses_by_feature(collection):
         layer(BATCH)
 
 
-def test_losses_over_the_collection_are_those_over_keras_embedding():
-    """Twins: the same start, SGD on both, 50 steps of repeating keys."""
-    n_keys, n_steps, batch, dim = 100, 70, 64, 8
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_losses_over_the_collection_are_those_over_keras_embedding(name):
+    """Twins: the same start, SGD on both, 50 steps of repeating keys; what was seen before is a sequence of DIN's."""
+    kind, n_keys, n_steps, batch = hb.models.MODELS[name], 100, 50, 64
+    dim, past = kind.row_dim(8), {"seen": "item"} if name == "din" else {}
     sgd, normal = embedding.SGD(lr=10.0), embedding.Normal(0, 0.3, seed=0)
     tables = [embedding.Table(name, dim, optimizer=sgd, initializer=normal) for name in ("user", "item")]
-    layer = hb.nn.EmbeddingCollection(embedding.Collection(tables))
-    everything = {f: np.arange(n_keys) for f in ("user", "item")}
-    start = {f: r.numpy() for f, r in layer(everything, training=True).items()}
-    layer.apply({f: tf.zeros_like(r) for f, r in start.items()})
+    features = {"user": "user", "item": "item", **past}
+    layer = hb.nn.EmbeddingCollection(embedding.Collection(tables, features, dict.fromkeys(past)))
+    start = {table.name: table.lookup(np.arange(n_keys), train=True) for table in tables}
     twin = {
         f: tf.keras.layers.Embedding(n_keys, dim, embeddings_initializer=keras.initializers.Constant(r))
         for f, r in start.items()
@@ -156,7 +158,7 @@ def test_losses_over_the_collection_are_those_over_keras_embedding():
 
     def model():
         keras.utils.set_random_seed(5)
-        return hb.models.DLRM(["user", "item"], dim, n_dense=2, bottom=(16,), top=(16,))
+        return kind(["user", "item"], 8, n_dense=2, **({"sequences": past} if past else {}))
 
     ours, theirs = model(), model()
     optimizers = [keras.optimizers.SGD(lr) for lr in (0.1, 0.1, 10.0)]
@@ -164,20 +166,21 @@ def test_losses_over_the_collection_are_those_over_keras_embedding():
     planted = rng.normal(0, 3, n_keys)
     losses = []
     for _ in range(n_steps):
-        keys = {f: rng.zipf(1.3, batch) % n_keys for f in ("user", "item")}
+        keys = {f: rng.zipf(1.3, (batch, 4) if f in past else batch) % n_keys for f in features}
         dense = rng.lognormal(0, 1, (batch, 2)).astype(np.float32)
         chance = 1 / (1 + np.exp(-planted[keys["user"]] - planted[keys["item"]]))
         label = (rng.random(batch) < chance).astype(np.float32)
         with tf.GradientTape() as tape:
             rows = layer(keys, training=True)
-            tape.watch(rows)
+            tape.watch({f: r.values if f in past else r for f, r in rows.items()})
             loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, ours(dense, rows)))
         grads, weights = tape.gradient(loss, (rows, ours.trainable_variables))
         optimizers[0].apply(weights, ours.trainable_variables)
         layer.apply(grads)
         with tf.GradientTape() as tape:
-            logits = theirs(dense, {f: twin[f](k) for f, k in keys.items()})
-            twin_loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, logits))
+            rows = {f: twin[features[f]](k) for f, k in keys.items()}
+            rows |= {f: Sequence(rows[f], tf.ones((batch, 4), tf.bool)) for f in past}
+            twin_loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, theirs(dense, rows)))
         tables = [table.embeddings for table in twin.values()]
         weights, rows = tape.gradient(twin_loss, (theirs.trainable_variables, tables))
         optimizers[1].apply(weights, theirs.trainable_variables)

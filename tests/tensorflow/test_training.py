@@ -158,3 +158,17 @@ def test_trainer_of_several_labels_learns_each_by_the_mean_of_their_losses(click
         auc = hb.metrics.AUC()
         auc.update(label[:, i], p[:, i])
         assert auc.result() > 0.7
+
+
+def test_trainer_with_amp_computes_in_bfloat16_and_keeps_float32(clicks, collection, dlrm):
+    runs, ds = [], clicks(1000, 64)
+    for amp in (False, True):
+        model = dlrm()
+        trainer = hb.training.Trainer(model, collection(), amp=amp)
+        runs.append([loss for _, loss in fitted(trainer, ds)])
+        assert model.top.layers[0].compute_dtype == ("bfloat16" if amp else "float32")
+        assert {w.dtype for w in model.weights} == {"float32"}
+        ((_, probability, _), *_) = trainer.predict(ds)
+        assert probability.dtype == np.float32
+    np.testing.assert_allclose(*runs, atol=0.05)
+    assert runs[0] != runs[1]

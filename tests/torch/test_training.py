@@ -175,3 +175,18 @@ def test_trainer_of_several_labels_learns_each_by_the_mean_of_their_losses(click
         auc = hb.metrics.AUC()
         auc.update(label[:, i], p[:, i])
         assert auc.result() > 0.7
+
+
+def test_trainer_with_amp_computes_in_bfloat16_and_keeps_float32(clicks, collection, dlrm):
+    seen, runs, ds = [], [], clicks(2000, 128)
+    for amp in (False, True):
+        model = dlrm()
+        model.top[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        trainer = hb.training.Trainer(model, collection(), amp=amp)
+        runs.append([loss for _, loss in fit(trainer, ds)])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        ((_, probability, _), *_) = trainer.predict(ds)
+        assert probability.dtype == np.float32
+    assert set(seen[: len(seen) // 2]) == {torch.float32} and set(seen[len(seen) // 2 :]) == {torch.bfloat16}
+    np.testing.assert_allclose(*runs, atol=0.05)
+    assert runs[0] != runs[1]
