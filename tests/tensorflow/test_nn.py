@@ -161,31 +161,46 @@ def test_losses_over_the_collection_are_those_over_keras_embedding(name):
         return kind(["user", "item"], 8, n_dense=2, **({"sequences": past} if past else {}))
 
     ours, theirs = model(), model()
-    optimizers = [keras.optimizers.SGD(lr) for lr in (0.1, 0.1, 10.0)]
-    rng = np.random.default_rng(0)
-    planted = rng.normal(0, 3, n_keys)
-    losses = []
-    for _ in range(n_steps):
-        keys = {f: rng.zipf(1.3, (batch, 4) if f in past else batch) % n_keys for f in features}
-        dense = rng.lognormal(0, 1, (batch, 2)).astype(np.float32)
-        chance = 1 / (1 + np.exp(-planted[keys["user"]] - planted[keys["item"]]))
-        label = (rng.random(batch) < chance).astype(np.float32)
+    cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits
+
+    @tf.function(autograph=False)
+    def our_step(dense, rows, label):
         with tf.GradientTape() as tape:
-            rows = layer(keys, training=True)
-            tape.watch({f: r.values if f in past else r for f, r in rows.items()})
-            loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, ours(dense, rows)))
-        grads, weights = tape.gradient(loss, (rows, ours.trainable_variables))
-        optimizers[0].apply(weights, ours.trainable_variables)
-        layer.apply(grads)
+            leaves = {f: r.values if f in past else r for f, r in rows.items()}
+            tape.watch(leaves)
+            loss = tf.reduce_mean(cross_entropy(label, ours(dense, rows)))
+        grads, weights = tape.gradient(loss, (leaves, ours.trainable_variables))
+        for variable, grad in zip(ours.trainable_variables, weights, strict=True):
+            variable.assign_sub(0.1 * grad)
+        return loss, grads
+
+    @tf.function(autograph=False)
+    def their_step(dense, keys, label):
+        tables = [table.embeddings for table in twin.values()]
         with tf.GradientTape() as tape:
             rows = {f: twin[features[f]](k) for f, k in keys.items()}
             rows |= {f: Sequence(rows[f], tf.ones((batch, 4), tf.bool)) for f in past}
-            twin_loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, theirs(dense, rows)))
-        tables = [table.embeddings for table in twin.values()]
-        weights, rows = tape.gradient(twin_loss, (theirs.trainable_variables, tables))
-        optimizers[1].apply(weights, theirs.trainable_variables)
-        optimizers[2].apply(rows, tables)
-        losses.append((float(loss), float(twin_loss)))
+            loss = tf.reduce_mean(cross_entropy(label, theirs(dense, rows)))
+        weights, rows = tape.gradient(loss, (theirs.trainable_variables, tables))
+        for variable, grad in zip(theirs.trainable_variables, weights, strict=True):
+            variable.assign_sub(0.1 * grad)
+        for table, grad in zip(tables, rows, strict=True):
+            table.assign_sub(10.0 * tf.convert_to_tensor(grad))
+        return loss
+
+    rng = np.random.default_rng(0)
+    planted = rng.normal(0, 3, n_keys)
+    losses = []
+    for table in twin.values():
+        table.build(None)
+    for _ in range(n_steps):
+        keys = {f: rng.zipf(1.3, (batch, 4) if f in past else batch) % n_keys for f in features}
+        dense = tf.constant(rng.lognormal(0, 1, (batch, 2)).astype(np.float32))
+        chance = 1 / (1 + np.exp(-planted[keys["user"]] - planted[keys["item"]]))
+        label = tf.constant((rng.random(batch) < chance).astype(np.float32))
+        loss, grads = our_step(dense, layer(keys, training=True), label)
+        layer.apply(grads)
+        losses.append((float(loss), float(their_step(dense, {f: tf.constant(k) for f, k in keys.items()}, label))))
     ours_, theirs_ = np.array(losses).T
     np.testing.assert_allclose(ours_, theirs_, atol=1e-4)
     assert ours_[-10:].mean() < ours_[:10].mean() - 0.02
