@@ -9,7 +9,6 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
-from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +19,11 @@ import numpy as np
 import hbkit
 from hbkit.cli.columns import Columns, choose, key_field, sequences
 from hbkit.cli.console import note, progress, summary
+from hbkit.cli.evaluation import mean_auc, measure, show
 from hbkit.cli.events import EventWriter
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
 from hbkit.errors import HbkitError, InvalidArgument, NotFound, SchemaMismatch, StorageError, Unsupported
-from hbkit.parquet import File, list_files
 from hbkit.snapshot.files import local
 
 __all__ = ["evaluate", "train"]
@@ -179,7 +178,7 @@ def train(
             if eval_data is not None:
                 found = measure(hb, trainer, _dataset(eval_data, columns, batch_size), eval_data, settings["group"])
                 log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
-                if figures is not None and _auc(found) <= _auc(figures):
+                if figures is not None and mean_auc(found) <= mean_auc(figures):
                     stale += 1
                     if stale == patience:
                         break
@@ -200,7 +199,7 @@ def train(
     if stale:
         result["best epoch"] = f"{n_epochs - stale}, whose figures these are"
     if figures is not None:
-        result |= _show(figures)
+        result |= show(figures)
     result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
     if saved is not None:
         result["saved"] = saved
@@ -236,7 +235,7 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     )
     figures = measure(hb, trainer, _dataset(data, columns, settings["batch_size"]), data, settings.get("group"))
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
-    result |= _show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
+    result |= show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
 
 
@@ -286,65 +285,6 @@ def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Co
         make(**options), collection, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
     )
     return hb, trainer, collection
-
-
-def measure(
-    hb: ModuleType, trainer: Any, ds: Dataset, data: str, group: dict[str, Any] | None = None
-) -> dict[str, float]:
-    """AUC, log loss and rows of a data set, GAUC by a group, and its Bayes-optimal AUC where its files state it.
-
-    The figures of several labels are named ``label: figure``.
-    """
-    names = [""] if isinstance(ds.label, str) else [f"{name}: " for name in ds.label or ()]
-    metrics = [{"auc": hb.metrics.AUC(), "log_loss": hb.metrics.LogLoss()} for _ in names]
-    gauc = [hb.metrics.GAUC() for _ in names]
-    groups: Iterable[Any] = repeat(None)
-    if group is not None:  # the same rows in the same order: nothing shuffles them
-        members_of = Dataset.from_parquet(data, [Field(**group)]).batch(ds.batch_size or 1)
-        groups = (batch[group["name"]] for batch in members_of)
-    n = 0
-    with progress("evaluating", ds.n_rows, "rows") as bar:
-        for (label, score, weight), members in zip(trainer.predict(ds), groups, strict=False):
-            for i, (y, p) in enumerate(
-                zip(label.reshape(len(label), -1).T, score.reshape(len(label), -1).T, strict=True)
-            ):
-                for metric in metrics[i].values():
-                    metric.update(y, p, weight)
-                if members is not None:
-                    gauc[i].update(y, p, weight, members)
-            n += len(label)
-            bar.update(len(label))
-    figures = {
-        f"{name}{of}": float(m.result())
-        for name, of_label in zip(names, metrics, strict=True)
-        for of, m in of_label.items()
-    }
-    if group is not None:
-        figures |= {f"{name}gauc": float(m.result()) for name, m in zip(names, gauc, strict=True)}
-    figures["rows"] = float(n)
-    ceilings = {File(f).metadata.get("hbkit.bayes_auc") for f in list_files(data)}
-    if len(ceilings) == 1 and (ceiling := ceilings.pop()) is not None:
-        figures["bayes_auc"] = float(ceiling)
-    return figures
-
-
-def _auc(figures: dict[str, float]) -> float:
-    """The AUC, the mean of the labels'."""
-    return float(np.mean([value for name, value in figures.items() if name == "auc" or name.endswith(": auc")]))
-
-
-def _show(figures: dict[str, float]) -> dict[str, str]:
-    shown, titles = (
-        {"evaluated rows": f"{figures['rows']:,.0f}"},
-        {"auc": "AUC", "log_loss": "log loss", "gauc": "GAUC"},
-    )
-    for name, value in figures.items():
-        of, _, what = name.rpartition(": ")
-        if what in titles:
-            shown[f"{of}: {titles[what]}" if of else titles[what]] = f"{value:.6f}"
-    if "bayes_auc" in figures:
-        shown["AUC of the data's Bayes-optimal model"] = f"{figures['bayes_auc']:.4f}"
-    return shown
 
 
 def _dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
