@@ -135,18 +135,14 @@ def train(
             remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
         )
     whole = Dataset.from_parquet(data)
-    columns = choose(whole.schema, whole.stats()["unsupported"], label, dense, sparse)
-    if not columns.sparse:
-        raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
+    columns = choose_columns(whole, label, dense, sparse)
     past = sequences(columns, sequence)
     _check_model(model, columns, past)
     _check_options(columns, eval_data, group, positive_weight, patience)
-    for what, text in columns.describe().items():
-        note(f"{what}: {text}")
-    _check_label(data, columns)
+    check_label(data, columns)
     # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
     if eval_data is not None:
-        _dataset(eval_data, columns, batch_size)
+        dataset(eval_data, columns, batch_size)
     if save is not None:
         _check_writable(save)
     settings = settings_of(
@@ -163,7 +159,7 @@ def train(
         batch_size=batch_size,
     )
     hb, trainer, collection = build(settings, compile=compile, amp=amp)
-    ds = _weighed(_dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
+    ds = _weighed(dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
     n_rows, losses, seconds, stale, saved = ds.n_rows, Smoothed(), 0.0, 0, None
     figures: dict[str, float] | None = None
     with EventWriter(log_dir) as log:
@@ -171,12 +167,18 @@ def train(
             title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
             started = time.perf_counter()
             with progress(title, n_rows, "rows") as bar:
-                trainer.fit(ds.set_epoch(epoch), on_step=_reporter(bar, losses, collection, log))
+                report = reporter(bar, losses, collection)
+
+                def on_step(n: int, loss: float, report: Callable[[int, float], None] = report) -> None:
+                    report(n, loss)
+                    log.scalars(collection.step, {"training/loss": loss})
+
+                trainer.fit(ds.set_epoch(epoch), on_step=on_step)
             seconds += time.perf_counter() - started
             if patience is None and epoch < epochs - 1:
                 continue
             if eval_data is not None:
-                found = measure(hb, trainer, _dataset(eval_data, columns, batch_size), eval_data, settings["group"])
+                found = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data, settings["group"])
                 log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
                 if figures is not None and mean_auc(found) <= mean_auc(figures):
                     stale += 1
@@ -230,13 +232,26 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     hb, trainer, collection = build(settings)
     hbkit.snapshot.load(path, list(collection.tables.values()))
     trainer.load_dense_state(loaded.state["dense"])
-    columns = Columns(
-        settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]]
-    )
-    figures = measure(hb, trainer, _dataset(data, columns, settings["batch_size"]), data, settings.get("group"))
+    ds = dataset(data, columns_of(settings), settings["batch_size"])
+    figures = measure(hb, trainer, ds, data, settings.get("group"))
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
     result |= show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
+
+
+def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
+    """`choose` of a data set's columns, and say what was chosen; there must be keys."""
+    columns = choose(ds.schema, ds.stats()["unsupported"], label, dense, sparse)
+    if not columns.sparse:
+        raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
+    for what, text in columns.describe().items():
+        note(f"{what}: {text}")
+    return columns
+
+
+def columns_of(settings: dict[str, Any]) -> Columns:
+    """The columns that `settings_of` took."""
+    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
 
 
 def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
@@ -287,7 +302,8 @@ def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Co
     return hb, trainer, collection
 
 
-def _dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
+def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
+    """The rows of the columns, in batches."""
     return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
 
 
@@ -337,7 +353,7 @@ def _check_options(
         )
 
 
-def _check_label(data: str, columns: Columns) -> None:
+def check_label(data: str, columns: Columns) -> None:
     """Nulls and values other than 0..1 in the labels, before anything is trained."""
     for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)]).batch(SHUFFLE_ROWS):
         for name in columns.labels:
@@ -384,7 +400,9 @@ class Smoothed:
         return self._sum / self._weight if self._weight else float("nan")
 
 
-def _reporter(bar: Any, losses: Smoothed, collection: Collection, log: EventWriter) -> Callable[[int, float], None]:
+def reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
+    """What shows each step; raises where the training diverged."""
+
     def on_step(n_rows: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise InvalidArgument(
@@ -392,7 +410,6 @@ def _reporter(bar: Any, losses: Smoothed, collection: Collection, log: EventWrit
                 step=collection.step,
                 remedy="lower --lr or --dense-lr, or look for extreme values among the dense columns",
             )
-        log.scalars(collection.step, {"training/loss": loss})
         bar.update(n_rows, loss=f"{losses.add(loss):.4f}", keys=f"{_n_keys(collection.tables.values()):,}")
 
     return on_step
