@@ -160,8 +160,24 @@ def train(
     )
     hb, trainer, collection = build(settings, compile=compile, amp=amp)
     ds = _weighed(dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
-    n_rows, losses, seconds, stale, saved = ds.n_rows, Smoothed(), 0.0, 0, None
+    n_rows, losses, seconds, stale = ds.n_rows, Smoothed(), 0.0, 0
     figures: dict[str, float] | None = None
+    saved = None
+
+    def evaluated(log: EventWriter) -> dict[str, float]:
+        assert eval_data is not None
+        found = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data, settings["group"])
+        log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
+        return found
+
+    def kept() -> str | None:
+        if save is None:
+            return None
+        state = {"train": {**settings, "figures": figures}, "dense": trainer.dense_state()}
+        commit = hbkit.snapshot.save(save, list(collection.tables.values()), collection.step, state=state)
+        hbkit.snapshot.verify(save)
+        return f"{save} (commit {commit}, verified)"
+
     with EventWriter(log_dir) as log:
         for epoch in range(epochs):
             title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
@@ -175,22 +191,19 @@ def train(
 
                 trainer.fit(ds.set_epoch(epoch), on_step=on_step)
             seconds += time.perf_counter() - started
-            if patience is None and epoch < epochs - 1:
+            if patience is None:
                 continue
-            if eval_data is not None:
-                found = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data, settings["group"])
-                log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
-                if figures is not None and mean_auc(found) <= mean_auc(figures):
-                    stale += 1
-                    if stale == patience:
-                        break
-                    continue
+            found = evaluated(log)
+            if figures is None or mean_auc(found) > mean_auc(figures):
                 figures, stale = found, 0
-            if save is not None:  # with patience, each time that it is the best so far
-                state = {"train": {**settings, "figures": figures}, "dense": trainer.dense_state()}
-                commit = hbkit.snapshot.save(save, list(collection.tables.values()), collection.step, state=state)
-                hbkit.snapshot.verify(save)
-                saved = f"{save} (commit {commit}, verified)"
+                saved = kept()
+                continue
+            stale += 1
+            if stale == patience:
+                break
+        if patience is None:
+            figures = None if eval_data is None else evaluated(log)
+            saved = kept()
     n_epochs = epoch + 1
     result: dict[str, Any] = {
         "model": f"{model} ({backend}), dim {dim}",
