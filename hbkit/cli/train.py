@@ -137,7 +137,7 @@ def train(
     whole = Dataset.from_parquet(data)
     columns = choose_columns(whole, label, dense, sparse)
     past = sequences(columns, sequence)
-    _check_model(model, columns, past)
+    _check_model(model, label, past)
     _check_options(columns, eval_data, group, positive_weight, patience)
     check_label(data, columns)
     # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
@@ -340,11 +340,11 @@ def _group(name: str | None, whole: Dataset) -> dict[str, Any] | None:
     return _to_json(key_field(name, kind))
 
 
-def _check_model(model: str, columns: Columns, past: dict[str, str]) -> None:
+def _check_model(model: str, labels: list[str], past: dict[str, str]) -> None:
     """Whether the model takes what was chosen."""
-    if len(columns.labels) > 1 and model != "mmoe":
+    if len(labels) > 1 and model != "mmoe":
         raise InvalidArgument(
-            f"{model} predicts one label, not {len(columns.labels)}", remedy="use --model mmoe, or name one --label"
+            f"{model} predicts one label, not {len(labels)}", remedy="use --model mmoe, or name one --label"
         )
     if bool(past) != (model == "din"):
         raise InvalidArgument(
