@@ -65,11 +65,17 @@ def _bins(score: Array) -> Array:
 def _gather(ranks: Transport, arrays: Sequence[Array]) -> list[list[Array]]:
     """The arrays of each rank, in rank order."""
     file = io.BytesIO()
-    np.savez(file, *arrays)
+    for array in arrays:
+        np.lib.format.write_array(file, array, allow_pickle=False)
     data = np.frombuffer(file.getvalue(), np.uint8)
     received, counts = ranks.all_to_all(np.tile(data, ranks.size), np.full(ranks.size, len(data)))
-    parts = np.split(received, np.cumsum(counts)[:-1])
-    return [list(np.load(io.BytesIO(part.tobytes()), allow_pickle=False).values()) for part in parts]
+    out: list[list[Array]] = []
+    for part in np.split(received, np.cumsum(counts)[:-1]):
+        file = io.BytesIO(part.tobytes())
+        out.append([])
+        while file.tell() < len(part):
+            out[-1].append(np.lib.format.read_array(file, allow_pickle=False))
+    return out
 
 
 class AUC:
