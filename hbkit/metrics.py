@@ -1,19 +1,24 @@
 """Streaming metrics of click models: AUC, GAUC and log loss, in NumPy.
 
 Each metric takes batches with ``update``, gives its value with ``result`` and adds another instance's batches with
-``merge``, so that ranks, threads and files can be evaluated apart and summed. The order of batches and merges does
-not matter beyond the rounding of sums. A value that the data does not define is ``nan``: no rows at all, or for AUC
-only one class.
+``merge``, so that threads and files can be evaluated apart and summed; ``reduce`` does so over all ranks. The order of
+batches and merges does not matter beyond the rounding of sums. A value that the data does not define is ``nan``: no
+rows at all, or for AUC only one class.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit import errors
+
+if TYPE_CHECKING:
+    from hbkit.shuffle import Transport
 
 __all__ = ["AUC", "GAUC", "LogLoss"]
 
@@ -55,6 +60,22 @@ def _bins(score: Array) -> Array:
     order = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     order = np.where(upper, 2 * HALF - order, order + np.where(score >= 1, MIRRORED, 0))
     return (order + (1 << 31)) >> DROPPED_BITS
+
+
+def _gather(ranks: Transport, arrays: Sequence[Array]) -> list[list[Array]]:
+    """The arrays of each rank, in rank order."""
+    file = io.BytesIO()
+    for array in arrays:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+    data = np.frombuffer(file.getvalue(), np.uint8)
+    received, counts = ranks.all_to_all(np.tile(data, ranks.size), np.full(ranks.size, len(data)))
+    out: list[list[Array]] = []
+    for part in np.split(received, np.cumsum(counts)[:-1]):
+        file = io.BytesIO(part.tobytes())
+        out.append([])
+        while file.tell() < len(part):
+            out[-1].append(np.lib.format.read_array(file, allow_pickle=False))
+    return out
 
 
 class AUC:
@@ -102,6 +123,15 @@ class AUC:
         self._counts[:, used] += other._counts[:, used]
         self._low, self._high = min(self._low, other._low), max(self._high, other._high)
         return self
+
+    def reduce(self, ranks: Transport) -> Self:
+        """A new metric of the rows that all ranks have counted, the same on each. Every rank must call it."""
+        out, own = type(self)(), self._used()
+        bins = np.flatnonzero(own.any(0))
+        for found, counts in _gather(ranks, [bins + self._low, own[:, bins]]):
+            out._counts[:, found] += counts
+            out._low, out._high = min(out._low, found.min(initial=N_BINS)), max(out._high, found.max(initial=-1) + 1)
+        return out
 
     def _used(self) -> Array:
         return self._counts[:, self._low : self._high]
@@ -168,6 +198,19 @@ class GAUC:
         """Add the rows that ``other`` has taken; gives this metric. A group may have rows in both."""
         self._parts += other._parts
         return self
+
+    def reduce(self, ranks: Transport) -> Self:
+        """A new metric of the rows that all ranks have taken, the same on each: each rank gets them all.
+
+        Every rank must call it.
+        """
+        out = type(self)()
+        own = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
+        for part in _gather(ranks, own):
+            if part:  # a rank without rows does not know the type of the groups
+                group, score, clicked, weight = part
+                out._parts.append((group, score, clicked, weight))
+        return out
 
     def _groups(self) -> tuple[Array, Array]:
         """AUC (nan: one class only) and impressions of each group."""
@@ -242,6 +285,14 @@ class LogLoss:
         self._loss += other._loss
         self._weight += other._weight
         return self
+
+    def reduce(self, ranks: Transport) -> Self:
+        """A new metric of the rows that all ranks have counted, the same on each. Every rank must call it."""
+        out = type(self)()
+        for (sums,) in _gather(ranks, [np.array([self._loss, self._weight])]):
+            out._loss += float(sums[0])
+            out._weight += float(sums[1])
+        return out
 
     def result(self) -> float:
         """The weighted mean loss of all rows so far; nan while their weights sum to 0."""

@@ -148,7 +148,8 @@ class _Attached:
                     if (step := feed.take(int(ticket))) is not None:
                         valid = tf.range(label.shape[0]) < step.n_rows
                         weight = None if feed.ds.weight is None else weight
-                        return step, (dense, step.embeddings, label[:, None], weight, valid)
+                        label = label[:, None] if label.shape.rank == 1 else label
+                        return step, (dense, step.embeddings, label, weight, valid)
         raise errors.InvalidArgument(
             "the data is no hbkit dataset", remedy="an attached model takes hb.data.Dataset, which carries the keys"
         )

@@ -1,30 +1,43 @@
-"""Layers: embeddings over the core's tables, and the layers that the models are written from.
-
-Every dense layer starts with Glorot-uniform weights, drawn from Keras's generator, and zero bias.
-"""
+"""Embeddings over the core's tables, and the layers that the models are written from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from hbkit import errors
 from hbkit.embedding import Collection, Staged
 from hbkit_tensorflow.attach import attach
 from hbkit_tensorflow.data import feature_column, tensor, to_column
+from hbkit_tensorflow.layers import (
+    MLP,
+    CompressedInteraction,
+    CrossNetwork,
+    DotInteraction,
+    FactorizationMachine,
+    MixtureOfExperts,
+    PReLU,
+    ProductLayer,
+    SignedLog,
+    TargetAttention,
+)
 from hbkit_tensorflow.pipeline import from_outputs, gradients
 
 __all__ = [
     "MLP",
+    "CompressedInteraction",
     "CrossNetwork",
     "DotInteraction",
     "EmbeddingCollection",
     "FactorizationMachine",
+    "MixtureOfExperts",
+    "PReLU",
+    "ProductLayer",
     "SignedLog",
+    "TargetAttention",
     "attach",
 ]
 
@@ -180,82 +193,3 @@ class EmbeddingCollection(keras.layers.Layer):
         """Drop the pending call and refuse further ones; the tables stay open. Idempotent."""
         self.drop()
         self._closed = True
-
-
-class MLP(keras.layers.Layer):
-    """Dense layers with ReLU between them: [B, n] to [B, widths[-1]].
-
-    Parameters
-    ----------
-    widths : sequence of int
-        Outputs of each layer.
-    last_relu : bool
-        Whether a ReLU follows the last layer too.
-    """
-
-    def __init__(self, widths: Sequence[int], last_relu: bool = False, name: str | None = None) -> None:
-        super().__init__(name=name)
-        relu = [True] * (len(widths) - 1) + [last_relu]
-        self.layers = [
-            keras.layers.Dense(width, "relu" if bent else None, name=f"dense_{i}")
-            for i, (width, bent) in enumerate(zip(widths, relu, strict=True))
-        ]
-
-    def call(self, x: Any) -> Any:
-        """float32[B, n] to float32[B, widths[-1]]."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class SignedLog(keras.layers.Layer):
-    """sign(x) * log(1 + abs(x)): brings counts and amounts of any sign to a scale that a dense layer can use."""
-
-    def call(self, x: Any) -> Any:
-        """Elementwise."""
-        return keras.ops.sign(x) * keras.ops.log1p(keras.ops.abs(x))
-
-
-class DotInteraction(keras.layers.Layer):
-    """Dot product of each pair of features: [B, F, D] to [B, F (F - 1) / 2], pairs (1, 0), (2, 0), (2, 1), (3, 0), ...
-
-    Source: Naumov et al., Deep Learning Recommendation Model for Personalization and Recommendation Systems, 2019.
-    """
-
-    def call(self, x: Any) -> Any:
-        """float32[B, F, D] to float32[B, F (F - 1) / 2]."""
-        n_features = x.shape[1]
-        row, column = np.tril_indices(n_features, -1)
-        products = keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1)))
-        products = keras.ops.reshape(products, (-1, n_features * n_features))
-        return keras.ops.take(products, row * n_features + column, axis=1)
-
-
-class FactorizationMachine(keras.layers.Layer):
-    """Sum over all pairs of features of their dot product, in linear time: [B, F, D] to [B].
-
-    Source: Rendle, Factorization Machines, ICDM 2010.
-    """
-
-    def call(self, x: Any) -> Any:
-        """float32[B, F, D] to float32[B]."""
-        square_of_sum = keras.ops.square(keras.ops.sum(x, axis=1))
-        return 0.5 * keras.ops.sum(square_of_sum - keras.ops.sum(keras.ops.square(x), axis=1), axis=1)
-
-
-class CrossNetwork(keras.layers.Layer):
-    """Explicit feature crosses of bounded degree, x[l+1] = x[0] * (W[l] x[l] + b[l]) + x[l]: [B, width] to [B, width].
-
-    Source: Wang et al., DCN V2: Improved Deep & Cross Network, WWW 2021.
-    """
-
-    def __init__(self, width: int, n_layers: int, name: str | None = None) -> None:
-        super().__init__(name=name)
-        self.layers = [keras.layers.Dense(width, name=f"dense_{i}") for i in range(n_layers)]
-
-    def call(self, x: Any) -> Any:
-        """float32[B, width] to float32[B, width]."""
-        crossed = x
-        for layer in self.layers:
-            crossed = x * layer(crossed) + crossed
-        return crossed

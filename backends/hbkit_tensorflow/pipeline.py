@@ -65,7 +65,7 @@ class Step:
     dense : Tensor float32[B, n_dense]
     embeddings : dict of feature to Tensor float32[B, dim]
         Let the tape watch them; a `Sequence` for a ragged feature without pooling. Zeros in padded rows.
-    label : Tensor float32[B]
+    label : Tensor float32[B], or float32[B, n_labels] where the dataset names a sequence of labels
         0 in padded rows, and without a label column.
     weight : Tensor float32[B]
         The weight column, or 1; 0 in padded rows.
@@ -178,6 +178,7 @@ class Feed:
         self._start = lambda: ahead(self.ds, embeddings, lookahead, train)
         self._start().close()  # to raise here what it has to say of its arguments
         self._train = train
+        self._n_labels = len(ds.label) if isinstance(ds.label, tuple) else None
         self.error: BaseException | None = None  # what reading or staging raised,
         self.cause: BaseException | None = None  # and why: Keras cuts causes off when it shortens tracebacks
         self._held: dict[int, tuple[hbkit.data.Inputs, Staged] | Exception] = {}
@@ -187,7 +188,8 @@ class Feed:
         """Elements of one pass; each further iteration in training is the dataset's next epoch."""
         size = self.ds.batch_size
         rows, dense = tf.TensorSpec((size,), tf.float32), tf.TensorSpec((size, None), tf.float32)
-        spec = ({"ticket": tf.TensorSpec((), tf.int64), "dense": dense}, rows, rows)
+        label = rows if self._n_labels is None else tf.TensorSpec((size, self._n_labels), tf.float32)
+        spec = ({"ticket": tf.TensorSpec((), tf.int64), "dense": dense}, label, rows)
         return tf.data.Dataset.from_generator(self._elements, output_signature=spec)
 
     def _elements(self) -> Iterator[Any]:
@@ -203,7 +205,8 @@ class Feed:
             self.error, self.cause = error, error.__cause__
             self._held[ticket := next(self._tickets)] = error
             rows = np.zeros(self.ds.batch_size or 1, np.float32)
-            yield {"ticket": ticket, "dense": rows[:, None]}, rows, rows
+            label = rows if self._n_labels is None else np.zeros((len(rows), self._n_labels), np.float32)
+            yield {"ticket": ticket, "dense": rows[:, None]}, label, rows
 
     def take(self, ticket: int) -> Step | None:
         """The gathered step that a ticket names, if it is one of this feed's; raises the error that it names."""

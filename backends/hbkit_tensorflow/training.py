@@ -35,8 +35,9 @@ class Trainer(Resumable):
     Parameters
     ----------
     model : keras.Model
-        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B]. The caller seeds
-        Keras before building it. Its weights must exist, as those of `hbkit_tensorflow.models` do from the start.
+        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B], or [B, n_labels] for
+        a dataset of a sequence of labels. The caller seeds Keras before building it. Its weights must exist, as those
+        of `hbkit_tensorflow.models` do from the start.
     embeddings : EmbeddingCollection or hbkit.embedding.Collection
         Its tables have their own optimizers.
     optimizer : "adagrad", "adam", "adamw" or "sgd"
@@ -45,6 +46,9 @@ class Trainer(Resumable):
         Learning rate of that optimizer.
     compile : bool
         Whether XLA compiles the step, whole.
+    amp : bool
+        Whether the model computes in bfloat16; its weights, logits and loss stay float32. The model's layers get this
+        policy for good.
 
     Raises
     ------
@@ -59,7 +63,13 @@ class Trainer(Resumable):
     """
 
     def __init__(
-        self, model: keras.Model, embeddings: Any, optimizer: str = "adagrad", lr: float = 0.01, compile: bool = False
+        self,
+        model: keras.Model,
+        embeddings: Any,
+        optimizer: str = "adagrad",
+        lr: float = 0.01,
+        compile: bool = False,
+        amp: bool = False,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise errors.InvalidArgument(
@@ -67,6 +77,9 @@ class Trainer(Resumable):
             )
         if not model.built:
             raise errors.InvalidArgument("the model has no weights yet", remedy="call it once before it is trained")
+        if amp:
+            for layer in model._flatten_layers():
+                layer.dtype_policy = "mixed_bfloat16"
         self.model = model
         self.embeddings = embeddings
         self._optimizer_name = optimizer
@@ -77,6 +90,8 @@ class Trainer(Resumable):
 
     def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
         """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
+
+        Of several labels, a row's loss is the mean.
 
         Parameters
         ----------
@@ -105,6 +120,7 @@ class Trainer(Resumable):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             losses = tf.nn.sigmoid_cross_entropy_with_logits(label, self._logits(dense, embeddings, training=True))
+            losses = tf.reduce_mean(losses, 1) if losses.shape.rank == 2 else losses
             total = tf.maximum(tf.reduce_sum(weight), np.finfo(np.float32).tiny)  # a batch may weigh nothing
             loss = tf.reduce_sum(losses * weight) / total
         grads, rows = tape.gradient(loss, (variables, inputs))
@@ -117,7 +133,8 @@ class Trainer(Resumable):
         Yields
         ------
         label, probability, weight : float32[n]
-            Of the valid rows of each batch, in the dataset's order.
+            Of the valid rows of each batch, in the dataset's order. Labels that the dataset names as a sequence, and
+            their probabilities, are float32[n, n_labels].
 
         Raises
         ------
@@ -139,7 +156,7 @@ class Trainer(Resumable):
 
     def _logits(self, dense: Any, embeddings: Any, training: bool) -> Any:
         mode = {"training": training} if self.model._call_has_training_arg else {}
-        return self.model(dense, embeddings, **mode)
+        return tf.cast(self.model(dense, embeddings, **mode), tf.float32)
 
     def _variables(self) -> dict[str, keras.Variable]:
         """Weights by path, optimizer state and layers' seeds by position: Keras numbers names that several share."""

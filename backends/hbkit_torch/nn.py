@@ -1,29 +1,42 @@
-"""Modules: embeddings over the core's tables, and the layers that the models are written from.
-
-Every linear layer starts with Glorot-uniform weights, drawn from torch's generator, and zero bias.
-"""
+"""Embeddings over the core's tables, and the layers that the models are written from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hbkit import errors
 from hbkit.embedding import Collection
 from hbkit_torch.attach import attach
 from hbkit_torch.data import to_column
+from hbkit_torch.layers import (
+    MLP,
+    CompressedInteraction,
+    CrossNetwork,
+    DotInteraction,
+    FactorizationMachine,
+    MixtureOfExperts,
+    PReLU,
+    ProductLayer,
+    SignedLog,
+    TargetAttention,
+)
 from hbkit_torch.pipeline import gradients, leaves
 
 __all__ = [
     "MLP",
+    "CompressedInteraction",
     "CrossNetwork",
     "DotInteraction",
     "EmbeddingCollection",
     "FactorizationMachine",
+    "MixtureOfExperts",
+    "PReLU",
+    "ProductLayer",
     "SignedLog",
+    "TargetAttention",
     "attach",
 ]
 
@@ -143,79 +156,3 @@ class EmbeddingCollection(torch.nn.Module):
         """Drop the pending forward and refuse further ones; the tables stay open. Idempotent."""
         self.drop()
         self._closed = True
-
-
-def linear(n_in: int, n_out: int, bias: bool = True) -> torch.nn.Linear:
-    """A linear layer with Glorot-uniform weights and zero bias."""
-    layer = torch.nn.Linear(n_in, n_out, bias=bias)
-    torch.nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        torch.nn.init.zeros_(layer.bias)
-    return layer
-
-
-class MLP(torch.nn.Sequential):
-    """Linear layers with ReLU between them: [B, n_in] to [B, widths[-1]].
-
-    Parameters
-    ----------
-    n_in : int
-    widths : sequence of int
-        Outputs of each layer.
-    last_relu : bool
-        Whether a ReLU follows the last layer too.
-    """
-
-    def __init__(self, n_in: int, widths: Sequence[int], last_relu: bool = False) -> None:
-        layers: list[torch.nn.Module] = []
-        for width in widths:
-            layers += [linear(n_in, width), torch.nn.ReLU()]
-            n_in = width
-        super().__init__(*(layers if last_relu else layers[:-1]))
-
-
-class SignedLog(torch.nn.Module):
-    """sign(x) * log(1 + abs(x)): brings counts and amounts of any sign to a scale that a linear layer can use."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sign(x) * torch.log1p(torch.abs(x))
-
-
-class DotInteraction(torch.nn.Module):
-    """Dot product of each pair of features: [B, F, D] to [B, F (F - 1) / 2], pairs (1, 0), (2, 0), (2, 1), (3, 0), ...
-
-    Source: Naumov et al., Deep Learning Recommendation Model for Personalization and Recommendation Systems, 2019.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        n_features = x.shape[1]
-        row, column = torch.tril_indices(n_features, n_features, -1, device=x.device)
-        products = torch.bmm(x, x.transpose(1, 2)).flatten(1)
-        return products.index_select(1, row * n_features + column)
-
-
-class FactorizationMachine(torch.nn.Module):
-    """Sum over all pairs of features of their dot product, in linear time: [B, F, D] to [B].
-
-    Source: Rendle, Factorization Machines, ICDM 2010.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * (x.sum(1).square() - x.square().sum(1)).sum(1)
-
-
-class CrossNetwork(torch.nn.Module):
-    """Explicit feature crosses of bounded degree, x[l+1] = x[0] * (W[l] x[l] + b[l]) + x[l]: [B, width] to [B, width].
-
-    Source: Wang et al., DCN V2: Improved Deep & Cross Network, WWW 2021.
-    """
-
-    def __init__(self, width: int, n_layers: int) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(linear(width, width) for _ in range(n_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        crossed = x
-        for layer in self.layers:
-            crossed = x * layer(crossed) + crossed
-        return crossed

@@ -64,7 +64,7 @@ class Step:
     embeddings : dict of feature to Tensor float32[B, dim]
         Leaves that take gradients when training; a `Sequence` for a ragged feature without pooling. Zeros in padded
         rows.
-    label : Tensor float32[B]
+    label : Tensor float32[B], or float32[B, n_labels] where the dataset names a sequence of labels
         0 in padded rows, and without a label column.
     weight : Tensor float32[B]
         The weight column, or 1; 0 in padded rows.

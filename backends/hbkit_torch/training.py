@@ -32,8 +32,8 @@ class Trainer(Resumable):
     Parameters
     ----------
     model : Module
-        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B]. The caller seeds
-        torch before building it.
+        Called with dense float32[B, n_dense] and the dict of embeddings; gives logits float32[B], or [B, n_labels] for
+        a dataset of a sequence of labels. The caller seeds torch before building it.
     embeddings : EmbeddingCollection or hbkit.embedding.Collection
         Its tables have their own optimizers.
     optimizer : "adagrad", "adam", "adamw" or "sgd"
@@ -42,6 +42,8 @@ class Trainer(Resumable):
         Learning rate of that optimizer.
     compile : bool
         Whether to compile the model, whole, with ``torch.compile``.
+    amp : bool
+        Whether the model computes in bfloat16 where that is safe; its parameters, logits and loss stay float32.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class Trainer(Resumable):
         optimizer: str = "adagrad",
         lr: float = 0.01,
         compile: bool = False,
+        amp: bool = False,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise errors.InvalidArgument(f"no optimizer {optimizer!r}", remedy=f"one of {', '.join(OPTIMIZERS)}")
@@ -68,7 +71,8 @@ class Trainer(Resumable):
         self.embeddings = embeddings
         self._optimizer_name = optimizer
         self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]  # the base class's
-        self._forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
+        self._graph: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
+        self._amp = amp
 
     def fit(
         self,
@@ -76,7 +80,9 @@ class Trainer(Resumable):
         on_step: Callable[[int, float], None] | None = None,
         lookahead: int = 8,
     ) -> None:
-        """Train on one pass of the dataset: binary cross-entropy, times the weights, averaged over the valid rows.
+        """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
+
+        Of several labels, a row's loss is the mean.
 
         Parameters
         ----------
@@ -97,7 +103,9 @@ class Trainer(Resumable):
         for step in pipeline(ds, self.embeddings, lookahead):
             logits = self._forward(step.dense, step.embeddings)
             losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, step.label, reduction="none")
-            loss = (losses * step.weight).sum() / step.n_rows
+            losses = losses.mean(1) if losses.ndim == 2 else losses
+            total = step.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)  # a batch may weigh nothing
+            loss = (losses * step.weight).sum() / total
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
@@ -106,13 +114,19 @@ class Trainer(Resumable):
             if on_step is not None:
                 on_step(step.n_rows, loss.item())
 
+    def _forward(self, dense: torch.Tensor, embeddings: Any) -> torch.Tensor:
+        with torch.autocast(dense.device.type, torch.bfloat16, enabled=self._amp):
+            logits: torch.Tensor = self._graph(dense, embeddings)
+        return logits.float()
+
     def predict(self, ds: Dataset | hbkit.data.Dataset, lookahead: int = 8) -> Iterator[tuple[Array, Array, Array]]:
         """Predictions over one pass of the dataset; creates no rows.
 
         Yields
         ------
         label, probability, weight : float32[n]
-            Of the valid rows of each batch, in the dataset's order.
+            Of the valid rows of each batch, in the dataset's order. Labels that the dataset names as a sequence, and
+            their probabilities, are float32[n, n_labels].
 
         Raises
         ------

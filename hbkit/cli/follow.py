@@ -29,7 +29,7 @@ REPORT = 30.0  # seconds after which a file that cannot be read is spoken of, ag
 
 def follow(
     directory: str,
-    label: str,
+    label: list[str],
     dense: list[str],
     sparse: list[str],
     save: str,

@@ -16,18 +16,19 @@ import click
 import numpy as np
 
 import hbkit
-from hbkit.cli.columns import Columns, choose
+from hbkit.cli.columns import Columns, choose, key_field, sequences
 from hbkit.cli.commits import Commits, Every, committed, every
 from hbkit.cli.console import note, progress, summary
+from hbkit.cli.evaluation import mean_auc, measure, show
+from hbkit.cli.events import EventWriter
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
 from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
-from hbkit.parquet import File, list_files
 from hbkit.snapshot.place import place_of
 
 __all__ = ["evaluate", "train"]
 
-MODELS = ("dlrm", "deepfm")
+MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
 BACKENDS = ("torch", "tensorflow")
 # Rows' optimizers by name; the dense part takes the nearest one of the framework.
 OPTIMIZERS = {
@@ -41,6 +42,7 @@ OPTIMIZERS = {
 }
 SHUFFLE_ROWS = 1 << 20
 INITIAL_STD = 0.01
+WEIGHT = "weight of the class"
 
 
 def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
@@ -74,10 +76,13 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--follow", metavar="DIR", help="Instead: directory or URI; train on its Parquet files as they come, once each."
 )
-@click.option("--label", required=True, help="Column of 0 and 1 to predict.")
+@click.option("--label", callback=_names, required=True, help="Column of 0 and 1 to predict; a,b for --model mmoe.")
 @click.option("--dense", callback=_names, help="Dense columns, a,b. Inferred (floats) if no column is named.")
 @click.option(
     "--sparse", callback=_names, help="Key columns, c,d:ragged. Inferred (integers, strings, lists) likewise."
+)
+@click.option(
+    "--sequence", callback=_names, help="For --model din: lists of past keys and what they are weighed by, c:d."
 )
 @click.option("--model", type=click.Choice(MODELS), default="deepfm", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
@@ -88,6 +93,12 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of the embeddings.")
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
+@click.option("--group", help="Column to evaluate GAUC by, such as the user.")
+@click.option("--positive-weight", type=float, help="Weight in training of rows with label 1; those with 0 weigh 1.")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without a better AUC after which to stop.")
+@click.option("--log-dir", help="Directory of TensorBoard logs: the loss of each step, and the figures.")
+@click.option("--compile", is_flag=True, help="Compile the model: torch.compile, XLA.")
+@click.option("--amp", is_flag=True, help="Compute the model in bfloat16; weights and rows stay float32.")
 @click.option("--save", help="Directory or URI of the snapshot; each training adds a commit.")
 @click.option("--save-every", callback=every, metavar="EVERY", help="Commit meanwhile too: each 60s, or 500steps.")
 @click.option(
@@ -110,9 +121,10 @@ def train(
     config: str | None,
     data: str | None,
     follow: str | None,
-    label: str,
+    label: list[str],
     dense: list[str],
     sparse: list[str],
+    sequence: list[str],
     model: str,
     backend: str,
     dim: int,
@@ -122,6 +134,12 @@ def train(
     lr: float,
     dense_lr: float,
     eval_data: str | None,
+    group: str | None,
+    positive_weight: float | None,
+    patience: int | None,
+    log_dir: str | None,
+    compile: bool,
+    amp: bool,
     save: str | None,
     save_every: Every | None,
     resume: bool,
@@ -162,22 +180,33 @@ def train(
             raise InvalidArgument(
                 "--epochs, --eval-data or --save-every with --follow", remedy="leave them out; see --publish-every"
             )
+        if sequence or positive_weight is not None or log_dir is not None or compile or amp:
+            raise InvalidArgument(
+                "--sequence, --positive-weight, --log-dir, --compile or --amp with --follow", remedy="leave them out"
+            )
+        _check_model(model, label, {})
         from hbkit.cli.follow import follow as follow_files
 
         assert save is not None
         follow_files(follow, label, dense, sparse, save, publish_every, idle_exit, options)
         return
     assert data is not None
-    columns = choose_columns(Dataset.from_parquet(data), label, dense, sparse)
+    whole = Dataset.from_parquet(data)
+    columns = choose_columns(whole, label, dense, sparse)
+    past = sequences(columns, sequence)
+    _check_model(model, label, past)
+    _check_options(columns, eval_data, group, positive_weight, patience)
+    if patience is not None and (save_every is not None or resume):
+        raise InvalidArgument("--save-every or --resume with --patience", remedy="--patience commits the best epochs")
     check_label(data, columns)
     # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
     if eval_data is not None:
         dataset(eval_data, columns, batch_size)
     if save is not None:
         place_of(save).prepare()
-    settings = settings_of(columns, **options)
-    hb, trainer, collection = build(settings)
-    ds = dataset(data, columns, batch_size).shuffle(seed, SHUFFLE_ROWS)
+    settings = settings_of(columns, sequences=past, group=_group(group, whole), **options)
+    hb, trainer, collection = build(settings, compile=compile, amp=amp)
+    ds = _weighed(dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
     figures: dict[str, float] | None = None
     first, commits = 0, None
     if save is not None:
@@ -191,35 +220,65 @@ def train(
             return {"train": {**settings, "figures": figures}}
 
         commits = Commits(trainer, save, save_every, state, "latest" if loaded is not None else None)
-    losses, n_rows, started = Smoothed(), 0, time.perf_counter()
-    for epoch in range(first, epochs):
-        title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
-        with progress(title, ds.n_rows, "rows") as bar:
-            report = reporter(bar, losses, collection)
+    n_rows, losses, seconds, stale, epoch, saved = 0, Smoothed(), 0.0, 0, first - 1, None
 
-            def on_step(n: int, loss: float, report: Callable[[int, float], None] = report) -> None:
-                nonlocal n_rows
-                n_rows += n
-                report(n, loss)
-                if commits is not None:
-                    commits.step()
+    def evaluated(log: EventWriter) -> dict[str, float]:
+        assert eval_data is not None
+        found = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data, settings["group"])
+        log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
+        return found
 
-            trainer.fit(ds.set_epoch(epoch), on_step=on_step)
-    seconds = time.perf_counter() - started
-    result: dict[str, Any] = {
-        "model": f"{model} ({backend}), dim {dim}",
-        "rows": f"{n_rows:,}" + (f" ({epochs} epochs)" if epochs > 1 else ""),
-        "samples/s": f"{n_rows / seconds:,.0f}",
-        "training loss": f"{losses.value:.4f}",
-    }
-    if eval_data is not None:
-        figures = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data)
-        result |= _show(figures)
-    result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
-    if save is not None and commits is not None:
+    def kept() -> str | None:
+        if save is None or commits is None:
+            return None
         commit = commits.commit()
         hbkit.snapshot.verify(save)
-        result["saved"] = f"{save} (commit {commit}, verified)"
+        return f"{save} (commit {commit}, verified)"
+
+    with EventWriter(log_dir) as log:
+        for epoch in range(first, epochs):
+            title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
+            started = time.perf_counter()
+            with progress(title, ds.n_rows, "rows") as bar:
+                report = reporter(bar, losses, collection)
+
+                def on_step(n: int, loss: float, report: Callable[[int, float], None] = report) -> None:
+                    nonlocal n_rows
+                    n_rows += n
+                    report(n, loss)
+                    log.scalars(collection.step, {"training/loss": loss})
+                    if commits is not None:
+                        commits.step()
+
+                trainer.fit(ds.set_epoch(epoch), on_step=on_step)
+            seconds += time.perf_counter() - started
+            if patience is None:
+                continue
+            found = evaluated(log)
+            if figures is None or mean_auc(found) > mean_auc(figures):
+                figures, stale = found, 0
+                saved = kept()
+                continue
+            stale += 1
+            if stale == patience:
+                break
+        if patience is None:
+            figures = None if eval_data is None else evaluated(log)
+            saved = kept()
+    n_epochs = epoch + 1
+    result: dict[str, Any] = {
+        "model": f"{model} ({backend}), dim {dim}",
+        "rows": f"{n_rows:,}" + (f" ({n_epochs} epochs)" if n_epochs > 1 else ""),
+        "samples/s": f"{n_rows / max(seconds, 1e-9):,.0f}",
+        "training loss": f"{losses.value:.4f}",
+    }
+    if stale:
+        result["best epoch"] = f"{n_epochs - stale}, whose figures these are"
+    if figures is not None:
+        result |= show(figures)
+    result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
+    if saved is not None:
+        result["saved"] = saved
     summary("trained", result)
     if save is not None:
         again = eval_data or "'<parquet files>'"
@@ -247,13 +306,14 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     hb, trainer, collection = build(settings)
     hbkit.snapshot.load(path, list(collection.tables.values()))
     trainer.load_dense_state(loaded.state["dense"])
-    figures = measure(hb, trainer, dataset(data, columns_of(settings), settings["batch_size"]), data)
+    ds = dataset(data, columns_of(settings), settings["batch_size"])
+    figures = measure(hb, trainer, ds, data, settings.get("group"))
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
-    result |= _show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
+    result |= show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
 
 
-def choose_columns(ds: Dataset, label: str, dense: list[str], sparse: list[str]) -> Columns:
+def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
     """`choose` of a data set's columns, and say what was chosen; there must be keys."""
     columns = choose(ds.schema, ds.stats()["unsupported"], label, dense, sparse)
     if not columns.sparse:
@@ -279,14 +339,19 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
     }
 
 
-def build(settings: dict[str, Any]) -> tuple[ModuleType, Any, Collection]:
-    """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values."""
+def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Collection]:
+    """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values.
+
+    What else is `trained` goes to the trainer.
+    """
     try:
         hb = importlib.import_module(f"hbkit.{settings['backend']}")
     except ImportError as e:
         raise Unsupported(f"backend {settings['backend']} cannot be loaded", remedy=str(e)) from e
     rows, dense_optimizer = OPTIMIZERS[settings["optimizer"]]
     make = hb.models.MODELS[settings["model"]]
+    past = settings.get("sequences", {})
+    single = [name for name in settings["sparse"] if name not in past]
     tables = [
         Table(
             name,
@@ -295,40 +360,20 @@ def build(settings: dict[str, Any]) -> tuple[ModuleType, Any, Collection]:
             initializer=Normal(0.0, INITIAL_STD, seed=settings["seed"]),
             optimizer=getattr(hbkit.embedding, rows)(lr=settings["lr"]),
         )
-        for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in settings["sparse"])
+        for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in single)
     ]
-    collection = Collection(tables, pooling="mean")
+    features = {name: past.get(name, name) for name in settings["sparse"]}
+    collection = Collection(tables, features, {name: None if name in past else "mean" for name in features})
     hb.training.seed(settings["seed"])
-    model = make(features=settings["sparse"], dim=settings["dim"], n_dense=len(settings["dense"]))
-    trainer = hb.training.Trainer(model, collection, optimizer=dense_optimizer, lr=settings["dense_lr"])
+    options: dict[str, Any] = {"features": single, "dim": settings["dim"], "n_dense": len(settings["dense"])}
+    if settings["model"] == "mmoe":
+        options["n_tasks"] = 1 if isinstance(settings["label"], str) else len(settings["label"])
+    if settings["model"] == "din":
+        options["sequences"] = past
+    trainer = hb.training.Trainer(
+        make(**options), collection, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
+    )
     return hb, trainer, collection
-
-
-def measure(hb: ModuleType, trainer: Any, ds: Dataset, data: str) -> dict[str, float]:
-    """AUC, log loss and rows of a data set, and its Bayes-optimal AUC where its files state it."""
-    auc, log_loss, n = hb.metrics.AUC(), hb.metrics.LogLoss(), 0
-    with progress("evaluating", ds.n_rows, "rows") as bar:
-        for label, score, weight in trainer.predict(ds):
-            auc.update(label, score, weight)
-            log_loss.update(label, score, weight)
-            n += len(label)
-            bar.update(len(label))
-    figures = {"auc": float(auc.result()), "log_loss": float(log_loss.result()), "rows": float(n)}
-    ceilings = {File(f).metadata.get("hbkit.bayes_auc") for f in list_files(data)}
-    if len(ceilings) == 1 and (ceiling := ceilings.pop()) is not None:
-        figures["bayes_auc"] = float(ceiling)
-    return figures
-
-
-def _show(figures: dict[str, float]) -> dict[str, str]:
-    shown = {
-        "evaluated rows": f"{figures['rows']:,.0f}",
-        "AUC": f"{figures['auc']:.6f}",
-        "log loss": f"{figures['log_loss']:.6f}",
-    }
-    if "bayes_auc" in figures:
-        shown["AUC of the data's Bayes-optimal model"] = f"{figures['bayes_auc']:.4f}"
-    return shown
 
 
 def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
@@ -336,18 +381,65 @@ def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
     return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
 
 
+def _weighed(ds: Dataset, positive: float | None) -> Dataset:
+    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
+    if positive is None:
+        return ds
+    label = str(ds.label)
+    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
+
+
+def _group(name: str | None, whole: Dataset) -> dict[str, Any] | None:
+    """How the column to group by is read."""
+    if name is None:
+        return None
+    kind = whole.schema.get(name)
+    if kind is None or kind.ragged_rank or kind.dtype.startswith("float"):
+        raise InvalidArgument(
+            f"{name!r} is no column of one key a row", remedy=f"group by one of {', '.join(whole.schema)}"
+        )
+    return _to_json(key_field(name, kind))
+
+
+def _check_model(model: str, labels: list[str], past: dict[str, str]) -> None:
+    """Whether the model takes what was chosen."""
+    if len(labels) > 1 and model != "mmoe":
+        raise InvalidArgument(
+            f"{model} predicts one label, not {len(labels)}", remedy="use --model mmoe, or name one --label"
+        )
+    if bool(past) != (model == "din"):
+        raise InvalidArgument(
+            "din needs a sequence" if model == "din" else f"{model} takes no sequence",
+            remedy="use --model din with --sequence BEHAVIOUR:TARGET, or neither",
+        )
+
+
+def _check_options(
+    columns: Columns, eval_data: str | None, group: str | None, positive_weight: float | None, patience: int | None
+) -> None:
+    """Whether the options of training go together."""
+    if eval_data is None and (group is not None or patience is not None):
+        raise InvalidArgument("--group and --patience need figures to look at", remedy="give --eval-data")
+    if positive_weight is not None and (len(columns.labels) > 1 or not 0 <= positive_weight < math.inf):
+        raise InvalidArgument(
+            f"--positive-weight {positive_weight:g} of {len(columns.labels)} labels",
+            remedy="give 0 or more, of one label",
+        )
+
+
 def check_label(data: str, columns: Columns) -> None:
-    """Nulls and values other than 0..1 in the label, before anything is trained."""
-    label = Dataset.from_parquet(data, [columns.fields[0]]).batch(SHUFFLE_ROWS)
-    for batch in label:
-        values = np.asarray(batch[columns.label])
-        if ((values < 0) | (values > 1) | ~np.isfinite(values)).any():
-            raise InvalidArgument(
-                f"label {values[(values < 0) | (values > 1) | ~np.isfinite(values)][0]:g} is not a click probability",
-                file=data,
-                column=columns.label,
-                remedy="labels are 0 or 1 (or between); convert the column first",
-            )
+    """Nulls and values other than 0..1 in the labels, before anything is trained."""
+    for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)]).batch(SHUFFLE_ROWS):
+        for name in columns.labels:
+            values = np.asarray(batch[name])
+            wrong = (values < 0) | (values > 1) | ~np.isfinite(values)
+            if wrong.any():
+                raise InvalidArgument(
+                    f"label {values[wrong][0]:g} is not a click probability",
+                    file=data,
+                    column=name,
+                    remedy="labels are 0 or 1 (or between); convert the column first",
+                )
 
 
 class Smoothed:

@@ -70,7 +70,8 @@ class Inputs(NamedTuple):
     dense : float32[size, n_dense]
         Every column that is neither label, weight nor key, side by side in the dataset's order.
     label, weight : float32[size]
-        Without such a column, labels are 0 and weights 1. Zeros in padded rows.
+        Without such a column, labels are 0 and weights 1. Zeros in padded rows. Labels that were named as a sequence
+        are float32[size, n_labels].
     n_rows : int
         Rows that are not padding.
     cursor : dict

@@ -55,8 +55,12 @@ class _Plan:
     n_passes: int | None = 1
     epoch: int = 0
     ops: tuple[Callable[[dict[str, Column]], Mapping[str, Column]], ...] = ()
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     weight: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.label if isinstance(self.label, tuple) else () if self.label is None else (self.label,)
 
 
 class Dataset:
@@ -298,7 +302,7 @@ class Dataset:
     def select(self, names: Sequence[str]) -> Self:
         """Keep these columns, in this order; before any ``map``, the others are not decoded."""
         wanted = [names] if isinstance(names, str) else list(names)
-        for kept in (self.label, self.weight):
+        for kept in (*self._plan.labels, self.weight):
             _require(kept is None or kept in wanted, f"{kept!r} is the label or weight", "select it too")
         if self._plan.ops:
             return self._with(ops=(*self._plan.ops, lambda columns: {n: _named(columns, n) for n in wanted}))
@@ -306,15 +310,19 @@ class Dataset:
         fields = tuple(_named(by_name, n) for n in wanted)
         return self._with(fields=fields, schema={n: self._plan.schema[n] for n in wanted})
 
-    def supervised(self, label: str, weight: str | None = None) -> Self:
-        """Name the column to predict, and optionally the one that weighs rows; both stay in the batches.
+    def supervised(self, label: str | Sequence[str], weight: str | None = None) -> Self:
+        """Name the column to predict, or several, and optionally the one that weighs rows; all stay in the batches.
 
         Raises
         ------
         UnknownColumn, SchemaMismatch
             A named column does not exist, or is not one number a row.
+        InvalidArgument
+            There is no label.
         """
-        for name in (label, weight):
+        label = label if isinstance(label, str) else tuple(label)
+        _require(bool(label), "no label", "name a column")
+        for name in (*((label,) if isinstance(label, str) else label), weight):
             if name is not None and not self._plan.ops:  # a map may still make it
                 kind = _named(self._plan.schema, name)
                 if kind.ragged_rank or kind.pad_to is not None or kind.dtype == "string":
@@ -344,8 +352,8 @@ class Dataset:
         return self._plan.batch_size
 
     @property
-    def label(self) -> str | None:
-        """Name of the column to predict."""
+    def label(self) -> str | tuple[str, ...] | None:
+        """Name of the column to predict; a tuple of those that were named as a sequence."""
         return self._plan.label
 
     @property
@@ -396,25 +404,30 @@ class Dataset:
             The batch lacks the label or weight.
         """
         n, size = batch.n_rows, self.batch_size or len(next(iter(batch.values()), ()))
-        used = {self.label, self.weight, *features}
+        labels, weight = self._plan.labels, self.weight
+        used = {*labels, weight, *features}
 
-        def one(name: str | None, otherwise: float) -> npt.NDArray[np.float32]:
-            if name is not None and name not in batch:
-                raise errors.UnknownColumn(
-                    "a column is not in the batch", column=name, remedy=f"the batch has {', '.join(batch)}"
-                )
-            column = np.full(n, otherwise) if name is None else batch[name]
-            out = dense_inputs({str(name): column}, n, size)
-            if out.shape[1] != 1:
+        def single(names: Sequence[str], otherwise: float) -> npt.NDArray[np.float32]:
+            for name in names:
+                if name not in batch:
+                    raise errors.UnknownColumn(
+                        "a column is not in the batch", column=name, remedy=f"the batch has {', '.join(batch)}"
+                    )
+            columns = {name: batch[name] for name in names} or {"": np.full(n, otherwise)}
+            out = dense_inputs(columns, n, size)
+            if out.shape[1] != len(columns):
                 raise errors.InvalidArgument(
-                    f"{out.shape[1]} values a row", column=name, remedy="labels and weights are single numbers"
+                    f"{out.shape[1]} values a row",
+                    column=", ".join(names),
+                    remedy="labels and weights are single numbers",
                 )
-            return out[:, 0]
+            return out
 
+        label = single(labels, 0)
         return Inputs(
             dense_inputs({name: column for name, column in batch.items() if name not in used}, n, size),
-            one(self.label, 0),
-            one(self.weight, 1),
+            label if isinstance(self.label, tuple) else label[:, 0],
+            single([] if weight is None else [weight], 1)[:, 0],
             n,
             batch.cursor,
         )

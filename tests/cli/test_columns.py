@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbkit.cli.columns import choose
+from hbkit.cli.columns import choose, sequences
 from hbkit.errors import InvalidArgument, UnknownColumn
 from hbkit.parquet import ColumnType
 
@@ -31,6 +31,30 @@ def test_choose_infers_by_type():
     assert fields["tags"].hash_to == "int64" and fields["tags"].ragged_rank == 1
     assert fields["user"].dtype == "int64" and fields["big"].dtype is None
     assert "seen:ragged" in c.describe()["sparse (5)"]
+
+
+def test_choose_takes_several_labels():
+    c = choose(SCHEMA, {}, ["y", "price"], [], ["user"])
+    assert c.label == ["y", "price"] == c.labels and [f.name for f in c.fields] == ["y", "price", "user"]
+    assert choose(SCHEMA, {}, ["y"]).label == "y"
+    assert "y, price" in c.describe()["label"]
+    with pytest.raises(InvalidArgument, match="twice"):
+        choose(SCHEMA, {}, ["y", "y"])
+
+
+def test_sequences_pair_past_keys_with_their_target():
+    c = choose(SCHEMA, {}, "y", [], ["user", "city", "seen", "tags"])
+    assert sequences(c, ["seen:user", "tags:city"]) == {"seen": "user", "tags": "city"}
+    assert sequences(c, []) == {}
+    for pair, says in [
+        ("seen", "'' is no chosen column of one key"),
+        ("seen:big", "'big' is no chosen"),
+        ("user:seen", "'user' is no chosen column of lists"),
+        ("seen:tags", "'tags' is no chosen column of one key"),
+        ("seen:city", "another type.*column seen"),
+    ]:
+        with pytest.raises(InvalidArgument, match=says):
+            sequences(c, [pair])
 
 
 def test_choose_takes_what_is_named_and_nothing_else():

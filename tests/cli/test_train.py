@@ -140,6 +140,83 @@ def test_train_handles_missing_keys_strings_and_lists(tmp_path):
     assert figure(again, "AUC") == figure(out, "AUC")
 
 
+@pytest.fixture(scope="module")
+def past(tmp_path_factory):
+    """Users, items, what they saw before, and two labels."""
+    rng, n, path = np.random.default_rng(0), 2000, tmp_path_factory.mktemp("past") / "past.parquet"
+    user, item = rng.integers(0, 50, (2, n))
+    logit = rng.normal(0, 1.5, 50)[user] + rng.normal(0, 1.5, 50)[item]
+    columns = {
+        "click": (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(np.int8),
+        "buy": (rng.random(n) < 1 / (1 + np.exp(logit))).astype(np.int8),
+        "user": user,
+        "item": item,
+        "seen": [rng.integers(0, 50, k).tolist() for k in rng.integers(0, 6, n)],
+        "price": rng.random(n),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=1000)
+    return path
+
+
+def trained(past, runs, *args):
+    """Output of several trainings in one process, each of which must succeed."""
+    common = ["train", "--data", str(past), "--eval-data", str(past), "--batch-size", "256", *args]
+    code = f"from hbkit.cli.main import main\nfor run in {runs!r}:\n    main({common!r} + run, standalone_mode=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split("trained\n")[1:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_train_takes_every_model(past, tmp_path, backend):
+    from hbkit.cli.train import MODELS
+
+    options = {"mmoe": ["--label", "click,buy"], "din": ["--sequence", "seen:item", "--label", "click"]}
+    runs = [["--model", name, *options.get(name, ["--label", "click"])] for name in MODELS]
+    runs[-1] += ["--save", str(tmp_path / "din"), "--amp"]
+    runs[-2] += ["--save", str(tmp_path / "mmoe")]
+    outputs = trained(past, runs, "--backend", backend, "--group", "user")
+    for name, out in zip(MODELS, outputs, strict=True):
+        assert f"{name} ({backend})" in out
+        assert all(float(x) > 0.75 for x in re.findall(r" AUC +([\d.]+)", out))
+        assert len(re.findall(r"GAUC +[\d.]+", out)) == len(re.findall(r" log loss", out)) == 1 + (name == "mmoe")
+    for name, figures in (("mmoe", ["click: AUC", "buy: AUC", "buy: GAUC"]), ("din", ["GAUC", "log loss"])):
+        again = hbkit("evaluate", tmp_path / name, "--data", past)
+        # What was trained in bfloat16 is evaluated in float32.
+        (out,) = [out for model, out in zip(MODELS, outputs, strict=True) if model == name]
+        for figure_name in figures:
+            assert float(figure(again, figure_name)) == pytest.approx(float(figure(out, figure_name)), abs=0.02)
+
+
+def test_train_weighs_stops_and_logs(past, tmp_path):
+    pytest.importorskip("torch")
+    common = ["--label", "click", "--epochs", "12", "--lr", "0.5"]
+    logs, saved, noise = tmp_path / "logs", tmp_path / "m", tmp_path / "noise.parquet"
+    table = pq.read_table(past)
+    shuffled = pa.array(np.random.default_rng(1).permutation(table["click"].to_numpy()))
+    pq.write_table(table.set_column(0, "click", shuffled), noise)
+    patient = ["--patience", "1", "--log-dir", str(logs), "--save", str(saved), "--eval-data", str(noise)]
+    click, heavy = ["--label", "click"], ["--positive-weight", "20"]
+    one, light, heavy = trained(past, [[*common, *patient], click, [*click, *heavy]])
+    log = next(logs.iterdir()).read_bytes()
+    n_epochs = log.count(b"evaluation/auc")
+    assert 1 < n_epochs < 12 and log.count(b"training/loss") == 8 * n_epochs
+    assert re.search(rf"best epoch +{n_epochs - 1},", one)
+    again = hbkit("evaluate", saved, "--data", noise)
+    assert figure(again, "AUC") == figure(one, "AUC")  # the best epoch is what was saved
+    assert float(figure(heavy, "log loss")) > 0.6 > float(figure(light, "log loss"))
+    for wrong, says in [
+        (["--patience", 1], "give --eval-data"),
+        (["--group", "user"], "give --eval-data"),
+        (["--model", "din"], "din needs a sequence"),
+        (["--sequence", "seen:item"], "deepfm takes no sequence"),
+        (["--label", "click,buy"], "deepfm predicts one label"),
+        (["--group", "seen", "--eval-data", past], "'seen' is no column of one key"),
+        (["--label", "click,buy", "--model", "mmoe", "--positive-weight", 2], "of 2 labels"),
+    ]:
+        assert says in hbkit("train", "--data", past, "--label", "click", *wrong, status=2)
+
+
 @pytest.mark.parametrize("model", ["dlrm", "deepfm"])
 def test_train_beats_the_floor_on_movielens(shared, tmp_path, model):
     pytest.importorskip("torch")

@@ -394,6 +394,16 @@ def test_supervised_names_columns(folder):
             ds.supervised(name)
     with pytest.raises(errors.InvalidArgument, match="label or weight"):
         ds.select(["id"])
+    several = ds.supervised(["x", "id"])
+    assert several.label == ("x", "id")
+    batch = next(iter(several))
+    inputs = several.inputs(batch, [name for name in batch if name not in ("x", "id")])
+    assert inputs.dense.shape == (40, 0) and inputs.label.dtype == np.float32
+    np.testing.assert_array_equal(inputs.label, np.stack([batch["x"], batch["id"]], 1).astype(np.float32))
+    with pytest.raises(errors.InvalidArgument, match="label or weight"):
+        several.select(["x"])
+    with pytest.raises(errors.InvalidArgument, match="no label"):
+        ds.supervised([])
     with pytest.raises(errors.NullFound):
         list(Dataset.from_parquet(folder, ["id", "maybe"]).supervised("maybe").batch(10))
 

@@ -1,6 +1,7 @@
 """AUC, GAUC and LogLoss against scikit-learn, and what merging, ties and weights must keep."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from hbkit import errors, metrics
+from hbkit.shuffle import Loopback
 
 ROWS = st.lists(
     st.tuples(
@@ -187,3 +189,28 @@ def test_log_loss_refuses_logits():
 def test_gauc_refuses_bad_groups(group):
     with pytest.raises(errors.InvalidArgument, match="group"):
         metrics.GAUC().update([0, 1], [0.5, 0.5], group=group)
+
+
+@pytest.mark.parametrize("kind", [metrics.AUC, metrics.LogLoss, metrics.GAUC])
+def test_metrics_reduce_over_all_ranks(kind):
+    rng = np.random.default_rng(0)
+    sizes = [400, 0, 300, 1]  # one rank has no rows, one has one class
+    label, score = [rng.integers(0, 2, n) for n in sizes], [rng.random(n) for n in sizes]
+    weight, group = [rng.integers(1, 4, n) for n in sizes], [rng.integers(0, 9, n) for n in sizes]
+    parts = [
+        (y, p, w, g) if kind is metrics.GAUC else (y, p, w)
+        for y, p, w, g in zip(label, score, weight, group, strict=True)
+    ]
+    whole, ranks = kind(), []
+    for part in parts:
+        ranks.append(kind())
+        if len(part[0]):
+            ranks[-1].update(*part)
+            whole.update(*part)
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        found = list(
+            pool.map(lambda pair: pair[0].reduce(pair[1]), zip(ranks, Loopback.group(len(sizes)), strict=True))
+        )
+    (result,) = {metric.result() for metric in found}  # the same on all
+    assert result == pytest.approx(whole.result(), rel=1e-12)
+    assert np.isnan(kind().reduce(Loopback.group(1)[0]).result())

@@ -332,3 +332,15 @@ def test_attached_model_saves_and_loads_its_weights(clicks, collection, dlrm, tm
     other.optimizer.build(other.trainable_variables)  # else Keras warns that it loads no state for it
     other.load_weights(tmp_path / "dense.weights.h5")
     np.testing.assert_array_equal(model.predict(clicks(), verbose=0), other.predict(clicks(), verbose=0))
+
+
+def test_fit_takes_several_labels(clicks, collection):
+    def both(columns):
+        return {**columns, "old": (columns["age"] > 40).astype(np.float32)}
+
+    ds = clicks(300, 64).map(both).supervised(["click", "old"])
+    model = hb.models.MMoE(["user", "item", "tags"], 8, n_dense=2, n_tasks=2)
+    model.compile("adam", keras.losses.BinaryCrossentropy(from_logits=True))
+    hb.nn.attach(model, collection())
+    losses = model.fit(ds, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] and model.predict(ds, verbose=0).shape == (300, 2)

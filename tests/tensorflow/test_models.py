@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import hbkit.tensorflow as hb
 from hbkit import errors
+from hbkit_tensorflow.pipeline import Sequence
 
 FEATURES = ["a", "b", "c"]
 
@@ -50,12 +51,14 @@ def test_deepfm_is_its_formula(n_dense):
 
 @pytest.mark.parametrize("name", hb.models.MODELS)
 def test_models_start_glorot_uniform_with_zero_bias(name):
-    model = hb.models.MODELS[name](FEATURES, 16, 13)
-    kernels = [w.numpy() for w in model.weights if w.path.endswith("kernel")]
-    biases = [w.numpy() for w in model.weights if w.path.endswith("bias")]
-    # DeepFM's linear part needs no bias: the MLP that it is added to has one.
-    assert len(kernels) == len(biases) + (name == "deepfm") >= 4 and not any(b.any() for b in biases)
-    for kernel in kernels:
+    options = {"din": {"sequences": {"seen": "a"}}, "mmoe": {"n_tasks": 2}}.get(name, {})
+    model = hb.models.MODELS[name](FEATURES, 16, 13, **options)
+    weights = {w.path: w.numpy() for w in model.weights}
+    kinds = {kind: [w for path, w in weights.items() if path.endswith(kind)] for kind in ("kernel", "bias", "slope")}
+    assert len(weights) == len(model.weights)  # a dense state goes by these paths
+    assert sum(map(len, kinds.values())) == len(weights) and len(kinds["slope"]) == 3 * (name == "din")
+    assert not any(b.any() for b in kinds["bias"]) and all((s == 0.25).all() for s in kinds["slope"])
+    for kernel in kinds["kernel"]:
         limit = np.sqrt(6 / sum(kernel.shape))
         assert np.abs(kernel).max() <= limit
         if kernel.size > 1000:
@@ -81,3 +84,25 @@ def test_models_refuse_by_feature(name):
         model(dense, {**rows, "b": rows["b"][:, :2]})
     with pytest.raises(errors.InvalidArgument, match=r"sequence \(feature c\)"):
         model(dense, {**rows, "c": rows["c"][:, None]})
+
+
+def test_din_takes_sequences_compiles_whole_and_refuses_by_feature():
+    model = hb.models.DIN(FEATURES, 4, 2, {"seen": "b"})
+    dense, rows = inputs(4)
+    rng = np.random.default_rng(1)
+    values, mask = rng.normal(size=(6, 3, 4)).astype(np.float32), rng.random((6, 3)) < 0.5
+    rows["seen"] = Sequence(tf.constant(values), tf.constant(mask))
+    found = tf.function(model, jit_compile=True)(dense, rows)
+    np.testing.assert_allclose(found, model(dense, rows), rtol=1e-4, atol=1e-5)
+    hidden = Sequence(tf.where(mask[:, :, None], values, 7.0), tf.constant(mask))  # what is masked is not seen
+    np.testing.assert_array_equal(model(dense, {**rows, "seen": hidden}), model(dense, rows))
+    with pytest.raises(errors.InvalidArgument, match=r"needs a sequence.*feature seen"):
+        model(dense, {**rows, "seen": rows["a"]})
+    with pytest.raises(errors.UnknownColumn, match="feature seen"):
+        model(dense, {f: rows[f] for f in FEATURES})
+
+
+def test_mmoe_gives_a_logit_for_each_task():
+    model, (dense, rows) = hb.models.MMoE(FEATURES, 4, 2, n_tasks=3), inputs(4)
+    assert model(dense, rows).shape == (6, 3)
+    assert hb.models.MMoE(FEATURES, 4, 2)(dense, rows).shape == (6,)

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import hbkit.tensorflow as hb
 from hbkit import Ragged, embedding, errors
+from hbkit_tensorflow.pipeline import Sequence
 
 BATCH = {
     "user": np.array([1, 2, 1]),
@@ -140,15 +141,16 @@ def test_embedding_collection_refuses_by_feature(collection):
         layer(BATCH)
 
 
-def test_losses_over_the_collection_are_those_over_keras_embedding():
-    """Twins: the same start, SGD on both, 50 steps of repeating keys."""
-    n_keys, n_steps, batch, dim = 100, 70, 64, 8
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_losses_over_the_collection_are_those_over_keras_embedding(name):
+    """Twins: the same start, SGD on both, 50 steps of repeating keys; what was seen before is a sequence of DIN's."""
+    kind, n_keys, n_steps, batch = hb.models.MODELS[name], 100, 50, 64
+    dim, past = kind.row_dim(8), {"seen": "item"} if name == "din" else {}
     sgd, normal = embedding.SGD(lr=10.0), embedding.Normal(0, 0.3, seed=0)
     tables = [embedding.Table(name, dim, optimizer=sgd, initializer=normal) for name in ("user", "item")]
-    layer = hb.nn.EmbeddingCollection(embedding.Collection(tables))
-    everything = {f: np.arange(n_keys) for f in ("user", "item")}
-    start = {f: r.numpy() for f, r in layer(everything, training=True).items()}
-    layer.apply({f: tf.zeros_like(r) for f, r in start.items()})
+    features = {"user": "user", "item": "item", **past}
+    layer = hb.nn.EmbeddingCollection(embedding.Collection(tables, features, dict.fromkeys(past)))
+    start = {table.name: table.lookup(np.arange(n_keys), train=True) for table in tables}
     twin = {
         f: tf.keras.layers.Embedding(n_keys, dim, embeddings_initializer=keras.initializers.Constant(r))
         for f, r in start.items()
@@ -156,33 +158,49 @@ def test_losses_over_the_collection_are_those_over_keras_embedding():
 
     def model():
         keras.utils.set_random_seed(5)
-        return hb.models.DLRM(["user", "item"], dim, n_dense=2, bottom=(16,), top=(16,))
+        return kind(["user", "item"], 8, n_dense=2, **({"sequences": past} if past else {}))
 
     ours, theirs = model(), model()
-    optimizers = [keras.optimizers.SGD(lr) for lr in (0.1, 0.1, 10.0)]
+    cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits
+
+    @tf.function(autograph=False)
+    def our_step(dense, rows, label):
+        with tf.GradientTape() as tape:
+            leaves = {f: r.values if f in past else r for f, r in rows.items()}
+            tape.watch(leaves)
+            loss = tf.reduce_mean(cross_entropy(label, ours(dense, rows)))
+        grads, weights = tape.gradient(loss, (leaves, ours.trainable_variables))
+        for variable, grad in zip(ours.trainable_variables, weights, strict=True):
+            variable.assign_sub(0.1 * grad)
+        return loss, grads
+
+    @tf.function(autograph=False)
+    def their_step(dense, keys, label):
+        tables = [table.embeddings for table in twin.values()]
+        with tf.GradientTape() as tape:
+            rows = {f: twin[features[f]](k) for f, k in keys.items()}
+            rows |= {f: Sequence(rows[f], tf.ones((batch, 4), tf.bool)) for f in past}
+            loss = tf.reduce_mean(cross_entropy(label, theirs(dense, rows)))
+        weights, rows = tape.gradient(loss, (theirs.trainable_variables, tables))
+        for variable, grad in zip(theirs.trainable_variables, weights, strict=True):
+            variable.assign_sub(0.1 * grad)
+        for table, grad in zip(tables, rows, strict=True):
+            table.assign_sub(10.0 * tf.convert_to_tensor(grad))
+        return loss
+
     rng = np.random.default_rng(0)
     planted = rng.normal(0, 3, n_keys)
     losses = []
+    for table in twin.values():
+        table.build(None)
     for _ in range(n_steps):
-        keys = {f: rng.zipf(1.3, batch) % n_keys for f in ("user", "item")}
-        dense = rng.lognormal(0, 1, (batch, 2)).astype(np.float32)
+        keys = {f: rng.zipf(1.3, (batch, 4) if f in past else batch) % n_keys for f in features}
+        dense = tf.constant(rng.lognormal(0, 1, (batch, 2)).astype(np.float32))
         chance = 1 / (1 + np.exp(-planted[keys["user"]] - planted[keys["item"]]))
-        label = (rng.random(batch) < chance).astype(np.float32)
-        with tf.GradientTape() as tape:
-            rows = layer(keys, training=True)
-            tape.watch(rows)
-            loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, ours(dense, rows)))
-        grads, weights = tape.gradient(loss, (rows, ours.trainable_variables))
-        optimizers[0].apply(weights, ours.trainable_variables)
+        label = tf.constant((rng.random(batch) < chance).astype(np.float32))
+        loss, grads = our_step(dense, layer(keys, training=True), label)
         layer.apply(grads)
-        with tf.GradientTape() as tape:
-            logits = theirs(dense, {f: twin[f](k) for f, k in keys.items()})
-            twin_loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(label, logits))
-        tables = [table.embeddings for table in twin.values()]
-        weights, rows = tape.gradient(twin_loss, (theirs.trainable_variables, tables))
-        optimizers[1].apply(weights, theirs.trainable_variables)
-        optimizers[2].apply(rows, tables)
-        losses.append((float(loss), float(twin_loss)))
+        losses.append((float(loss), float(their_step(dense, {f: tf.constant(k) for f, k in keys.items()}, label))))
     ours_, theirs_ = np.array(losses).T
     np.testing.assert_allclose(ours_, theirs_, atol=1e-4)
     assert ours_[-10:].mean() < ours_[:10].mean() - 0.02

@@ -131,3 +131,44 @@ def test_optimizers_are_those_of_pytorch(name):
     # Gradients near epsilon (the second column): Keras's Adam has it in another place in its first steps.
     columns = [0, 2] if name.startswith("adam") else [0, 1, 2]
     np.testing.assert_allclose(variable.numpy()[columns], np.array(PYTORCH[name])[columns], atol=2e-5)
+
+
+def two_labels(clicks, n_rows=2000):
+    def both(columns):
+        return {**columns, "old": (columns["age"] > 40).astype(np.float32)}
+
+    return clicks(n_rows, 128).map(both).supervised(["click", "old"])
+
+
+def test_trainer_of_several_labels_learns_each_by_the_mean_of_their_losses(clicks, collection):
+    ds, c = two_labels(clicks), collection()
+    hb.training.seed(0)
+    trainer = hb.training.Trainer(hb.models.MMoE(["user", "item", "tags"], 8, n_dense=2, n_tasks=2), c, lr=0.02)
+    created = c.stage(next(iter(ds.batches())))
+    created.outputs()  # now there are rows that prediction can read
+    created.close()
+    label, p, _ = next(iter(trainer.predict(ds)))
+    losses = []
+    for _ in range(3):
+        trainer.fit(ds, lambda n_rows, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(-np.log(np.where(label == 1, p, 1 - p)).mean(), rel=1e-5)
+    label, p, weight = (np.concatenate(part) for part in zip(*trainer.predict(ds), strict=True))
+    assert label.shape == p.shape == (2000, 2) and weight.shape == (2000,)
+    for i in range(2):
+        auc = hb.metrics.AUC()
+        auc.update(label[:, i], p[:, i])
+        assert auc.result() > 0.7
+
+
+def test_trainer_with_amp_computes_in_bfloat16_and_keeps_float32(clicks, collection, dlrm):
+    runs, ds = [], clicks(1000, 64)
+    for amp in (False, True):
+        model = dlrm()
+        trainer = hb.training.Trainer(model, collection(), amp=amp)
+        runs.append([loss for _, loss in fitted(trainer, ds)])
+        assert model.top.layers[0].compute_dtype == ("bfloat16" if amp else "float32")
+        assert {w.dtype for w in model.weights} == {"float32"}
+        ((_, probability, _), *_) = trainer.predict(ds)
+        assert probability.dtype == np.float32
+    np.testing.assert_allclose(*runs, atol=0.05)
+    assert runs[0] != runs[1]

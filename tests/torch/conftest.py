@@ -87,10 +87,12 @@ def rows_of():
 
 @pytest.fixture
 def dlrm():
-    """``dlrm(dim)``: a seeded model for the features of `clicks`."""
+    """``dlrm(dim)``: a seeded model for the features of `clicks`; DIN takes the tags unpooled."""
 
     def make(dim=8, kind=hb.models.DLRM, seed=1):
         torch.manual_seed(seed)
+        if kind is hb.models.DIN:
+            return kind(["user", "item"], dim, n_dense=2, sequences={"tags": "item"})
         return kind(list(FEATURES), dim, n_dense=2)
 
     return make

@@ -1,4 +1,4 @@
-"""DLRM and DeepFM: shapes, what they compute, what they refuse; and step by step against torch.nn.Embedding."""
+"""The models: shapes, what they compute, what they refuse; and step by step against torch.nn.Embedding."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 import hbkit.torch as hb
 from hbkit import embedding, errors
+from hbkit_torch.pipeline import Sequence
 
 NAMES = ["user", "item", "tags"]
 
@@ -26,8 +27,22 @@ def test_model_gives_one_logit_a_row_and_all_its_parts_learn(kind, n_dense):
 
 
 def test_models_are_those_of_the_registry():
-    assert list(hb.models.MODELS.items()) == [("dlrm", hb.models.DLRM), ("deepfm", hb.models.DeepFM)]
-    assert (hb.models.DLRM.row_dim(16), hb.models.DeepFM.row_dim(16)) == (16, 17)
+    names = ["DLRM", "DeepFM", "XDeepFM", "DCNv2", "PNN", "MMoE", "DIN"]
+    assert list(hb.models.MODELS.items()) == [(name.lower(), getattr(hb.models, name)) for name in names]
+    assert [kind.row_dim(16) for kind in hb.models.MODELS.values()] == [16, 17, 17, 16, 16, 16, 16]
+
+
+def test_models_start_glorot_uniform_with_zero_bias():
+    for kind in hb.models.MODELS.values():
+        options = {hb.models.DIN: {"sequences": {"seen": "user"}}, hb.models.MMoE: {"n_tasks": 2}}.get(kind, {})
+        for name, weight in kind(NAMES, 16, 13, **options).named_parameters():
+            if weight.ndim == 2:
+                limit = (6 / sum(weight.shape)) ** 0.5
+                assert weight.abs().max() <= limit, name
+                if weight.numel() > 1000:
+                    assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+            else:
+                assert (weight == (0.25 if name.endswith("slope") else 0)).all(), name
 
 
 def test_deepfm_without_its_deep_part_is_a_factorization_machine():
@@ -50,6 +65,26 @@ def test_model_names_the_feature_it_cannot_use(kind):
         model(torch.empty(5, 0), {**rows(model), "tags": (torch.randn(5, 2, 4), torch.ones(5, 2).bool())})
 
 
+def test_din_needs_its_sequence_and_its_target():
+    model = hb.models.DIN(NAMES, 4, sequences={"seen": "item"})
+    seen = Sequence(torch.randn(5, 2, 4), torch.ones(5, 2).bool())
+    embeddings = {**rows(model), "seen": seen}
+    assert model(torch.empty(5, 0), embeddings).shape == (5,)
+    with pytest.raises(errors.InvalidArgument, match=r"needs a sequence.*seen"):
+        model(torch.empty(5, 0), {**embeddings, "seen": embeddings["item"]})
+    with pytest.raises(errors.UnknownColumn, match=r"no table.*seen"):
+        model(torch.empty(5, 0), rows(model))
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3])
+def test_mmoe_gives_a_logit_for_each_task(n_tasks):
+    model = hb.models.MMoE(NAMES, 4, n_tasks=n_tasks)
+    logits = model(torch.empty(5, 0), rows(model))
+    assert logits.shape == ((5, 3) if n_tasks == 3 else (5,))
+    logits.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
 class Plain(torch.nn.Module):
     """The same model over torch's own embeddings."""
 
@@ -59,6 +94,8 @@ class Plain(torch.nn.Module):
         self.tables = torch.nn.ModuleDict(
             {
                 f: torch.nn.EmbeddingBag.from_pretrained(torch.from_numpy(t.copy()), freeze=False, mode=mode)
+                if mode
+                else torch.nn.Embedding.from_pretrained(torch.from_numpy(t.copy()), freeze=False)
                 for f, (t, mode) in tables.items()
             }
         )
@@ -66,7 +103,13 @@ class Plain(torch.nn.Module):
     def forward(self, dense, batch):
         tags = batch["tags"]
         out = {f: self.tables[f](batch[f][:, None]) for f in ("user", "item")}
-        out["tags"] = self.tables["tags"](tags.values, tags.row_splits[0][:-1])
+        if isinstance(self.tables["tags"], torch.nn.Embedding):
+            parts = [self.tables["tags"](part) for part in tags.values.tensor_split(tags.row_splits[0][1:-1])]
+            lengths = tags.row_splits[0].diff()
+            values = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            out["tags"] = Sequence(values, torch.arange(values.shape[1]) < lengths[:, None])
+        else:
+            out["tags"] = self.tables["tags"](tags.values, tags.row_splits[0][:-1])
         return self.model(dense, out)
 
 
@@ -81,12 +124,13 @@ OPTIMIZERS = {
 def test_model_trains_as_over_torch_embeddings(kind, optimizer, clicks, collection, dlrm):
     ours, theirs = OPTIMIZERS[optimizer]
     width = kind.row_dim(8)
-    c = collection(width, optimizer=ours)
+    how = None if kind is hb.models.DIN else "mean"
+    c = collection(width, optimizer=ours, pooling={"tags": how})
     every_key = {"user": np.arange(200), "item": np.arange(200) + 10**12, "tag": np.arange(30)}
     first = {name: table.lookup(every_key[name], train=True) for name, table in c.tables.items()}
     twin = Plain(
         dlrm(kind=kind),
-        {"user": (first["user"], "sum"), "item": (first["item"], "sum"), "tags": (first["tag"], "mean")},
+        {"user": (first["user"], "sum"), "item": (first["item"], "sum"), "tags": (first["tag"], how)},
     )
     trainer = hb.training.Trainer(dlrm(kind=kind), c, optimizer="adagrad", lr=0.01)
     dense_optimizer = torch.optim.Adagrad(twin.model.parameters(), lr=0.01)

@@ -18,7 +18,7 @@ def fit(trainer, ds, **options):
     return losses
 
 
-def test_trainer_loss_is_weighted_and_averaged_over_the_valid_rows(clicks, collection, dlrm):
+def test_trainer_loss_is_the_weighted_mean_of_the_valid_rows(clicks, collection, dlrm):
     ds = clicks(50, 64, weight="importance")
     c = collection()
     created = c.stage(next(iter(ds.batches())))
@@ -26,7 +26,7 @@ def test_trainer_loss_is_weighted_and_averaged_over_the_valid_rows(clicks, colle
     created.close()
     trainer = hb.training.Trainer(dlrm(), c)
     ((label, p, weight),) = trainer.predict(ds)
-    expected = (-weight * np.log(np.where(label == 1, p, 1 - p))).sum() / 50
+    expected = np.average(-np.log(np.where(label == 1, p, 1 - p)), weights=weight)
     assert fit(trainer, ds) == [(50, pytest.approx(expected, rel=1e-5))]
 
 
@@ -49,7 +49,8 @@ def test_trainer_learns_and_repeats_itself_for_any_lookahead(clicks, collection,
 
 @pytest.mark.parametrize("kind", hb.models.MODELS.values())
 def test_trainer_beats_chance_on_rows_it_has_not_seen(clicks, collection, dlrm, kind):
-    trainer = hb.training.Trainer(dlrm(kind=kind), collection(kind.row_dim(8)))
+    pooling = {"tags": None if kind is hb.models.DIN else "mean"}
+    trainer = hb.training.Trainer(dlrm(kind=kind), collection(kind.row_dim(8), pooling=pooling))
     trainer.fit(clicks(8000, 128))
     auc, loss = hb.metrics.AUC(), hb.metrics.LogLoss()
     for label, probability, weight in trainer.predict(clicks(2000, 128, seed=7)):
@@ -147,3 +148,45 @@ def test_trainer_refuses_what_it_cannot_train(clicks, collection, dlrm, tmp_path
         trainer.fit(unlabelled)
     with pytest.raises(errors.InvalidArgument, match="supervised"):
         trainer.predict(unlabelled)
+
+
+def two_labels(clicks, n_rows=2000):
+    def both(columns):
+        return {**columns, "old": (columns["age"] > 40).astype(np.float32)}
+
+    return clicks(n_rows, 128).map(both).supervised(["click", "old"])
+
+
+def test_trainer_of_several_labels_learns_each_by_the_mean_of_their_losses(clicks, collection):
+    ds, c = two_labels(clicks), collection()
+    hb.training.seed(0)
+    trainer = hb.training.Trainer(hb.models.MMoE(["user", "item", "tags"], 8, n_dense=2, n_tasks=2), c, lr=0.02)
+    created = c.stage(next(iter(ds.batches())))
+    created.outputs()  # now there are rows that prediction can read
+    created.close()
+    label, p, _ = next(iter(trainer.predict(ds)))
+    losses = []
+    for _ in range(3):
+        trainer.fit(ds, lambda n_rows, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(-np.log(np.where(label == 1, p, 1 - p)).mean(), rel=1e-5)
+    label, p, weight = (np.concatenate(part) for part in zip(*trainer.predict(ds), strict=True))
+    assert label.shape == p.shape == (2000, 2) and weight.shape == (2000,)
+    for i in range(2):
+        auc = hb.metrics.AUC()
+        auc.update(label[:, i], p[:, i])
+        assert auc.result() > 0.7
+
+
+def test_trainer_with_amp_computes_in_bfloat16_and_keeps_float32(clicks, collection, dlrm):
+    seen, runs, ds = [], [], clicks(2000, 128)
+    for amp in (False, True):
+        model = dlrm()
+        model.top[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        trainer = hb.training.Trainer(model, collection(), amp=amp)
+        runs.append([loss for _, loss in fit(trainer, ds)])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        ((_, probability, _), *_) = trainer.predict(ds)
+        assert probability.dtype == np.float32
+    assert set(seen[: len(seen) // 2]) == {torch.float32} and set(seen[len(seen) // 2 :]) == {torch.bfloat16}
+    np.testing.assert_allclose(*runs, atol=0.05)
+    assert runs[0] != runs[1]

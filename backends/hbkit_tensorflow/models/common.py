@@ -1,0 +1,92 @@
+"""What the click models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from hbkit import errors
+from hbkit_tensorflow import pipeline
+from hbkit_tensorflow.layers import SignedLog
+
+__all__ = ["ClickModel"]
+
+
+class ClickModel(keras.Model):
+    """A model called with dense inputs and embeddings: what it takes of both.
+
+    Its weights exist once it is made, so that saved ones can be loaded at once.
+
+    Parameters
+    ----------
+    features : list of str
+        Features of the collection with one row each, in the model's order.
+    dim : int
+        Width of the vectors; tables have ``row_dim(dim)`` columns.
+    n_dense : int
+        Dense inputs, which pass `SignedLog` first.
+    name : str
+        Where the paths of its weights begin.
+    """
+
+    def __init__(self, features: Sequence[str], dim: int, n_dense: int, name: str) -> None:
+        super().__init__(name=name)
+        self.features, self.dim, self.n_dense = list(features), dim, n_dense
+        self.signed_log: Any = SignedLog(name="signed_log") if n_dense else None
+
+    @staticmethod
+    def row_dim(dim: int) -> int:
+        """Columns a table needs: ``dim``."""
+        return dim
+
+    def rows(self, embeddings: Mapping[str, Any]) -> Any:
+        """The features' rows in the model's order: [B, F, row_dim]."""
+        found = [embedding(embeddings, feature, self.row_dim(self.dim)) for feature in self.features]
+        return keras.ops.stack(found, axis=1)
+
+    def flat(self, dense: Any, *x: Any) -> Any:
+        """The dense inputs' logarithms and all of x, flattened, side by side: [B, n]."""
+        logs = [self.signed_log(dense)] if self.signed_log else []
+        parts = [keras.ops.reshape(part, (-1, part.shape[1] * part.shape[2])) if part.ndim == 3 else part for part in x]
+        return keras.ops.concatenate([*logs, *parts], axis=1)
+
+    def _make_weights(self, sequences: Iterable[str] = ()) -> None:
+        row = keras.ops.zeros((1, self.row_dim(self.dim)))
+        sequence = pipeline.Sequence(row[:, None], keras.ops.ones((1, 1), "bool"))
+        rows = {**dict.fromkeys(self.features, row), **dict.fromkeys(sequences, sequence)}
+        self(keras.ops.zeros((1, self.n_dense)), rows)
+
+
+def embedding(embeddings: Mapping[str, Any], feature: str, width: int, sequence: bool = False) -> Any:
+    """The feature's rows, [B, width], or its `Sequence` of that width.
+
+    Raises
+    ------
+    UnknownColumn
+        It is not there.
+    InvalidArgument
+        It is of the other kind, or of another width.
+    """
+    if feature not in embeddings:
+        raise errors.UnknownColumn(
+            "the model's feature has no table", feature=feature, remedy="name it in the collection's features"
+        )
+    rows = embeddings[feature]
+    if (isinstance(rows, tuple) or len(rows.shape) != 2) != sequence:
+        raise errors.InvalidArgument(
+            "the model needs a sequence, not one row"
+            if sequence
+            else "the model needs one row a feature, not a sequence",
+            feature=feature,
+            remedy="leave the feature unpooled" if sequence else "pool the feature",
+        )
+    found = (rows.values if sequence else rows).shape[-1]
+    if found != width:
+        raise errors.InvalidArgument(
+            f"rows of width {found} where the model needs {width}",
+            feature=feature,
+            remedy="give the table the model's row_dim(dim)",
+        )
+    return rows
