@@ -1,37 +1,12 @@
-"""Scalars over steps, in the file that TensorBoard reads; written without TensorBoard, so that both frameworks can."""
+"""Scalars over steps, for TensorBoard."""
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
-import time
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from hbkit._ext.tfrecord import crc32c
-from hbkit.errors import StorageError
+from hbkit.errors import StorageError, Unsupported
 
 __all__ = ["EventWriter"]
-
-
-def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C as TFRecord masks it."""
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    while n > 0x7F:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    return bytes(out) + bytes([n])
-
-
-def _message(field: int, data: bytes) -> bytes:
-    """A length-delimited field of a Protocol Buffers message."""
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
 
 
 class EventWriter:
@@ -44,43 +19,36 @@ class EventWriter:
 
     Raises
     ------
+    Unsupported
+        tensorboardX is not installed.
     StorageError
-        The file cannot be written.
-
-    Source: the comments of tensorboard/compat/proto/event.proto and summary.proto; TFRecord's framing.
+        The file cannot be made.
     """
 
     def __init__(self, directory: str | None) -> None:
-        self._file = None
-        if directory is not None:
-            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-            try:
-                Path(directory).mkdir(parents=True, exist_ok=True)
-                self._file = open(Path(directory) / name, "xb")  # noqa: SIM115  # close() closes it
-            except OSError as e:
-                raise StorageError(
-                    f"cannot write there: {e.strerror}", file=directory, remedy="give another --log-dir"
-                ) from e
-            self._write(_message(3, b"brain.Event:2"))
+        self._writer: Any = None
+        if directory is None:
+            return
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as e:
+            raise Unsupported("TensorBoard logs need tensorboardX", remedy="pip install 'hbkit[logs]'") from e
+        try:
+            self._writer = SummaryWriter(directory)
+        except OSError as e:
+            raise StorageError(
+                f"cannot write there: {e.strerror}", file=directory, remedy="give another --log-dir"
+            ) from e
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write values by name, for a step."""
-        if self._file is not None:
-            summary = b"".join(
-                _message(1, _message(1, name.encode()) + b"\x15" + struct.pack("<f", value))
-                for name, value in values.items()
-            )
-            self._write(b"\x10" + _varint(step) + _message(5, summary))
-
-    def _write(self, fields: bytes) -> None:
-        assert self._file is not None
-        event = b"\x09" + struct.pack("<d", time.time()) + fields
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._writer is not None:
+            self._writer.close()

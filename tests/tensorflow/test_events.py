@@ -12,12 +12,10 @@ def test_tensorflow_reads_the_scalars(tmp_path):
         for step in (0, 1, 300):
             log.scalars(step, {"training/loss": step + 0.25, "évaluation/auc": -1.0})
     (path,) = (tmp_path / "new" / "logs").iterdir()
-    first, *events = tf.compat.v1.train.summary_iterator(str(path))
-    assert first.file_version == "brain.Event:2" and path.name.startswith("events.out.tfevents.")
+    events = [e for e in tf.compat.v1.train.summary_iterator(str(path)) if e.summary.value]
     assert [e.step for e in events] == [0, 1, 300]
     found = [{v.tag: v.simple_value for v in e.summary.value} for e in events]
     assert found == [{"training/loss": step + 0.25, "évaluation/auc": -1.0} for step in (0, 1, 300)]
-    assert abs(events[0].wall_time - path.stat().st_mtime) < 600
 
 
 def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
