@@ -10,7 +10,7 @@ A table of dim 32 with Adagrad in host memory. Caveats:
 - "wall" is the median step; "cpu" the training thread's own CPU time of a median step, which other work on the machine
   disturbs less: it has what setting aside costs, but not the waiting for locks and for Python's, nor for a core where
   there are fewer than two. Steps with and without a save take turns, one save a round.
-- Where the disk is slower than memory, a save takes longer, and each of its steps suffers less.
+- A save in the background rests three times as long as it works (`hbkit.snapshot.saving.REST`).
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def load(
     chains = {name: history.chain(manifest, name) for name in named}
     history.check_files(f for name in named for f in manifest.tables[name].admission_files)
     state = read_state(history, manifest)
-    held = {name for name, table in named.items() if len(table.store)}
+    held = [name for name, table in named.items() if len(table.store)]
     for name in held:
         history.check_rows(chains[name], name)
     counts = _admission(history, manifest, named, part)
@@ -132,7 +132,7 @@ def load(
             _replace(name, named[name], history, chains[name], part)
 
     try:
-        replace(named.keys() - held)
+        replace(name for name in named if name not in held)
         with _admitting(counts):
             replace(held)
     except BaseException as e:

@@ -125,8 +125,9 @@ def save(
 
     In the background: rows that change before they are written are set aside, at most 64 MiB of them in memory, then in
     a temporary file in the snapshot's directory; 20 bytes for each and 8 for each row to be written come on top. A
-    second save of a table, `load` and `Table.close` wait. A table of 10 million rows in host memory pauses for a pass
-    over 4 of 8 bytes a row at the most, and for a copy of the admission counts.
+    second save of a table, `load` and `Table.close` wait. Until somebody waits, the thread rests three times as long as
+    it works. A table pauses for a copy of its admission counts; in host memory and with `base`, also for a pass over
+    the stamps, 8 bytes a row; in other tiers, for a look at each key erased or put since.
     """
     with ExitStack() as stack:
         job = _Save(place_of(path), tables, step, Ranks(group), stack)

@@ -79,7 +79,7 @@ class Aside:
         """Positions whose places in the file follow each other, and the offset of the first."""
         order = np.flatnonzero(far)
         order = order[np.argsort(places[order], kind="stable")]
-        for some in np.split(order, np.flatnonzero(np.diff(places[order]) > 1) + 1):
+        for some in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1):  # 0 where a key is given twice
             if len(some):
                 yield some, int(places[some[0]] - len(self._memory)) * self._memory.strides[0]
 

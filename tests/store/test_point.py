@@ -118,3 +118,14 @@ def test_a_point_is_the_rows_of_its_instant(
 def monkeypatch_module():
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+def test_lines_of_keys_that_are_given_twice_are_set_aside_once(tmp_path, monkeypatch):
+    """Whoever erases a key twice in one call must not shift its neighbours in the file."""
+    monkeypatch.setattr(points, "MEMORY_NBYTES", 12)
+    aside = points.Aside(1, tmp_path)
+    keys = np.array([1, 5, 5, 2, 5, 3])
+    aside.add(keys, keys, keys, keys.astype(np.float32)[:, None])
+    freq, last_step, lines = aside.read(aside.find(np.array([1, 2, 3, 5])))
+    assert freq.tolist() == last_step.tolist() == lines[:, 0].tolist() == [1, 2, 3, 5]
+    aside.close()
