@@ -78,15 +78,6 @@ cdef extern from "index.h" nogil:
     int HB_PAGE
 
 
-cdef extern from "blake3.h" nogil:
-    ctypedef struct hb_blake3:
-        pass
-
-    ctypedef struct hb_blake3s:
-        void (*update)(hb_blake3 *, const uint8_t *, int64_t) noexcept nogil
-        void (*finish)(const hb_blake3 *, uint8_t *) noexcept nogil
-
-
 cdef extern from "kernels.h" nogil:
     ctypedef struct hb_slabs:
         char **chunks
@@ -138,7 +129,6 @@ cdef extern from "kernels.h" nogil:
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
         const hb_indexers *index
-        const hb_blake3s *blake3
 
     ctypedef struct hb_fp_state:
         pass

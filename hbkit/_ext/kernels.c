@@ -817,7 +817,6 @@ static int initialize(const hb_draw *d, const int64_t *keys, int64_t n, float *r
 extern const hb_decoders PASTE(hb_decoders_, HBKIT_ISA); /* decode.c */
 HB_SNAPPY_DECLARE(PASTE(hb_snappy_, HBKIT_ISA)); /* snappy_kernel.c */
 extern const hb_indexers PASTE(hb_indexers_, HBKIT_ISA); /* index_kernel.c */
-extern const hb_blake3s PASTE(hb_blake3s_, HBKIT_ISA); /* blake3_kernel.c */
 
 const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .name = TEXT(HBKIT_ISA),
@@ -833,5 +832,4 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .decode = &PASTE(hb_decoders_, HBKIT_ISA),
     .snappy = PASTE(hb_snappy_, HBKIT_ISA),
     .index = &PASTE(hb_indexers_, HBKIT_ISA),
-    .blake3 = &PASTE(hb_blake3s_, HBKIT_ISA),
 };

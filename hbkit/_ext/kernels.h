@@ -12,7 +12,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "blake3.h"
 #include "decode.h"
 #include "index.h"
 
@@ -120,7 +119,6 @@ typedef struct {
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
     const hb_indexers *index; /* of index_kernel.c */
-    const hb_blake3s *blake3; /* of blake3_kernel.c */
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from hbkit._ext import pool
-from hbkit._ext.digest import Blake3
 from hbkit.errors import Corrupt, HbkitError, StorageError
 
 DIGEST_NBYTES = 32
@@ -61,7 +61,7 @@ class FileEntry:
 
     def new_digest(self) -> Any:
         """A digest as this one that nothing went into yet, as those of `hashlib`."""
-        return Blake3() if self.blake3 else hashlib.blake2b(digest_size=DIGEST_NBYTES)
+        return blake3() if self.blake3 else hashlib.blake2b(digest_size=DIGEST_NBYTES)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ class Sink(io.RawIOBase):
     def __init__(self, output: Output) -> None:
         super().__init__()
         self.nbytes = 0
-        self._digest = Blake3()
+        self._digest = blake3()
         self._output = output
         self._threads: list[ThreadPoolExecutor] = []  # one writes, one digests
         self._lent: deque[list[Future[Any]]] = deque()

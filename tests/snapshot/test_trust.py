@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3 as _blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbkit import errors
-from hbkit._ext.digest import Blake3
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import SGD, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import load, log, save, verify
@@ -36,9 +36,7 @@ from hbkit.store.disk import Disk
 
 
 def blake3(data):
-    digest = Blake3()
-    digest.update(data)
-    return digest.hexdigest()
+    return _blake3(data).hexdigest()
 
 
 def table(name="t", **kwargs):
