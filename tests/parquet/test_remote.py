@@ -422,8 +422,8 @@ def test_native_body_shorter_than_asked_is_seen(data, missing):
 
 
 def test_directory_is_listed_with_times(uri):
-    names = list_files(uri("d"))
     found = list_modified(uri("d"))
-    assert sorted(name for _, name in found) == names and len(names) == 2
-    assert found == sorted(found) and all(0 < now - time < 3600e9 for time, _ in found for now in [time_ns()])
+    assert sorted(name for _, name in found) == list_files(uri("d")) and found == sorted(found) and len(found) == 2
+    # fsspec's file systems do not tell pyarrow
+    assert all(0 < time_ns() - time < 3600e9 if "s3://" in name else time == 0 for time, name in found)
     assert list_modified(uri("nothing-here")) == []
