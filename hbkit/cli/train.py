@@ -88,7 +88,7 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of the embeddings.")
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
-@click.option("--save", help="Directory of the snapshot; each training adds a commit.")
+@click.option("--save", help="Directory or URI of the snapshot; each training adds a commit.")
 @click.option("--save-every", callback=every, metavar="EVERY", help="Commit meanwhile too: each 60s, or 500steps.")
 @click.option(
     "--resume", is_flag=True, help="Go on from the newest commit of --save, exactly; begin where there is none."

@@ -30,7 +30,7 @@ class Reader:
     Parameters
     ----------
     path : str or path
-        Directory of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
+        Directory or URI of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
 
     Raises
     ------

@@ -129,7 +129,8 @@ class Bucket(Place):
     def _service(self) -> Service:
         filesystem, inner = self._files()
         if self._base.partition("://")[0] in CONDITIONAL:
-            return _Conditional(self._base + self._options, filesystem, inner)
+            with refused(self.name):
+                return _Conditional(self._base + self._options, filesystem, inner)
         return _Plain(filesystem, inner)
 
     def prepare(self) -> None:
@@ -266,8 +267,9 @@ class _Conditional:
                 "base": 2,
             },
         }
-        self._once = _store(uri, filesystem, inner, timeout, {"max_retries": 0})  # `run` repeats its requests
-        self._patient = _store(uri, filesystem, inner, timeout, retries)
+        with self.translated():
+            self._once = _store(uri, filesystem, inner, timeout, {"max_retries": 0})  # `run` repeats its requests
+            self._patient = _store(uri, filesystem, inner, timeout, retries)
 
     def open(self, path: str) -> Output:
         return _Upload(self, path, self._uri)
@@ -332,7 +334,9 @@ def _store(uri: str, filesystem: Any, inner: str, timeout: float, retries: Any) 
     if parts.scheme != "s3":
         if os.environ.get("AWS_ENDPOINT_URL_S3", "").startswith("http://"):
             options["allow_http"] = True
-        return store.from_url(uri.partition("?")[0], client_options=options, retry_config=retries)
+        return store.from_url(
+            uri.partition("?")[0].replace("gcs://", "gs://"), client_options=options, retry_config=retries
+        )
     given = dict(parse_qsl(parts.query))
     config: dict[str, Any] = {"region": given.get("region") or filesystem.region}
     if "endpoint_override" in given:

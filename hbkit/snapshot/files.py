@@ -9,7 +9,7 @@ import io
 import os
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,7 +185,7 @@ def empty(nbytes: int) -> Bytes:
     return np.frombuffer(pool.shared.take(nbytes, PAGE_NBYTES), np.uint8) if nbytes else np.zeros(0, np.uint8)
 
 
-def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Generator[Bytes]:
+def read_ahead(fd: int, path: Path, sizes: Sequence[int]) -> Generator[Bytes]:
     """The bytes of a file from its beginning, in pieces of these sizes: uint8[size], aligned to PAGE_NBYTES.
 
     They belong to the caller; the next one is read while one is in use. Large ones that lie as the disk wants it go
@@ -217,6 +217,9 @@ def read_ahead(fd: int, path: Path, sizes: Iterable[int]) -> Generator[Bytes]:
             done += got
         return data
 
+    if len(sizes) == 1:
+        yield read(0, sizes[0])
+        return
     offset, jobs = 0, deque[Future[Bytes]]()
     with ThreadPoolExecutor(1, "hbkit-snapshot") as thread:
         try:

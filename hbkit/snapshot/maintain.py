@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def diff(path: str | os.PathLike[str], a: str, b: str = "latest") -> dict[str, D
 
     Notes
     -----
-    Reads all rows of both; holds a row group of each file, and the keys that differ.
+    Reads all rows of both; holds some row groups of each file, and the keys that differ.
     """
     history = History(place_of(path))
     commits = [history.find(commit) for commit in (a, b)]
@@ -65,7 +65,6 @@ def diff(path: str | os.PathLike[str], a: str, b: str = "latest") -> dict[str, D
 
 def _diff(history: History, commits: list[Manifest], name: str) -> Diff:
     chains = [history.chain(m, name) if name in m.tables else [] for m in commits]
-    history.check_files(set(_files(chains, name)))
     added, changed, erased = [_NONE], [_NONE], [_NONE]
     for old, new in side_by_side([_lines(history, chain, name) for chain in chains]):
         at, there = _find(new.key, old.key)
@@ -80,12 +79,6 @@ def _diff(history: History, commits: list[Manifest], name: str) -> Diff:
             changed.append(old.key[there][differs])
     key_dtype = next(m.tables[name].key_dtype for m in reversed(commits) if name in m.tables)
     return Diff._make(np.concatenate(parts).astype(key_dtype) for parts in (added, changed, erased))
-
-
-def _files(chains: list[list[Manifest]], name: str) -> Iterator[FileEntry]:
-    for chain in chains:
-        for link in chain:
-            yield from link.tables[name].rows + link.tables[name].erased
 
 
 def _lines(history: History, chain: list[Manifest], name: str) -> Iterable[Part]:
@@ -137,7 +130,7 @@ def squash(path: str | os.PathLike[str], commit: str = "latest") -> str:
 
     Notes
     -----
-    Holds a row group of each file of the chain, whatever the table's size. The chain's checksums are checked first.
+    Holds some row groups of each file of the chain, whatever the table's size. The chain's checksums are checked.
     """
     place = place_of(path)
     History(place).find(commit)  # before a draft makes the directory
@@ -147,7 +140,8 @@ def squash(path: str | os.PathLike[str], commit: str = "latest") -> str:
         if all(table.since is None for table in old.tables.values()):
             return old.commit
         chains = {name: history.chain(old, name) for name in old.tables}
-        history.check_files(set(old.files).union(*(_files([chain], name) for name, chain in chains.items())))
+        others = [*old.state_files.values(), *(f for table in old.tables.values() for f in table.admission_files)]
+        history.check_files(others)  # those of rows are checked while they are read
         tables = {}
         for name, table in old.tables.items():
             directory = table_directory(draft.directory, name)

@@ -12,7 +12,7 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest
-from hbkit.store.base import Chunk, Int64s
+from hbkit.store.base import CHUNK_ROWS, Chunk, Int64s
 
 
 class Part(NamedTuple):
@@ -72,13 +72,13 @@ def merged(history: History, chain: list[Manifest], table: str) -> Iterator[Chun
     Yields
     ------
     Chunk
-        Of any size up to a row group of every file together, which is about what this holds in memory, beside the keys
-        that the chain erases.
+        Of any size up to a row group of every file together. Of each file, this holds some row groups in memory, of at
+        most 32 MiB and 65,536 rows; and all keys that the chain erases.
 
     Raises
     ------
     Corrupt
-        The files do not fit their manifests. Their checksums are the caller's to check.
+        A file is not what its manifest says. What was yielded is right if all comes without an error.
     """
     runs: list[Iterable[Part]] = []  # from old to new
     for manifest in chain:
@@ -86,7 +86,9 @@ def merged(history: History, chain: list[Manifest], table: str) -> Iterator[Chun
         for file in entry.erased:
             runs.append([Part(rows.read_keys(history.place, file, entry), None)])
         for file in entry.rows:
-            runs.append(Part(chunk.key, chunk) for chunk in rows.read_rows(history.place, file, entry))
+            parts: Iterable[Part] = (Part(chunk.key, chunk) for chunk in rows.read_rows(history.place, file, entry))
+            # A small file is read at once: chains are long, and a file that is open has threads.
+            runs.append(list(parts) if file.n_rows <= CHUNK_ROWS else parts)
     n = 0
     for parts in side_by_side(runs):
         chunk = _newest([part for part in parts if len(part.key)])

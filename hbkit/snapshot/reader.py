@@ -75,7 +75,7 @@ def load(
     Parameters
     ----------
     path : str or path
-        Directory of a snapshot.
+        Directory or URI of a snapshot.
     tables : sequence of Table, or mapping of str to Table
         Any of the snapshot's, found by name, or by the name that a mapping gives: that of the table when it was saved.
         Their rows, optimizer state, admission counts and step are replaced. Where the optimizer is another class than

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from hbkit.errors import Corrupt, HbkitError, SchemaMismatch, StorageError
 from hbkit.parquet import Field, File
-from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened, read_ahead
+from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened, read_ahead, storage_errors
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
@@ -103,7 +103,7 @@ def write_rows(
     with draft.create(path) as sink:
         # Row groups must not depend on the tier that scans, but lines are copied while they are in the CPU's cache.
         for chunk in _in_order(chunks, table):
-            parts = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
+            parts: tuple[Any, ...] = (_narrow(chunk.key, key_dtype, table), *chunk[1:])
             first = 0
             while first < len(chunk.key):
                 if n == 0:
@@ -228,7 +228,7 @@ def _read_lines(place: Place, entry: FileEntry, table: TableEntry) -> Iterator[C
     schema = rows_schema(table.key_dtype, table.dim, table.n_state)
     path, layout = place.local(entry.path), Layout(schema, CHUNK_ROWS)
     if path is not None:
-        with opened(path, entry) as fd:
+        with storage_errors(path), opened(path, entry) as fd:
             if _is_own(fd, entry, layout):
                 try:
                     yield from _read_in_place(fd, path, entry, layout)

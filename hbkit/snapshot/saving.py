@@ -69,7 +69,10 @@ class Saving:
 
     def begin(self, work: Callable[[], str]) -> None:
         """Do the work, which returns the commit's id, in a thread of its own. The process does not end before it."""
-        threading.Thread(target=self._run, args=(work,), name="hbkit-save").start()
+        try:
+            threading.Thread(target=self._run, args=(work,), name="hbkit-save").start()
+        except RuntimeError:  # there can be no more threads
+            self._run(work)
 
     def _run(self, work: Callable[[], str]) -> None:
         try:

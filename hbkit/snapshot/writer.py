@@ -28,7 +28,7 @@ from hbkit.snapshot.manifest import (
     state_path,
     table_directory,
 )
-from hbkit.snapshot.place import Draft, place_of
+from hbkit.snapshot.place import Draft, Place, place_of
 from hbkit.snapshot.ranks import Group, Ranks
 from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.table import TableLike, config, default_config, mark
@@ -128,104 +128,130 @@ def save(
     second save of a table, `load` and `Table.close` wait. A table of 10 million rows in host memory pauses for a pass
     over 4 of 8 bytes a row at the most, and for a copy of the admission counts.
     """
-    place, ranks = place_of(path), Ranks(group)
-    values: dict[str, Any] = {}
-    blobs: dict[str, bytes] = {}
     with ExitStack() as stack:
-        history = History(place)
-        drafts: list[Draft] = []
-
-        def begin() -> list[str | None]:
-            _check(tables, step)
-            for one, part in zip((values, blobs), _split_state(state or {}), strict=True):
-                one.update(part)
-            for table in tables:
-                if table.pending is not None:
-                    table.pending.settle()
-            if ranks.rank:
-                return []
-            drafts.append(stack.enter_context(place.draft()))
-            found = history.find(base) if base is not None else None
-            return [drafts[0].commit, drafts[0].directory, found.commit if found is not None else None]
-
-        commit, directory, onto = ranks.gather(begin)[0]
-        taken: dict[str, tuple[TableEntry, Point]] = {}
-        notes: list[str] = []
-
-        def take(some: Collection[str], onto: str | None) -> dict[str, Any]:
-            if not drafts:
-                drafts.append(stack.enter_context(place.join(commit, directory)))
-            parent = history.manifest(onto) if onto is not None else None
-            for table in sorted(tables, key=id):  # points are waited for: all in one order
-                if table.name in some:
-                    entry, point, note = _take(drafts[0], table, history, parent, ranks.part)
-                    stack.callback(point.close)
-                    taken[table.name] = entry, point
-                    notes.extend(filter(None, [note]))
-            return {"tables": {name: _told(entry) for name, (entry, _) in taken.items()}, "state": [*values, *blobs]}
-
-        told = ranks.gather(lambda: take([t.name for t in tables], onto))
-        entries = [entry for t in told for entry in t["tables"].items()]
-        # What is a delta in some ranks and not in all is written in full.
-        mixed = {n for n, e in entries if e["since"] is None} & {n for n, e in entries if e["since"] is not None}
-        if mixed:
-            deltas = [n for n in mixed if n in taken and taken[n][0].since is not None]
-            for name in deltas:
-                taken[name][1].close()
-                notes.append(f"table {name} is written in full: not all ranks know what changed")
-            told = ranks.gather(lambda: take(deltas, None))
-        if any(t["tables"] != told[0]["tables"] for t in told):
-            raise InvalidArgument(
-                "ranks save different tables", remedy="give all of them tables of the same kinds at the same step"
-            )
-        for name in {n for t in told[: ranks.rank] for n in t["state"]}:
-            values.pop(name, None)
-            blobs.pop(name, None)
-        for note in notes:
+        job = _Save(place_of(path), tables, step, Ranks(group), stack)
+        job.begin(base, state or {})
+        job.take_points()
+        for note in job.notes:
             log.warning("%s", note)
-
-        saving = Saving(notes) if background else None
-        draft = drafts[0]
-
-        def files() -> dict[str, Any]:
-            return {
-                "tables": {t.name: asdict(_write_table(draft, t.name, *taken[t.name], saving, ranks)) for t in tables},
-                "state": values,
-                "state_files": {n: asdict(_write_bytes(draft, state_path(directory, n), b)) for n, b in blobs.items()},
-            }
-
-        def publish(parts: list[Any]) -> str:
-            if ranks.rank:
-                return ""
-            manifest = Manifest(
-                version=VERSION,
-                commit=commit,
-                parent=onto,
-                step=int(step),
-                tables={t.name: _merged([part["tables"][t.name] for part in parts]) for t in tables},
-                state={n: value for part in parts for n, value in part["state"].items()},
-                state_files={n: FileEntry(**f) for part in parts for n, f in part["state_files"].items()},
-                directory=directory,
-            )
-            data, digest = encode(manifest)
-            draft.publish(data)
-            return digest
-
-        def write() -> str:
-            with held:
-                parts = ranks.gather(files)
-                digest = ranks.gather(lambda: publish(parts))[0]
-                for table in tables:
-                    table.store.changes.name(taken[table.name][1].mark, mark(digest, ranks.part))
-            return str(commit)
-
         held = stack.pop_all()
-    if saving is None:
+
+    def write() -> str:
+        with held:
+            return job.write()
+
+    if not background:
         return write()
+    saving = job.saving = Saving(job.notes)
     for table in tables:
         table.pending = saving
     saving.begin(write)
     return saving
+
+
+class _Save:
+    """One rank's part in a save. What the stack holds in the end is the draft and the points, which `write` needs."""
+
+    def __init__(
+        self, place: Place, tables: Sequence[TableLike], step: int, ranks: Ranks, stack: ExitStack[bool | None]
+    ) -> None:
+        self._place, self._tables, self._step, self._ranks, self._stack = place, tables, step, ranks, stack
+        self._history = History(place)
+        self._draft: Draft | None = None
+        self._values: dict[str, Any] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._taken: dict[str, tuple[TableEntry, Point]] = {}
+        self.notes: list[str] = []
+        self.saving: Saving | None = None
+
+    def begin(self, base: str | None, state: Mapping[str, Any]) -> None:
+        """Check the arguments, and make the draft."""
+
+        def act() -> list[str | None]:
+            _check(self._tables, self._step)
+            self._values, self._blobs = _split_state(state)
+            for table in self._tables:
+                if table.pending is not None:
+                    table.pending.settle()
+            if self._ranks.rank:
+                return []
+            self._draft = self._stack.enter_context(self._place.draft())
+            parent = self._history.find(base) if base is not None else None
+            return [self._draft.commit, self._draft.directory, parent.commit if parent is not None else None]
+
+        self._commit, self._directory, self._parent = self._ranks.gather(act)[0]
+
+    def take_points(self) -> None:
+        """Settle what is saved, and agree about it."""
+        told = self._ranks.gather(lambda: self._take([t.name for t in self._tables], self._parent))
+        entries = [entry for t in told for entry in t["tables"].items()]
+        # What is a delta in some ranks and not in all is written in full.
+        mixed = {n for n, e in entries if e["since"] is None} & {n for n, e in entries if e["since"] is not None}
+        if mixed:
+            deltas = [n for n in mixed if n in self._taken and self._taken[n][0].since is not None]
+            for name in deltas:
+                self._taken[name][1].close()
+                self.notes.append(f"table {name} is written in full: not all ranks know what changed")
+            told = self._ranks.gather(lambda: self._take(deltas, None))
+        if any(t["tables"] != told[0]["tables"] for t in told):
+            raise InvalidArgument(
+                "ranks save different tables", remedy="give all of them tables of the same kinds at the same step"
+            )
+        for name in {n for t in told[: self._ranks.rank] for n in t["state"]}:
+            self._values.pop(name, None)
+            self._blobs.pop(name, None)
+
+    def _take(self, names: Collection[str], onto: str | None) -> dict[str, Any]:
+        if self._draft is None:
+            self._draft = self._stack.enter_context(self._place.join(self._commit, self._directory))
+        parent = self._history.manifest(onto) if onto is not None else None
+        for table in sorted(self._tables, key=id):  # points are waited for: all in one order
+            if table.name in names:
+                entry, point, note = _take(self._draft, table, self._history, parent, self._ranks.part)
+                self._stack.callback(point.close)
+                self._taken[table.name] = entry, point
+                self.notes.extend(filter(None, [note]))
+        tables = {name: _told(entry) for name, (entry, _) in self._taken.items()}
+        return {"tables": tables, "state": [*self._values, *self._blobs]}
+
+    def write(self) -> str:
+        """Write and publish it; the commit's id."""
+        parts = self._ranks.gather(self._files)
+        digest = self._ranks.gather(lambda: self._publish(parts))[0]
+        for table in self._tables:
+            table.store.changes.name(self._taken[table.name][1].mark, mark(digest, self._ranks.part))
+        return str(self._commit)
+
+    def _files(self) -> dict[str, Any]:
+        draft, blobs = self._draft, self._blobs
+        assert draft is not None
+        entries = [_write_table(draft, t.name, *self._taken[t.name], self.saving, self._ranks) for t in self._tables]
+        return {
+            "tables": {t.name: asdict(entry) for t, entry in zip(self._tables, entries, strict=True)},
+            "state": self._values,
+            "state_files": {
+                name: asdict(_write_bytes(draft, state_path(draft.directory, name), data))
+                for name, data in blobs.items()
+            },
+        }
+
+    def _publish(self, parts: list[Any]) -> str | None:
+        if self._ranks.rank:
+            return None
+        assert self._draft is not None
+        manifest = Manifest(
+            version=VERSION,
+            commit=self._draft.commit,
+            parent=self._parent,
+            step=int(self._step),
+            tables={t.name: _merged([part["tables"][t.name] for part in parts]) for t in self._tables},
+            state={name: value for part in parts for name, value in part["state"].items()},
+            state_files={name: FileEntry(**file) for part in parts for name, file in part["state_files"].items()},
+            directory=self._draft.directory,
+        )
+        data, digest = encode(manifest)
+        self._draft.publish(data)
+        return digest
 
 
 def _told(entry: TableEntry) -> dict[str, Any]:
@@ -268,7 +294,8 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
             blobs[name] = bytes(value)
             continue
         try:
-            same = json.loads(json.dumps(value, allow_nan=False)) == value
+            values[name] = json.loads(json.dumps(value, allow_nan=False))  # a copy: the caller's may change meanwhile
+            same = values[name] == value
         except (TypeError, ValueError, RecursionError):
             same = False
         if not same:
@@ -276,7 +303,6 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, by
                 f"state {name!r} does not survive JSON",
                 remedy="give bytes, or str, int, finite float, bool, None, lists and dicts with str keys",
             )
-        values[name] = value
     return values, blobs
 
 

@@ -106,12 +106,18 @@ class Changes:
         """Whether rows that are stamped with `step` now are seen to have changed since every mark."""
         return min(step, MOST_STAMP) > self._newest
 
-    def note(self, keys: Int64s, n_rows: int) -> None:
-        """Note keys of rows that change without being stamped so, in a store of so many rows. Never fails."""
-        if not self._marks or not len(keys):
+    def note(self, keys: Int64s, n_rows: int, slots: Int64s | None = None) -> None:
+        """Note keys of rows that change without being stamped so, in a store of so many rows. Never fails.
+
+        With `slots`, those whose slot is not below 0.
+        """
+        if not self._marks:
             return
         try:
-            self._marks[-1].keys.append(keys.copy())
+            keys = keys.copy() if slots is None else keys[slots >= 0]
+            if not len(keys):
+                return
+            self._marks[-1].keys.append(keys)
         except MemoryError:
             self.forget()
             return

@@ -204,8 +204,8 @@ class HostStore:
                 self._set_aside(point, keys, self._index.find(keys))
             slots = self._index.erase(keys)
             n -= len(self._index)
-            self.changes.note(keys[slots >= 0], n)
             self._erasures += n > 0
+            self.changes.note(keys, len(self._index), slots)
             return n
 
     def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
@@ -301,7 +301,7 @@ class HostStore:
         if (point := self._point) is not None:
             self._set_aside(point, lease.keys, lease.slots)
         if not self.changes.tells(step):
-            self.changes.note(lease.keys[lease.slots >= 0], len(self._index))
+            self.changes.note(lease.keys, len(self._index), lease.slots)
 
     def _set_aside(self, point: _HostPoint, keys: Int64s, slots: Int64s) -> None:
         """Set aside the lines of rows that are about to change, those that the point still needs. Never fails."""
@@ -324,8 +324,15 @@ class HostStore:
         found = [self._index.part(part.first, part.last - 1, point.bits) for part in parts]
         keys = np.concatenate([*found, point.aside.keys()])  # in this order: what is changed meanwhile is set aside
         del found
-        keys.sort()
-        yield keys[np.append(keys[1:] != keys[:-1], True)] if len(keys) else keys
+        cuts = np.arange(PIECE_ROWS, len(keys), PIECE_ROWS)
+        if len(cuts):
+            keys.partition(cuts)
+        last = keys[:0]
+        for piece in np.split(keys, cuts):  # sorted while those before are being written
+            piece.sort()
+            is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
+            yield piece[is_new]
+            last = piece[-1:]
 
     def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
         """Those that nothing was about to change until they were read."""
@@ -392,3 +399,4 @@ class _HostPoint(Point):
 
 _NONE = np.zeros(0, np.int64)
 NEAR_ROWS = 1024
+PIECE_ROWS = 1 << 18  # keys that are sorted at once

@@ -665,15 +665,19 @@ class TieredStore(ABC):
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._open(), self._change():
-            return self._erase(np.ascontiguousarray(keys), self._home.erase)
+            keys = np.ascontiguousarray(keys)
+            if self._point is None and not self.changes.any:
+                return self._erase(keys, self._home.erase)
+            lines = self._find(keys)
+            slots = np.where(self._home.find(keys), 0, -1)
+            if self._point is not None:
+                self._set_aside(self._point, keys, lines, slots)
+            n = self._erase(keys, self._home.erase)
+            self.changes.note(keys, len(self._home), slots)
+            return n
 
     def _erase(self, keys: Int64s, at_home: Callable[[Int64s], int]) -> int:
         lines = self._find(keys)
-        if self._point is not None or self.changes.any:
-            some = np.flatnonzero(self._home.find(keys))
-            if self._point is not None:
-                self._set_aside(self._point, keys[some], lines[some])
-            self.changes.note(keys[some], len(self._home))
         lines = np.unique(lines[lines >= 0])
         self._lost(lines, -1)
         self._cache.remove(lines)
@@ -785,20 +789,22 @@ class TieredStore(ABC):
 
     def _about_to_change(self, lease: Lease, lines: Int64s, step: int) -> None:
         """The rows of a lease, at `lines` where they are near, are; they are or have been stamped with `step`."""
-        if self._point is None and self.changes.tells(step):
-            return
-        some = np.flatnonzero(lease.slots >= 0)
         if self._point is not None:
-            self._set_aside(self._point, lease.keys[some], lines[some])
+            self._set_aside(self._point, lease.keys, lines, lease.slots)
         if not self.changes.tells(step):
-            self.changes.note(lease.keys[some], len(self._home))
+            self.changes.note(lease.keys, len(self._home), lease.slots)
 
-    def _set_aside(self, point: _TierPoint, keys: Int64s, lines: Int64s | None) -> None:
+    def _set_aside(
+        self, point: _TierPoint, keys: Int64s, lines: Int64s | None, slots: Int64s | None = None
+    ) -> None:
         """Set aside the lines of rows that are about to change, those that the point still needs. Never fails.
 
-        `lines` are those of rows that are near, below 0 for others; None for keys that have no row.
+        `lines` are those of rows that are near, below 0 for others; None for keys that have no row. With `slots`, only
+        keys whose slot is not below 0.
         """
         try:
+            if slots is not None and lines is not None:
+                keys, lines = keys[slots >= 0], lines[slots >= 0]
             some = np.arange(len(keys)) if point.passed is None else np.flatnonzero(keys > point.passed)
             some = some[point.touched.find_or_insert(keys[some])[1]]
             if lines is None:

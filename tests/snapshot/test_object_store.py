@@ -13,7 +13,7 @@ from hbkit import errors
 from hbkit.embedding import SGD, CountAdmission, Table
 from hbkit.parquet import fetch
 from hbkit.serving import Reader
-from hbkit.snapshot import bucket, follow, load, log, save, verify
+from hbkit.snapshot import bucket, diff, follow, load, log, prune, save, squash, verify
 from hbkit.snapshot.place import place_of
 
 NUMBERS = itertools.count()
@@ -302,3 +302,51 @@ def test_a_follower_and_a_reader_take_deltas_from_a_place(uri):
         commit = save(uri, [train(t, [step, 20 + step], step)], step, base="latest")
         assert follower.poll().commit == commit and lines(mine) == lines(t)
         assert reader.refresh() and np.array_equal(reader.lookup("t", range(30)), t.lookup(range(30)))
+
+
+def test_diff_squash_and_prune(uri):
+    t = train(table(), range(30))
+    save(uri, [t], 1)
+    t.store.erase(np.arange(3))
+    save(uri, [train(t, [40], seed=1)], 2, base="latest")
+    found = diff(uri, "c00000001", "c00000002")["t"]
+    assert (found.added.tolist(), found.changed.tolist(), found.erased.tolist()) == ([40], [], [0, 1, 2])
+    assert squash(uri) == "c00000003"
+    assert save(uri, [train(t, [41], seed=2)], 3, base="latest") == "c00000004"
+    assert log(uri)[-1].parent == "c00000003"
+    assert prune(uri, keep=2) == ["c00000001", "c00000002"]
+    assert [c.id for c in verify(uri)] == ["c00000003", "c00000004"]
+    assert lines(loaded(uri)[1]) == lines(t)
+
+
+def test_background_save_and_what_it_fails_at(place, proxy, monkeypatch):
+    monkeypatch.setattr(fetch, "ATTEMPTS", 2)
+    t = train(table(), range(500))
+    before = lines(t)
+    saving = save(place, [t], 1, background=True)
+    train(t, range(500), seed=1)
+    assert saving.wait() == "c00000001"
+    assert lines(loaded(place)[1]) == before
+    proxy.fault = lambda i, method: "503" if method == "PUT" else None
+    saving = save(place, [t], 2, base="latest", background=True)
+    with pytest.raises(errors.StorageError, match="last cause"):
+        saving.wait()
+    proxy.reset()
+    assert save(place, [t], 3, base="latest") == "c00000002"
+    assert lines(loaded(place)[1]) == lines(t)
+
+
+@pytest.mark.slow
+def test_train_and_evaluate_from_the_command_line(place, tmp_path):
+    pytest.importorskip("torch")
+
+    def hbkit(*args):
+        done = subprocess.run([sys.executable, "-m", "hbkit.cli", *map(str, args)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"AUC\W+([\d.]+)", done.stdout)
+
+    hbkit("synth", tmp_path / "clicks.parquet", "--rows", 3000, "--shape", "criteo")
+    data = ["--data", tmp_path / "clicks.parquet"]
+    [auc] = hbkit("train", *data, "--eval-data", data[1], "--label", "label", "--backend", "torch", "--save", place)
+    assert hbkit("evaluate", place, *data) == [auc]
+    assert len(verify(place)) == 1

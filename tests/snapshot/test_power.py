@@ -10,7 +10,7 @@ from powerless import Replay, Tape, seeded
 
 from hbkit import errors
 from hbkit.embedding import SGD, CountAdmission, Table
-from hbkit.snapshot import load, place, save, verify
+from hbkit.snapshot import load, place, prune, save, squash, verify
 from hbkit.snapshot.place import place_of
 
 
@@ -107,7 +107,7 @@ def holds(path, old, new):
 def test_power_lost_at_any_call_leaves_the_old_or_the_new_commit(tmp_path, monkeypatch, begin):
     calls, old, new = tape(tmp_path, monkeypatch, begin)
     kinds = {kind for kind, *_ in calls}
-    assert kinds >= {"make_directory", "open", "write", "sync", "sync_directory", "rename"} and len(calls) > 30
+    assert kinds >= {"make_directory", "open", "write", "sync", "sync_directory", "rename"} and len(calls) > 25
     found = set()
     for n in range(len(calls) + 1):
         for seed in range(2):
@@ -142,12 +142,39 @@ def test_each_sync_is_needed(tmp_path, monkeypatch, omitted):
         ]
 
 
+def test_power_lost_at_any_call_of_a_prune_leaves_whole_commits(tmp_path, monkeypatch):
+    def begin(path):
+        t, go = delta(path)
+        go()
+        squash(path)
+        save(path, [train(t, range(9), seed=2)], 3, base="latest")
+        return t, lambda: prune(path, keep=2)
+
+    calls, _, new = tape(tmp_path, monkeypatch, begin)
+    assert sum(kind == "unlink" for kind, *_ in calls) > 10
+    found = set()
+    for n in range(len(calls) + 1):
+        for seed in range(2):
+            path = left(tmp_path, calls[:n], seeded("prune", n, seed))
+            commits = [c.id for c in verify(path)]
+            u = table()
+            assert load(path, [u]).step == 3 and lines(u) == lines(new)
+            prune(path, keep=2)
+            assert [c.id for c in verify(path)] == ["c00000003", "c00000004"]
+            assert {p.name for p in path.iterdir()} == {"LOCK"} | {
+                name for c in ("c00000003", "c00000004") for name in (c, f"{c}.json")
+            }
+            found.add(tuple(commits))
+    assert len(found) > 1 and all(commits[-2:] == ("c00000003", "c00000004") for commits in found)
+
+
 KILLED = """
 import hashlib, os, random, signal, sys, time
 import numpy as np
 from hbkit.embedding import SGD, CountAdmission, Table
 from hbkit.snapshot import load, prune, save, verify
 path, rng, n_leftovers, n_deltas = sys.argv[1], random.Random(0), 0, 0
+took = 0.03  # seconds of a save, as the last one took
 
 def lines(t):
     return hashlib.sha256(b"".join(c.tobytes() for chunk in t.store.scan() for c in chunk)).hexdigest()
@@ -203,10 +230,13 @@ for _ in range(int(sys.argv[2])):
     child = fork(lambda: write(say))
     os.close(say)
     assert os.read(hear, 1) == b"r"
-    time.sleep(rng.uniform(0, 0.06))
+    said, since = b"", time.monotonic()
+    for _ in range(rng.randrange(3)):
+        said += os.read(hear, 1 << 16)
+        took, since = time.monotonic() - since, time.monotonic()
+    time.sleep(rng.uniform(0, 1.2 * took))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    said = b""
     while part := os.read(hear, 1 << 16):
         said += part
     os.close(hear)

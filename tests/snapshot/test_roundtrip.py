@@ -369,9 +369,9 @@ def test_load_names_what_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("call", [lambda p: save(p, [], 0), lambda p: load(p, []), verify, log])
-def test_uris_are_unsupported_by_name(call):
-    with pytest.raises(errors.Unsupported, match="s3://bucket/model"):
-        call("s3://bucket/model")
+def test_unknown_services_are_unsupported_by_name(call):
+    with pytest.raises(errors.Unsupported, match="nowhere://bucket/model"):
+        call("nowhere://bucket/model")
 
 
 def test_save_refuses_bad_arguments(tmp_path):

@@ -1,16 +1,21 @@
 """What was committed survives; what is damaged or hostile raises a named error and touches nothing."""
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
+import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +24,14 @@ from hypothesis import strategies as st
 
 from hbkit import errors
 from hbkit._ext.digest import Blake3
+from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import SGD, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import load, log, save, verify
 from hbkit.snapshot.files import FileEntry
-from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
+from hbkit.snapshot.layout import Layout
+from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL, decode
+from hbkit.snapshot.place import place_of
+from hbkit.snapshot.rows import rows_schema
 from hbkit.store.disk import Disk
 
 
@@ -113,6 +122,48 @@ def test_every_flipped_byte_is_found(snapshot):
             n += 1
     assert n > 5000
     verify(snapshot)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A directory in memory, where the system has such."""
+    shm = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=shm if os.path.isdir(shm) else tmp_path) as path:
+        yield Path(path)
+
+
+@pytest.mark.parametrize("bits", [1, pytest.param(8, marks=pytest.mark.slow)], ids=["a bit of each byte", "every bit"])
+def test_every_flipped_bit_of_64_kib_is_found(in_memory, bits):
+    """By the functions that `verify` and `load` read manifests and other files with; those of all files are compared
+    with `verify` itself above.
+    """
+    rng, n_pad = random.Random(0), 50_000
+    t = train(table(admission=CountAdmission(1)), range(40))
+    while True:  # what the manifest says of the padding is a part of it
+        path = in_memory / str(n_pad)
+        save(path, [t], 1, state={"dense": rng.randbytes(n_pad), "cursor": {"file": 3}})
+        have = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        if have == 1 << 16:
+            break
+        n_pad += (1 << 16) - have
+    place = place_of(path)
+    manifest, _ = decode(place.manifest("c00000001"), "c00000001", "")
+    entries = {path / entry.path: entry for entry in manifest.files}
+    n = 0
+    for file in [p for p in path.rglob("*") if p.is_file() and p.stat().st_size]:
+        with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as data:
+            for i in range(len(data)):
+                for bit in range(8) if bits == 8 else [rng.randrange(8)]:
+                    data[i] ^= 1 << bit
+                    with pytest.raises(errors.Corrupt):
+                        if file in entries:
+                            place.check(entries[file])
+                        else:
+                            decode(place.manifest("c00000001"), "c00000001", str(file))
+                    data[i] ^= 1 << bit
+                    n += 1
+    assert n == bits << 16
+    verify(path)
 
 
 def test_every_missing_short_or_long_file_is_found(snapshot):
@@ -212,6 +263,56 @@ def test_hostile_manifest_raises(snapshot, name):
     refused(snapshot)
 
 
+def test_deep_chain_is_read(snapshot):
+    """Ten thousand deltas, one upon the other: neither recursion nor a pass over all of them for each."""
+    text = json.dumps(json.loads((snapshot / "c00000002.json").read_bytes())["manifest"])
+    step = json.loads(text)["tables"]["t"]["step"]
+    for i in range(3, 10_003):
+        manifest = json.loads(text)
+        manifest.update(commit=f"c{i:08d}", directory=f"c{i:08d}", parent=f"c{i - 1:08d}", state_files={})
+        manifest["tables"]["t"].update(rows=[], erased=[], since=step, admission=None, admission_files=[])
+        body = json.dumps(manifest).encode()
+        digest = hashlib.blake2b(body, digest_size=32).hexdigest().encode()
+        (snapshot / f"c{i:08d}.json").write_bytes(_HEAD + digest + _MIDDLE + body + _TAIL)
+    t = table()
+    load(snapshot, [t])
+    assert len(t) == 5
+    assert len(verify(snapshot)) == 10_002
+    reseal(snapshot / "c00000001.json", edit(*T, "n_rows", to=3))
+    with pytest.raises(errors.Corrupt, match="c00000001 has 6 rows, its manifest says 3"):
+        verify(snapshot)
+
+
+def test_key_in_two_files_of_a_commit_raises(tmp_path):
+    """As several ranks write them: each file's keys ascend, and the files share none."""
+    t = train(table(), range(6))
+    save(tmp_path, [t], 1)
+    path = next(tmp_path.rglob("rows-00000.parquet"))
+    for keys, problem in (([6, 7], None), ([-4, 20], None), ([5, 9], "a key is in two files")):
+        u = train(table(), keys)
+        save(tmp_path / "other", [u], 1)
+        other = next((tmp_path / "other").rglob("rows-00000.parquet"))
+        (path.parent / "rows-00001.parquet").write_bytes(other.read_bytes())
+        entry = entries(other, "c00000001/tables/t/rows-00001.parquet")
+
+        def change(m, entry=entry):
+            m["tables"]["t"]["rows"][1:] = [dataclasses.asdict(dataclasses.replace(entry, n_rows=2))]
+            m["tables"]["t"]["n_rows"] = 8
+
+        reseal(tmp_path / "c00000001.json", change)
+        v = table()
+        if problem is None:
+            verify(tmp_path)
+            load(tmp_path, [v])
+            assert len(v) == 8
+        else:
+            for read in (verify, lambda p, v=v: load(p, [v])):
+                with pytest.raises(errors.Corrupt, match=problem):
+                    read(tmp_path)
+            assert len(v) == 0
+        shutil.rmtree(tmp_path / "other")
+
+
 def test_resealed_manifest_is_read(snapshot):  # or the tests above would say nothing
     reseal(snapshot / "c00000002.json", lambda m: None)
     verify(snapshot)
@@ -291,6 +392,102 @@ def test_hostile_parquet_with_a_right_checksum_never_crashes(snapshot, what):
             assert lines(t) == before
             n_refused += 1
     assert n_refused > 10
+
+
+@pytest.mark.parametrize("where", ["magic", "gap", "header", "levels", "footer", "bounds"])
+def test_own_file_that_is_laid_out_otherwise_raises(tmp_path, where):
+    """Other readers go by the footer, hbkit by the layout: a file must say the same to both."""
+    t = train(table(), range(6))
+    save(tmp_path, [t], 1)
+    path = next(tmp_path.rglob("rows-00000.parquet"))
+    layout = Layout(rows_schema("int64", 2, 2), 65536)
+    group, data = layout.group(6), bytearray(path.read_bytes())
+    row = group.columns[3]
+    at = {
+        "magic": 0,
+        "gap": 5,
+        "header": group.columns[0].at + 1,
+        "levels": row.values - 1,
+        "footer": layout.body_nbytes(6) + 3,
+        "bounds": data.index(np.int64(5).tobytes(), layout.body_nbytes(6)),
+    }[where]
+    data[at] ^= 1
+    path.write_bytes(data)
+    e = entries(path, "")
+    reseal(tmp_path / "c00000001.json", lambda m: m["tables"]["t"]["rows"][0].update(blake3=e.blake3))
+    u = table()
+    for read in (verify, lambda p: load(p, [u])):
+        with pytest.raises(errors.Corrupt, match=r"not laid out as it says|footer does not say"):
+            read(tmp_path)
+    assert len(u) == 0
+
+
+class Broken:
+    """Makes the n-th read of a file fail, and all that follow."""
+
+    def __init__(self, monkeypatch, n):
+        self.n, self.met = n, False
+        for name in ("preadv", "pread"):
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, call):
+        def failing(*args):
+            self.n -= 1
+            if self.n < 0:
+                self.met = True
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*args)
+
+        return failing
+
+
+def tables_to_load():
+    """One with rows, one without."""
+    a = train(table(admission=CountAdmission(3)), [70, 71, 70, 71, 70, 71])
+    a.lookup([5], train=True)  # waits
+    return a, table("b")
+
+
+def state_of(t):
+    return lines(t), t.step, None if t.admission is None else {k: v.tolist() for k, v in t.admission.state().items()}
+
+
+@pytest.mark.parametrize("what", ["reads", "memory"])
+def test_load_that_fails_midway_leaves_tables_as_they_were_or_empty_and_named(tmp_path, monkeypatch, what):
+    a, b = train(table(admission=CountAdmission(1)), range(300)), train(table("b"), range(200))
+    save(tmp_path, [a, b], 1, state={"dense": b"weights"})
+    train(a, [0, 9], seed=1)
+    save(tmp_path, [a, b], 2, base="latest")
+    want, outcomes, n = [state_of(a), state_of(b)], set(), 0
+    while True:
+        u, v = tables_to_load()
+        before, failed = [state_of(u), state_of(v)], None
+        with monkeypatch.context() as m:
+            fault = Broken(m, n) if what == "reads" else None
+            if fault is None:
+                fail_allocation(n + 1)
+            try:
+                load(tmp_path, [u, v])
+            except (errors.StorageError, MemoryError) as e:
+                failed = e
+            left = fail_allocation(0)
+            assert (failed is not None) == (left == 0 if fault is None else fault.met)
+        if failed is None:
+            break
+        now = [state_of(u), state_of(v)]
+        if "table is empty" in str(failed):
+            assert isinstance(failed, errors.StorageError) and failed.place["table"] == "t" and failed.remedy
+            assert now[0][0] == [] and now[1] == before[1] and now[0][2] == before[0][2]
+            outcomes.add("empty")
+        else:
+            assert now == before
+            outcomes.add("as before")
+        u.store.validate()
+        load(tmp_path, [u, v])  # and it can be loaded again
+        assert [state_of(u)[0], state_of(v)[0]] == [want[0][0], want[1][0]]
+        n += 1
+    assert [state_of(u)[:2], state_of(v)[:2]] == [w[:2] for w in want]
+    assert outcomes == {"as before", "empty"}
 
 
 def entries(path, name):

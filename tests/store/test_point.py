@@ -1,7 +1,6 @@
 """A point against a copy made at its instant, while the store goes on: any tier, all rows or those changed since a
 mark, in memory or in a file."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
