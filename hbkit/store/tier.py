@@ -794,9 +794,7 @@ class TieredStore(ABC):
         if not self.changes.tells(step):
             self.changes.note(lease.keys, len(self._home), lease.slots)
 
-    def _set_aside(
-        self, point: _TierPoint, keys: Int64s, lines: Int64s | None, slots: Int64s | None = None
-    ) -> None:
+    def _set_aside(self, point: _TierPoint, keys: Int64s, lines: Int64s | None, slots: Int64s | None = None) -> None:
         """Set aside the lines of rows that are about to change, those that the point still needs. Never fails.
 
         `lines` are those of rows that are near, below 0 for others; None for keys that have no row. With `slots`, only
