@@ -335,7 +335,10 @@ def list_files(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES)
 
 
 def list_modified(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> list[tuple[int, str]]:
-    """The same files, none where nothing is there, by when they were last changed: (nanoseconds since 1970, name)."""
+    """The same files, none where nothing is there, by when they were last changed: (nanoseconds since 1970, name).
+
+    The time is 0 where the file system does not tell it, as those of fsspec: then the order is that of the names.
+    """
     found, _, _ = _listed(os.fspath(path), suffixes)
     return sorted((time or 0, name) for name, time in found)
 

@@ -249,7 +249,7 @@ class _Rows:
             self._n_lines += len(part)
 
     def _find(self, keys: Int64s) -> npt.NDArray[np.uint32]:
-        lines: npt.NDArray[np.uint32] = np.take(self._place, self._index.find(keys))
+        lines: npt.NDArray[np.uint32] = self._place.take(self._index.find(keys))
         return lines
 
     def lookup(self, keys: npt.ArrayLike) -> Float32s:
@@ -258,7 +258,7 @@ class _Rows:
         lines = self._find(held)
         if self._padding is not None:
             lines[held == self._padding] = ZEROS
-        rows = np.take(self._lines, lines, axis=0)
+        rows: Float32s = self._lines.take(lines, axis=0)
         if self._drawn is not None:
             absent = np.flatnonzero(lines == ABSENT)
             rows[absent] = self._drawn(self._name, held[absent], self._entry.dim)

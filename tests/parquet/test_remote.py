@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from time import time_ns
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from services import FAULTS, direct, s3, s3fs
 
 from hbkit import errors
 from hbkit.data import Dataset
-from hbkit.parquet import File, fetch, list_files, open_source, source
+from hbkit.parquet import File, fetch, list_files, list_modified, open_source, source
 from hbkit.parquet.footer import read_footer
 
 N_BYTES = 3_000_000
@@ -418,3 +419,11 @@ def test_native_body_shorter_than_asked_is_seen(data, missing):
     got = bytes(read_at(0, nbytes))
     assert len(got) < nbytes or got == data
     assert not (missing and len(got) == nbytes)
+
+
+def test_directory_is_listed_with_times(uri):
+    found = list_modified(uri("d"))
+    assert sorted(name for _, name in found) == list_files(uri("d")) and found == sorted(found) and len(found) == 2
+    # fsspec's file systems do not tell pyarrow
+    assert all(0 < time_ns() - time < 3600e9 if "s3://" in name else time == 0 for time, name in found)
+    assert list_modified(uri("nothing-here")) == []

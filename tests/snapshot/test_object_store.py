@@ -13,7 +13,7 @@ from hbkit import errors
 from hbkit.embedding import SGD, CountAdmission, Table
 from hbkit.parquet import fetch
 from hbkit.serving import Reader
-from hbkit.snapshot import bucket, diff, load, log, prune, save, squash, verify
+from hbkit.snapshot import bucket, diff, follow, load, log, prune, save, squash, verify
 from hbkit.snapshot.place import place_of
 
 NUMBERS = itertools.count()
@@ -290,6 +290,18 @@ def test_saving_without_obstore_says_what_to_install(place):
     save(place, [], 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'hbkit[s3]'" in done.stdout and done.stdout.endswith("1\n")
+
+
+def test_a_follower_and_a_reader_take_deltas_from_a_place(uri):
+    t, mine = train(table(), range(9)), table()
+    follower = follow(uri, [mine])
+    assert follower.poll() is None
+    save(uri, [t], 0)
+    reader = Reader(uri)
+    for step in range(1, 4):
+        commit = save(uri, [train(t, [step, 20 + step], step)], step, base="latest")
+        assert follower.poll().commit == commit and lines(mine) == lines(t)
+        assert reader.refresh() and np.array_equal(reader.lookup("t", range(30)), t.lookup(range(30)))
 
 
 def test_diff_squash_and_prune(uri):
