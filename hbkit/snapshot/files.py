@@ -9,7 +9,7 @@ import io
 import os
 import stat
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,8 +131,8 @@ class Sink(io.RawIOBase):
         if not self._threads:
             self._threads = [ThreadPoolExecutor(1, "hbkit-snapshot") for _ in range(2)]
         self._settle(_AHEAD)
-        jobs = zip(self._threads, (self._output.write, self._digest.update), strict=True)
-        self._lent.append([thread.submit(job, data) for thread, job in jobs])
+        jobs: tuple[Callable[[Any], Any], ...] = (self._output.write, self._digest.update)
+        self._lent.append([thread.submit(job, data) for thread, job in zip(self._threads, jobs, strict=True)])
         self.nbytes += data.nbytes
 
     def _settle(self, n: int) -> None:
