@@ -25,17 +25,19 @@ __all__ = ["Reader"]
 
 
 class Reader:
-    """Lookups in the newest commit of a snapshot.
+    """Lookups in the newest commit of a snapshot, or in one that is named.
 
     Parameters
     ----------
     path : str or path
         Directory or URI of a snapshot. All its files that the commit needs are checked, then all rows held in memory.
+    commit : str, optional
+        Its id: then `refresh` changes nothing. The newest when left out.
 
     Raises
     ------
     NotFound
-        There is no snapshot.
+        There is no snapshot, or no such commit.
     Corrupt
         A file is missing, damaged or hostile.
     StorageError
@@ -58,11 +60,13 @@ class Reader:
     ...     rows = reader.lookup("user", [1, 2, 3])
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], commit: str | None = None) -> None:
         self._place = place_of(path)
+        self._stays = commit not in (None, "latest")
         self._refreshing = threading.Lock()
         # The one reference that refresh swaps; whoever took it before keeps what it took.
-        self._held: _Held | None = _Held(History(self._place), None)
+        history = History(self._place)
+        self._held: _Held | None = _Held(history, history.find(commit))
 
     def lookup(self, table: str, keys: npt.ArrayLike) -> Float32s:
         """Rows of keys: float32[n, dim], the caller's own; absent keys read the default that the table had.
@@ -99,6 +103,8 @@ class Reader:
         """
         with self._refreshing:
             held = self._use()
+            if self._stays:
+                return False
             history = History(self._place)
             newest = history.find(None)
             if history.digest(newest) == held.digest:
@@ -144,8 +150,8 @@ class Reader:
 class _Held:
     """All tables of one commit, never changed."""
 
-    def __init__(self, history: History, manifest: Manifest | None, before: _Held | None = None) -> None:
-        self.manifest = manifest or history.find(None)
+    def __init__(self, history: History, manifest: Manifest, before: _Held | None = None) -> None:
+        self.manifest = manifest
         self.digest = history.digest(self.manifest)
         self.tables = {name: self._rows(history, name, before) for name in self.manifest.tables}
 

@@ -121,12 +121,28 @@ static void decompress(void) {
     add(dst, length / 4 + 1);
 }
 
+/* Bytes in pieces that end within chunks and subtrees; 200 chunks are more than one subtree. */
+static void blake3(void) {
+    static uint8_t bytes[200 * HB_BLAKE3_CHUNK];
+    static hb_blake3 state;
+    float out[8];
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)draw();
+    for (size_t at = 0, n; at < sizeof bytes; at += n) {
+        n = 1 + draw() % 50000;
+        n = n < sizeof bytes - at ? n : sizeof bytes - at;
+        KERNELS.blake3->update(&state, bytes + at, (int64_t)n);
+        KERNELS.blake3->finish(&state, (uint8_t *)out);
+        add(out, 8);
+    }
+}
+
 int main(void) {
     const int64_t dims[] = {1, 7, 16, 33, 300};
     hb_fp_state before = hb_fp_enter();
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) run(dims[i]);
     hb_fp_leave(before);
     decompress();
+    blake3();
     printf("%016llx\n", (unsigned long long)digest);
     return 0;
 }

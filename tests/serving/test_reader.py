@@ -340,3 +340,19 @@ def test_lookups_during_refresh_read_one_commit_each(tmp_path, base):
     for thread in threads:
         thread.join()
     assert not failed and len(seen) > 1
+
+
+def test_reader_of_a_named_commit_stays_there(tmp_path):
+    t = Table("user", 2)
+    rows = []
+    for step in range(3):
+        t.lookup([1], train=True)
+        t.update([1], [[1.0, 2.0]])
+        save(tmp_path, [t], step, base="latest" if step else None)
+        rows.append(t.lookup([1]))
+    for n, commit in enumerate(("c00000001", "c00000002", "latest")):
+        with Reader(tmp_path, commit) as reader:
+            assert reader.step == n and not reader.refresh()
+            np.testing.assert_array_equal(reader.lookup("user", [1]), rows[n])
+    with pytest.raises(errors.NotFound, match="no commit 'c00000004'"):
+        Reader(tmp_path, "c00000004")

@@ -310,3 +310,13 @@ def test_deltas_have_imported_rows(tmp_path):
         load(tmp_path, [u])
         for have, want in zip(lines(u), lines(t), strict=True):
             np.testing.assert_array_equal(have, want)
+
+
+def test_import_parquet_reads_uris(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    path = write(tmp_path / "a.parquet", [4, 5], [[1, 2], [3, 4]])
+    fsspec.filesystem("memory").pipe("/vectors/a.parquet", path.read_bytes())
+    for uri in (f"file://{path}", "memory://vectors/a.parquet", "memory://vectors"):
+        t = Table("t", 2)
+        assert import_parquet(t, uri, "item", "vec") == 2
+        assert t.lookup([5, 4]).tolist() == [[3, 4], [1, 2]]
