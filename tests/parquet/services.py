@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import sys
 import threading
 
 import pyarrow.fs as pafs
@@ -133,6 +134,8 @@ def service():
         server.start()
         proxy = Proxy(server.get_host_and_port())
         patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.server_address[1]}")  # for s3fs
+        if "s3fs" in sys.modules:
+            sys.modules["s3fs"].S3FileSystem.clear_instance_cache()  # of clients of another module's server
         direct(proxy).create_dir("bucket")
         try:
             yield proxy
