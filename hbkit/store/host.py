@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from hbkit._ext.batch import absent, clear_bits, n_absent, set_bits, with_bits
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
-from hbkit._ext.segment import Gradients
+from hbkit._ext.segment import Gradients, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import Closed, SchemaMismatch
 from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
@@ -263,12 +264,20 @@ class HostStore:
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
         with self._lock.exclusive:
             with self._inserted(keys) as slots:
-                for i in range(0, len(slots), NEAR_ROWS):  # so that a line is written while it is in the cache
-                    some = slice(i, i + NEAR_ROWS)
-                    self._slabs.scatter(slots[some], row[some])
-                    self._slabs.scatter(slots[some], state[some], self.layout.dim)
                 self._metadata.put(slots, freq, last_step)
+                half = len(slots) // 2
+                if len(slots) < SHARED_ROWS:
+                    self._scatter(slots, row, state)
+                else:
+                    with _beside(self._scatter, slots[:half], row[:half], state[:half]):
+                        self._scatter(slots[half:], row[half:], state[half:])
             self.changes.note(keys, len(self._index))
+
+    def _scatter(self, slots: Int64s, row: Float32s, state: Float32s) -> None:
+        for i in range(0, len(slots), NEAR_ROWS):  # so that a line is written while it is in the cache
+            some = slice(i, i + NEAR_ROWS)
+            self._slabs.scatter(slots[some], row[some])
+            self._slabs.scatter(slots[some], state[some], self.layout.dim)
 
     # --- points -----------------------------------------------------------------------------------------------
 
@@ -328,15 +337,19 @@ class HostStore:
         if len(cuts):
             keys.partition(cuts)
         last = keys[:0]
-        for piece in np.split(keys, cuts):  # sorted while those before are being written
-            piece.sort()
-            is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
-            yield piece[is_new]
-            last = piece[-1:]
+        pieces = np.split(keys, cuts)
+        with ThreadPoolExecutor(1) as thread:  # sorts one while those before are being written
+            sorting = thread.submit(pieces[0].sort)
+            for piece, later in zip(pieces, [*pieces[1:], keys[:0]], strict=True):
+                sorting.result()
+                sorting = thread.submit(later.sort)
+                is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
+                yield piece[is_new]
+                last = piece[-1:]
 
     def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
         """Those that nothing was about to change until they were read."""
-        lines = np.empty((len(keys), self.layout.width), np.float32)
+        lines: Float32s = retained((len(keys), self.layout.width))
         with self._lock.shared:
             slots = self._index.find(keys)
             self._slabs.gather(slots, lines)
@@ -399,4 +412,14 @@ class _HostPoint(Point):
 
 _NONE = np.zeros(0, np.int64)
 NEAR_ROWS = 1024
+SHARED_ROWS = 1 << 14  # of a call that are worth a second thread
 PIECE_ROWS = 1 << 18  # keys that are sorted at once
+
+
+@contextmanager
+def _beside(call: Callable[..., None], *args: Any) -> Iterator[None]:
+    """Run a call in another thread beside the block; raises what it raised."""
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(call, *args)
+        yield
+        job.result()
