@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-torch test-tensorflow test-debug asan fuzz gpu check format wheel clean
+.PHONY: help demo test test-core test-torch test-tensorflow test-slow test-debug asan fuzz gpu check format wheel clean
 
 PYTHON ?= python3
 HBKIT_SHARED ?= $(abspath ../shared)
@@ -56,10 +56,13 @@ demo: install-demo ## train a DeepFM: on MovieLens-1M where it is at hand, else 
 
 # The tests run from another directory, on the installed wheel. PyTorch and TensorFlow each get a process of their own.
 PYTEST := cd .venv && $(BIN)/python -m pytest
-test: install-dev ## install what the tests need, and run them all
+test: install-dev ## install what the tests need, and run all but the long ones
 	@$(MAKE) --no-print-directory -k test-torch test-tensorflow test-core
+CORE := $(CURDIR)/tests --ignore=$(CURDIR)/tests/torch --ignore=$(CURDIR)/tests/tensorflow
 test-core: ## only the tests of the core (after `make test` has installed)
-	$(PYTEST) $(CURDIR)/tests --ignore=$(CURDIR)/tests/torch --ignore=$(CURDIR)/tests/tensorflow -n 2
+	$(PYTEST) $(CORE) -m "not slow" -n 2
+test-slow: install-dev ## the long tests of the core: kills, races, power loss, soak
+	$(PYTEST) $(CORE) -m slow -n 2
 test-torch: ## only the tests of the PyTorch adapter
 	$(PYTEST) $(CURDIR)/tests/torch
 test-tensorflow: ## only the tests of the TensorFlow adapter

@@ -209,14 +209,15 @@ cdef class Index:
         With `bits`, only those whose slot has its bit set; see `hbkit._ext.batch.set_bits`. Passes over the shards of
         that range alone: about m keys, and at most two shards more.
         """
-        cdef int64_t room = -1, n = 0, n_bits = 0
+        cdef int64_t room = -1, n_bits = 0
+        cdef int64_t n = <int64_t>(1.05 * self.index.n * (<double>(last - first) / 2.0**64)) + 64
         cdef int64_t *k
         cdef const uint64_t *b = NULL
         if bits is not None:
             if bits.shape[0] == 0:
                 return np.empty(0, np.int64)
             b, n_bits = &bits[0], 64 * bits.shape[0]
-        while n > room:  # first counts; another thread may insert meanwhile
+        while n > room:  # the first room is a guess: mixes are spread evenly
             room = n
             keys = np.empty(room, np.int64)
             k = _int64s(keys)
