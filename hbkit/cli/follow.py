@@ -45,7 +45,7 @@ def follow(
     place_of(save).prepare()
     with _Stop() as stop:
         files = Files(directory)
-        loaded = committed(save, {**options, "label": label})
+        loaded = committed(save, {**options, "label": label if len(label) > 1 else label[0]})
         if loaded is None:
             first = files.wait(stop, idle_exit)
             if first is None:

@@ -121,7 +121,7 @@ def test_requests_run_side_by_side(uri, proxy):
     def fault(n, method):
         proxy.lock.release()  # the proxy holds it while it asks
         try:
-            together.wait(2)
+            together.wait(10)
         finally:
             proxy.lock.acquire()
 

@@ -18,7 +18,7 @@ import hbkit
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"torch", "tensorflow", "tensorflow-cpu", "cuda", "plot", "all", "dev"}
+EXTRAS = {"torch", "tensorflow", "tensorflow-cpu", "cuda", "plot", "logs", "s3", "all", "dev"}
 
 
 def expected() -> set[str]:

@@ -343,7 +343,7 @@ def member_of_pipes(rank, size, pipes, path, out):
 def test_processes_save_together(tmp_path):
     whole = train(table(CountAdmission(1)), range(100))
     save(tmp_path, [whole], 1)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a new interpreter would not find this module
     ends = [context.Pipe() for _ in range(2)]
     out = context.Queue()
     processes = [
