@@ -129,7 +129,7 @@ else:
         vector = ir.VectorType(element, 4)
         return builder.bitcast(pointer, vector.as_pointer()), 4 * context.get_abi_sizeof(element)
 
-    @intrinsic  # type: ignore[untyped-decorator] # Numba's
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's, which has no annotations
     def load4(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
         """``array[i, j:j + 4]``, at a multiple of their size."""
 
@@ -141,7 +141,7 @@ else:
 
         return types.UniTuple(array.dtype, 4)(array, types.int64, types.int64), codegen
 
-    @intrinsic  # type: ignore[untyped-decorator] # Numba's
+    @intrinsic  # type: ignore[untyped-decorator] # Numba's, which has no annotations
     def store4(typingctx: Any, array: Any, i: Any, j: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
 

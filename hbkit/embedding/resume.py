@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -18,7 +19,7 @@ from hbkit.errors import NotFound, SchemaMismatch
 __all__ = ["Resumable", "random_arrays", "set_random_arrays"]
 
 
-class Resumable:
+class Resumable(ABC):
     """What the trainers of all frameworks share: a training saved at any step goes on exactly from there.
 
     The losses after `load` are bit for bit those of a training that was not interrupted, at a fixed number of the
@@ -34,23 +35,23 @@ class Resumable:
     embeddings: Any
     cursor: dict[str, Any] | None = None
 
+    @abstractmethod
     def dense_state(self) -> bytes:
         """The model's parameters and its optimizer's state, as a safetensors file. The tables are not in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_dense_state(self, state: bytes) -> None:
         """Load what `dense_state` gave."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def random_state() -> bytes:
         """The states of the random generators, as a safetensors file."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def load_random_state(state: bytes) -> None:
         """Load what `random_state` gave."""
-        raise NotImplementedError
 
     @property
     def collection(self) -> Collection:
