@@ -93,7 +93,7 @@ class Sharded(Collection):
         texts = [text.decode() for text in self._step.gather(Stamp("configuration"), mine.encode())]
         for rank, text in enumerate(texts):
             if text != texts[0]:
-                lines = difflib.unified_diff(texts[0].split("\n"), text.split("\n"), "rank 0", f"rank {rank}", "", "", 1, "")
+                lines = difflib.unified_diff(texts[0].split("\n"), text.split("\n"), n=0, lineterm="")
                 changes = [line for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]
                 error = SchemaMismatch(
                     f"ranks 0 (-) and {rank} (+) are configured differently: {' '.join(changes)}",
@@ -157,7 +157,10 @@ class Sharded(Collection):
         return self._ahead[number - 1]
 
     def _round(
-        self, channel: Channel, make: Callable[[], tuple[Any, _Between, float]], status: Callable[[], int] = lambda: READY
+        self,
+        channel: Channel,
+        make: Callable[[], tuple[Any, _Between, float]],
+        status: Callable[[], int] = lambda: READY,
     ) -> tuple[Any, _Between, list[int]]:
         """Exchange the keys of a batch that each rank makes: what was prepared, the batch, and the ranks' statuses."""
         failure: Exception | None = None

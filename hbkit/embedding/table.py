@@ -434,7 +434,12 @@ class Request:
         self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
-        if table._reads_keys and not ahead and counts is None and not any(isinstance(part, Dictionary) for part in self._parts):
+        if (
+            table._reads_keys
+            and not ahead
+            and counts is None
+            and not any(isinstance(part, Dictionary) for part in self._parts)
+        ):
             self._keys = _end_to_end(self._parts)
             self._parts = [self._keys]
         else:
