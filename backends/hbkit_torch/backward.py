@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hbkit import errors
 from hbkit_torch.update import Forward
@@ -67,9 +68,9 @@ class Watch:
 
         torch.autograd.graph.register_multi_grad_hook(list(leaves.values()), update)
         return {
-            feature: value._replace(values=value.values.view_as(value.values))
-            if isinstance(value, tuple)
-            else value.view_as(value)
+            feature: value.view_as(value)
+            if isinstance(value, Tensor)
+            else value._replace(values=value.values.view_as(value.values))
             for feature, value in forward.embeddings.items()
         }
 
@@ -104,4 +105,4 @@ def _guard() -> None:
     torch.amp.GradScaler.scale = asking(torch.amp.GradScaler.scale, check_scaler)  # type: ignore[method-assign]
     clip = asking(torch.nn.utils.clip_grad_norm_, check_clipping)
     torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = clip
-    torch.optim.optimizer.register_optimizer_step_pre_hook(check_step)
+    register_optimizer_step_pre_hook(check_step)

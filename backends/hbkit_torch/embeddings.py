@@ -191,6 +191,19 @@ class EmbeddingCollection(Updating, torch.nn.Module):
         self.drop()
         return self
 
+    def lend(self) -> Collection:
+        """The collection, to a pipeline: forwards that wait are dropped, since its steps come in their place.
+
+        Raises
+        ------
+        Unsupported
+            The tables are updated in backward; a pipeline's steps have an ``apply``.
+        """
+        if self._watch is not None:
+            raise backward.refused("A pipeline")
+        self.drop()
+        return self.collection
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `drop`."""
         self.drop()

@@ -144,9 +144,7 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a forward that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     ahead = hbkit.embedding.lookahead(

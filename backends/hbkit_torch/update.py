@@ -30,7 +30,7 @@ class Forward(NamedTuple):
     @property
     def leaves(self) -> dict[str, Tensor]:
         """What takes gradients: the tensor of each feature, the values of a sequence."""
-        return {f: value.values if isinstance(value, tuple) else value for f, value in self.embeddings.items()}
+        return {f: value if isinstance(value, Tensor) else value.values for f, value in self.embeddings.items()}
 
     def check(self) -> None:
         """Raise Closed where something takes gradients and nothing has one."""
