@@ -292,6 +292,31 @@ def test_sharded_table_on_one_rank_agrees_too():
     assert_close(train(3, data, placement={"user": 2, "both": 0}), unsharded(data))
 
 
+@pytest.mark.parametrize("left_out", [(), ("last",)])
+def test_sharded_batches_held_for_one_update_are_as_one_ranks(left_out):
+    def accumulate(collection, data):
+        held = []
+        with lookahead(data, collection, 3, prepare=Prepared) as steps:
+            for i, (prepared, staged) in enumerate(steps):
+                grads = loss_gradient(staged.outputs(), prepared.weight)
+                grads = {f: g for f, g in grads.items() if f not in left_out or i % 3}
+                if i % 3 == 2:
+                    staged.apply(grads, held)
+                    held = []
+                else:
+                    staged.hold()
+                    held.append((staged, grads))
+        return rows_of(collection)
+
+    def act(transport):
+        mine = [part(b, transport.rank, transport.size) for b in data]
+        return accumulate(Sharded(Collection(tables(), FEATURES, POOLING), transport), mine)
+
+    data = batches(9)
+    want = accumulate(Collection(tables(), FEATURES, POOLING), data)
+    assert_close(merged(run_ranks(act, Loopback.group(3, 20))), want)
+
+
 @pytest.mark.parametrize("wire", ["float16", "bfloat16", "int8"])
 def test_sharded_narrow_wires_come_near(wire):
     data = batches(20)
