@@ -292,6 +292,28 @@ def test_sharded_table_on_one_rank_agrees_too():
     assert_close(train(3, data, placement={"user": 2, "both": 0}), unsharded(data))
 
 
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 1), (1, 4)])
+def test_sharded_goes_on_from_a_snapshot_with_another_number_of_ranks(sizes, tmp_path):
+    data, before, after = batches(8), *sizes
+
+    def first(transport):
+        c = Sharded(Collection(tables(), FEATURES, POOLING), transport)
+        for prepared, staged in lookahead([part(b, transport.rank, before) for b in data[:5]], c, 3, prepare=Prepared):
+            staged.apply(loss_gradient(staged.outputs(), prepared.weight))
+        hbkit.snapshot.save(tmp_path, list(c.tables.values()), c.step, group=transport)
+
+    def second(transport):
+        whole = Collection(tables(), FEATURES, POOLING)
+        hbkit.snapshot.load(tmp_path, list(whole.tables.values()), shard=(transport.rank, after))
+        c = Sharded(whole, transport)
+        for prepared, staged in lookahead([part(b, transport.rank, after) for b in data[5:]], c, 3, prepare=Prepared):
+            staged.apply(loss_gradient(staged.outputs(), prepared.weight))
+        return rows_of(c)
+
+    assert run_ranks(first, Loopback.group(before, 20)) == [None] * before
+    assert_close(merged(run_ranks(second, Loopback.group(after, 20))), unsharded(data))
+
+
 @pytest.mark.parametrize("left_out", [(), ("last",)])
 def test_sharded_batches_held_for_one_update_are_as_one_ranks(left_out):
     def accumulate(collection, data):
