@@ -555,19 +555,20 @@ def test_sharded_ranks_that_do_different_things_find_out():
     assert all("looks ahead with train=" in str(e) for e in run_ranks(reads, Loopback.group(2, 2)))
 
 
-def test_sharded_error_within_with_reaches_the_others_at_once():
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_sharded_error_within_with_reaches_the_others_at_once(error):
     def act(t):
         c = plain(t)
         with lookahead(some(9), c, 2) as steps:
             for i, (_, staged) in enumerate(steps):
                 if t.rank == 1 and i == 2:
-                    raise OSError("disk on fire")
+                    raise error("disk on fire")
                 staged.apply({"user": np.ones_like(staged.outputs()["user"])})
 
     began = time.monotonic()
     first, second = run_ranks(act, Loopback.group(2, 30))
-    assert time.monotonic() - began < 15 and isinstance(second, OSError)
-    assert isinstance(first, TransportError) and "rank 1: OSError: disk on fire" in str(first)
+    assert time.monotonic() - began < 15 and isinstance(second, error)
+    assert isinstance(first, TransportError) and f"rank 1: {error.__name__}: disk on fire" in str(first)
 
 
 def test_sharded_misuse_is_refused():
