@@ -59,9 +59,11 @@ class Lookahead:
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if exception is not None and not isinstance(exception, GeneratorExit):
-            self._collection.abort(exception)
-        self.close()
+        try:
+            if exception is not None and not isinstance(exception, GeneratorExit):
+                self._collection.abort(exception)
+        finally:
+            self.close()
 
     def __del__(self) -> None:
         self.close()
