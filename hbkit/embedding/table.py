@@ -136,6 +136,7 @@ class Table:
         self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
+        self._admission_rule = admission
         self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
@@ -335,6 +336,24 @@ class Table:
             "evicted_rows": self._n_evicted,
         }
 
+    def settings(self) -> dict[str, object]:
+        """What makes the table's rows what they are, besides its data: equal on all ranks that share it."""
+        return {
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "key_dtype": self.key_dtype,
+            "initializer": self.initializer,
+            "optimizer": self.optimizer,
+            "admission": self._admission_rule,
+            "eviction": self.eviction,
+            "padding_key": self.padding_key,
+            "default": self.default,
+            "nonfinite": self.nonfinite,
+            "evict_every": self.evict_every,
+            "metadata": self.store.layout.metadata,
+            "step": self.step,
+        }
+
     def __len__(self) -> int:
         return len(self.store)
 
@@ -381,7 +400,7 @@ def _end_to_end(parts: Sequence[Any]) -> Int64s:
     return whole
 
 
-def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
+def distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
     """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
     arrays = [part for part in parts if not isinstance(part, Dictionary)]
     if len(arrays) == len(parts):
@@ -420,14 +439,26 @@ class Request:
     goes from keys to rows; a lease is taken out when the batch turns out to need one.
     """
 
-    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary], ahead: bool = False) -> None:
+    def __init__(
+        self,
+        table: Table,
+        parts: Sequence[Int64s | Dictionary],
+        ahead: bool = False,
+        counts: Int64s | None = None,
+    ) -> None:
         self.table = table
+        self._counts = counts  # occurrences that each key stands for; 1 when left out
         self._parts: Sequence[Int64s | Dictionary] = parts or [_NONE]
         self._keys: Int64s | None = None
         self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
-        if table._reads_keys and not ahead and not any(isinstance(part, Dictionary) for part in self._parts):
+        if (
+            table._reads_keys
+            and not ahead
+            and counts is None
+            and not any(isinstance(part, Dictionary) for part in self._parts)
+        ):
             self._keys = _end_to_end(self._parts)
             self._parts = [self._keys]
         else:
@@ -435,7 +466,9 @@ class Request:
 
     def _reserve(self, ahead: bool = False) -> Lease:
         table = self.table
-        unique, self._inverse, counts = _distinct(self._parts)
+        unique, self._inverse, counts = distinct(self._parts)
+        if self._counts is not None:
+            counts = _ext.sum_counts(self._inverse, self._counts, len(unique))
         padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
         self._lease = lease = table.store.reserve(unique, counts, padding, ahead)
         self._keys = None
