@@ -336,7 +336,7 @@ static void pack(const hb_packing *p, uint8_t *out) {
         pack_plain(p, out);
         return;
     }
-    int64_t dim = p->dim, blocks = (dim + 7) / 8, together = blocks <= 16 ? 16 / blocks : 1; /* rows drawn for at once */
+    int64_t dim = p->dim, blocks = (dim + 7) / 8, together = blocks <= 16 ? 16 / blocks : 1; /* rows drawn at once */
     int64_t size = p->wire == HB_INT8 ? dim : p->wire == HB_FLOAT32 ? 4 * dim : 2 * dim;
     float *sum = p->scratch, *back = sum + dim;
     uint16_t *half = (uint16_t *)(back + dim), *noise = half + dim;
