@@ -7,12 +7,14 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Pipeline, Staged
-from hbkit_torch.data import Array, tensor
+from hbkit_torch.data import tensor
+from hbkit_torch.update import Forward, Updating
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -43,19 +45,7 @@ def leaves(outputs: Mapping[str, Any], train: bool) -> dict[str, Any]:
     return out
 
 
-def gradients(embeddings: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradient of each leaf over the same memory, without the features that the loss did not use."""
-    grads = {}
-    for feature, value in embeddings.items():
-        leaf = value.values if isinstance(value, Sequence) else value
-        if leaf.grad is not None:
-            grads[feature] = leaf.grad.numpy()
-    if not grads:
-        raise errors.Closed("no embedding has a gradient", remedy="call loss.backward() before apply()")
-    return grads
-
-
-class Step:
+class Step(Updating):
     """One batch, padded to the batch size, with its rows at hand.
 
     Attributes
@@ -74,23 +64,42 @@ class Step:
         Where the dataset continues after this batch. (The dataset's own ``state_dict`` is ahead by the look-ahead.)
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool) -> None:
+    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, held: list[Forward]) -> None:
         self.dense, self.label, self.weight = tensor(inputs.dense), tensor(inputs.label), tensor(inputs.weight)
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
-        self._train, self._staged = train, staged
+        self._staged = staged
         self.embeddings = leaves(staged.outputs(), train)
+        self._forwards = [*held, Forward(staged, self.embeddings if train else {})]
 
-    def apply(self) -> None:
+    def apply(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Update the tables by the gradients of ``embeddings``, once, after ``backward()``.
 
         A feature that the loss did not use has no gradient, and its rows stay as they are.
+
+        Parameters
+        ----------
+        scaler : torch.amp.GradScaler, optional
+            That scaled the loss; call its ``update()`` afterwards. Gradients are unscaled, unless
+            ``scaler.unscale_(step)`` did so already, and where one is not finite no row changes.
 
         Raises
         ------
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no backward came before.
         """
-        self._staged.apply(gradients(self.embeddings) if self._train else {})
+        self.update(scaler)
+        self._forwards = self._forwards[-1:]
+
+    def accumulate(self) -> None:
+        """Keep the gradients for the ``apply`` of a later step, which makes one update of both batches.
+
+        Raises
+        ------
+        Closed
+            As ``apply`` raises.
+        """
+        self._forwards[-1].check()
+        self._staged.hold()
 
     def close(self) -> None:
         """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
@@ -135,9 +144,7 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a forward that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     ahead = hbkit.embedding.lookahead(
@@ -145,9 +152,11 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     )
 
     def steps() -> Generator[Step]:
+        held: list[Forward] = []
         with ahead:
             for inputs, staged in ahead:
-                with closing(Step(inputs, staged, train)) as step:
+                with closing(Step(inputs, staged, train, held)) as step:
                     yield step
+                held = [forward for forward in step._forwards if forward.staged.state == "held"]
 
     return Pipeline(steps())

@@ -513,39 +513,42 @@ class _Between(Staged):
 
     # --- gradients: of each table a bit for each key that no used feature reads, then a row for each key ------
 
-    def _update(self, grads: Mapping[str, Any], step: int) -> None:
-        wire, parts = self._sharded.wire, list(self._requests.values())
-        sums: dict[str, Float32s] = {}
-        idle: dict[str, npt.NDArray[np.bool_]] = {}
+    def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
+        given = [(batch, grads) for batch, grads in batches if isinstance(batch, _Between)]
+        parts = [p for batch, _ in given for p in batch._requests.values()]
+        summed: list[tuple[Float32s, npt.NDArray[np.bool_]]] = []
 
         def fill(payloads: list[Bytes]) -> None:
-            given = self._parts(grads, check=self.share > 0)
+            for batch, grads in given:
+                of = batch._parts(grads, check=batch.share > 0)
+                summed.extend(batch._sum(p, of) for p in batch._requests.values())
             cursors = [_Cursor(payload) for payload in payloads]
-            for p in parts:
-                name = p.table.name
-                sums[name], idle[name] = self._sum(p, given)
+            for p, (sums, idle) in zip(parts, summed, strict=True):
                 for r, cursor in enumerate(cursors):
                     if r != self._rank:
-                        bits = np.packbits(idle[name][p.to[r]])
+                        bits = np.packbits(idle[p.to[r]])
                         cursor.take(len(bits))[:] = bits
-                self._pack("gradients", p, sums[name], p.to, cursors, partial(self._noise, p, step))
+                self._pack("gradients", p, sums, p.to, cursors, partial(self._noise, p, step))
 
-        size = [row_nbytes(p.table.dim, wire) for p in parts]
+        size = [row_nbytes(p.table.dim, self._sharded.wire) for p in parts]
         sizes = sum((n * p.sizes + (p.sizes + 7) // 8 for n, p in zip(size, parts, strict=True)), self._none)
         expected = sum((n * p.came + (p.came + 7) // 8 for n, p in zip(size, parts, strict=True)), self._none)
         messages = self._sharded.exchange("gradients", self._stamp, step, sizes, fill, expected)
         with self._sharded.telling():
             cursors = [_Cursor(m.payload) for m in messages]
-            for p in parts:
+            came: dict[str, list[tuple[_Part, Float32s, npt.NDArray[np.bool_]]]] = {}
+            for p, (sums, idle) in zip(parts, summed, strict=True):
                 mine = p.to[self._rank]
                 unused = [
-                    idle[p.table.name][mine] if r == self._rank else _bits(cursor, n)
+                    idle[mine] if r == self._rank else _bits(cursor, n)
                     for r, (cursor, n) in enumerate(zip(cursors, p.came.tolist(), strict=True))
                 ]
                 here: Float32s = retained((len(p.here), p.table.dim))
-                here[p.of[self._rank]] = sums[p.table.name][mine]
+                here[p.of[self._rank]] = sums[mine]
                 self._unpack(p, here, p.of, cursors)
-                self._apply(p, here, np.concatenate(unused), step)
+                came.setdefault(p.table.name, []).append((p, here, np.concatenate(unused)))
+            for name, grads_of in came.items():
+                self._apply(self._requests[name], grads_of, step)
 
     def _sum(self, p: _Part, given: Mapping[str, _Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_]]:
         """The gradient of each key of a table, and which have none since all features that read them were left out."""
@@ -564,14 +567,16 @@ class _Between(Staged):
     def _noise(self, p: _Part, step: int, some: slice) -> Noise:
         return Noise(0, p.table.name, self._rank, step, p.keys[some])
 
-    def _apply(self, p: _Part, grads: Float32s, idle: npt.NDArray[np.bool_], step: int) -> None:
-        """Sum what came for each key in the order of the ranks, and update."""
+    def _apply(self, p: _Part, came: Sequence[tuple[_Part, Float32s, npt.NDArray[np.bool_]]], step: int) -> None:
+        """Sum what came for each key, batch by batch and in the order of the ranks, and update."""
         finite = self._sharded.wire == "float32"  # else a sender cannot know what becomes of a large value
-        if not idle.any():
-            p.request.update(grads, None, None, step, finite)
-        elif not idle.all():
-            request = Request(p.table, [p.here[~idle]])
-            request.update(grads[~idle], None, None, step, finite)
+        if len(came) == 1 and self._state == "read" and not came[0][2].any():
+            p.request.update(came[0][1], None, None, step, finite)
+            return
+        keys = np.concatenate([of.here[~idle] for of, _, idle in came])
+        if len(keys):
+            request = Request(p.table, [keys])
+            request.update(np.concatenate([grads[~idle] for _, grads, idle in came]), None, None, step, finite)
             request.close()
 
 

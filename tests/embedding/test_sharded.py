@@ -235,7 +235,7 @@ def test_sharded_runs_of_one_size_agree_to_the_bit(wire, tmp_path):
     def on_disk():
         with lock:
             home = tmp_path / str(next(homes))
-        return tables(Adam(lr=0.1), store=cached_ssd(home, host_budget="260KiB"))
+        return tables(Adam(lr=0.1), store=cached_ssd(home, host_budget="360KiB"))
 
     def in_memory():
         return tables(Adam(lr=0.1))
