@@ -59,7 +59,7 @@ class Lookahead:
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if isinstance(exception, Exception):
+        if exception is not None and not isinstance(exception, GeneratorExit):
             self._collection.abort(exception)
         self.close()
 
@@ -92,7 +92,7 @@ class Pipeline(Generic[Step]):
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if isinstance(exception, Exception):
+        if exception is not None and not isinstance(exception, GeneratorExit):
             with suppress(BaseException):  # so that what the steps hold learns of it, too
                 self._steps.throw(exception)
         self.close()

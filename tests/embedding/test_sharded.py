@@ -292,6 +292,53 @@ def test_sharded_table_on_one_rank_agrees_too():
     assert_close(train(3, data, placement={"user": 2, "both": 0}), unsharded(data))
 
 
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 1), (1, 4)])
+def test_sharded_goes_on_from_a_snapshot_with_another_number_of_ranks(sizes, tmp_path):
+    data, before, after = batches(8), *sizes
+
+    def first(transport):
+        c = Sharded(Collection(tables(), FEATURES, POOLING), transport)
+        for prepared, staged in lookahead([part(b, transport.rank, before) for b in data[:5]], c, 3, prepare=Prepared):
+            staged.apply(loss_gradient(staged.outputs(), prepared.weight))
+        hbkit.snapshot.save(tmp_path, list(c.tables.values()), c.step, group=transport)
+
+    def second(transport):
+        whole = Collection(tables(), FEATURES, POOLING)
+        hbkit.snapshot.load(tmp_path, list(whole.tables.values()), shard=(transport.rank, after))
+        c = Sharded(whole, transport)
+        for prepared, staged in lookahead([part(b, transport.rank, after) for b in data[5:]], c, 3, prepare=Prepared):
+            staged.apply(loss_gradient(staged.outputs(), prepared.weight))
+        return rows_of(c)
+
+    assert run_ranks(first, Loopback.group(before, 20)) == [None] * before
+    assert_close(merged(run_ranks(second, Loopback.group(after, 20))), unsharded(data))
+
+
+@pytest.mark.parametrize("left_out", [(), ("last",)])
+def test_sharded_batches_held_for_one_update_are_as_one_ranks(left_out):
+    def accumulate(collection, data):
+        held = []
+        with lookahead(data, collection, 3, prepare=Prepared) as steps:
+            for i, (prepared, staged) in enumerate(steps):
+                grads = loss_gradient(staged.outputs(), prepared.weight)
+                grads = {f: g for f, g in grads.items() if f not in left_out or i % 3}
+                if i % 3 == 2:
+                    staged.apply(grads, held)
+                    held = []
+                else:
+                    staged.hold()
+                    held.append((staged, grads))
+        return rows_of(collection)
+
+    def act(transport):
+        mine = [part(b, transport.rank, transport.size) for b in data]
+        return accumulate(Sharded(Collection(tables(), FEATURES, POOLING), transport), mine)
+
+    data = batches(9)
+    want = accumulate(Collection(tables(), FEATURES, POOLING), data)
+    assert_close(merged(run_ranks(act, Loopback.group(3, 20))), want)
+
+
 @pytest.mark.parametrize("wire", ["float16", "bfloat16", "int8"])
 def test_sharded_narrow_wires_come_near(wire):
     data = batches(20)
@@ -508,19 +555,20 @@ def test_sharded_ranks_that_do_different_things_find_out():
     assert all("looks ahead with train=" in str(e) for e in run_ranks(reads, Loopback.group(2, 2)))
 
 
-def test_sharded_error_within_with_reaches_the_others_at_once():
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_sharded_error_within_with_reaches_the_others_at_once(error):
     def act(t):
         c = plain(t)
         with lookahead(some(9), c, 2) as steps:
             for i, (_, staged) in enumerate(steps):
                 if t.rank == 1 and i == 2:
-                    raise OSError("disk on fire")
+                    raise error("disk on fire")
                 staged.apply({"user": np.ones_like(staged.outputs()["user"])})
 
     began = time.monotonic()
     first, second = run_ranks(act, Loopback.group(2, 30))
-    assert time.monotonic() - began < 15 and isinstance(second, OSError)
-    assert isinstance(first, TransportError) and "rank 1: OSError: disk on fire" in str(first)
+    assert time.monotonic() - began < 15 and isinstance(second, error)
+    assert isinstance(first, TransportError) and f"rank 1: {error.__name__}: disk on fire" in str(first)
 
 
 def test_sharded_misuse_is_refused():
