@@ -223,9 +223,9 @@ class Plan(NamedTuple):
 def plan(loads: Mapping[str, Load], n_ranks: int, wire: str = "float32", machine: Machine = TEN_GIGABIT) -> Plan:
     """Place tables so that the busiest rank's messages take the least time, by `traffic`.
 
-    Large tables go by key, since nothing spreads bytes better. From the smallest on, small tables are tried whole on one
-    rank, spread over the ranks, and the smallest of those replicated: they cost bytes, and save blocks. Then, where
-    hot keys keep one rank busier than others, as many of the hottest are replicated as help.
+    Large tables go by key: nothing spreads bytes and memory better. From the smallest on, small ones are tried whole on
+    one rank each, and the smallest of those replicated: they cost bytes, and save blocks. Then, where hot keys keep one
+    rank busier than others, as many of the hottest are replicated as help.
     """
     names = sorted(loads, key=lambda name: (loads[name].unique * row_nbytes(loads[name].dim, wire), name))
     small = [name for name in names if loads[name].rows * loads[name].dim * 4 <= SMALL_NBYTES]
