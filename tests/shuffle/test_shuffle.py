@@ -1,15 +1,13 @@
 """Partition, int8 and the loopback exchange."""
 
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hbkit.errors import InvalidArgument, TransportError
-from hbkit.shuffle import Loopback, dedupe, dequantize, owner, partition, quantize, vshard
+from hbkit.errors import InvalidArgument
+from hbkit.shuffle import dedupe, dequantize, owner, partition, quantize, vshard
 
 KEYS = hnp.arrays(np.int64, st.integers(0, 200))
 ROWS = hnp.arrays(
@@ -63,53 +61,3 @@ def test_quantize_is_off_by_at_most_half_a_step(rows):
 def test_quantize_refuses_what_has_no_scale(bad):
     with pytest.raises(InvalidArgument):
         quantize(np.array([[1.0, bad]], np.float32))
-
-
-@given(st.integers(1, 4), st.integers(0, 2**32))
-def test_loopback_delivers_every_byte_in_rank_order(size, seed):
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(0, 5, (size, size))
-    data = [rng.integers(0, 256, c.sum()).astype(np.uint8) for c in counts]
-    got = [None] * size
-
-    def run(t):
-        for _ in range(3):
-            got[t.rank] = t.all_to_all(data[t.rank], counts[t.rank])
-
-    threads = [threading.Thread(target=run, args=(t,)) for t in Loopback.group(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    parts = [np.split(d, np.cumsum(c)[:-1]) for d, c in zip(data, counts, strict=True)]
-    for r in range(size):
-        out, n = got[r]
-        assert n.tolist() == counts[:, r].tolist()
-        assert out.tolist() == np.concatenate([parts[s][r] for s in range(size)]).tolist()
-
-
-def test_loopback_abort_ends_everyone_with_the_reason():
-    a, b = Loopback.group(2)
-    errors = []
-
-    def wait():
-        try:
-            a.all_to_all(np.zeros(0, np.uint8), np.zeros(2, np.int64))
-        except TransportError as e:
-            errors.append(str(e))
-
-    t = threading.Thread(target=wait)
-    t.start()
-    b.abort("out of disk")
-    t.join()
-    assert "rank 1: out of disk" in errors[0]
-    with pytest.raises(TransportError, match="out of disk"):
-        b.all_to_all(np.zeros(0, np.uint8), np.zeros(2, np.int64))
-
-
-def test_loopback_lost_rank_times_out_and_bad_counts_are_refused():
-    a, _ = Loopback.group(2, timeout=0.05)
-    with pytest.raises(TransportError, match="did not come in time"):
-        a.all_to_all(np.zeros(0, np.uint8), np.zeros(2, np.int64))
-    with pytest.raises(InvalidArgument):
-        a.all_to_all(np.zeros(3, np.uint8), np.array([1, 1]))
