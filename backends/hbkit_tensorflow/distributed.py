@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 import threading
 import time
@@ -13,7 +14,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import tensorflow_server_pb2
 from tensorflow.python.eager import context  # where TensorFlow keeps what its own strategies start collectives with
 
-from hbkit.errors import InvalidArgument, NotFound, TransportError
+from hbkit.errors import Closed, InvalidArgument, NotFound, TransportError
+from hbkit.shuffle.exchange import check_counts, failed
 from hbkit_tensorflow.data import ALIGN, array, tensor
 
 __all__ = ["GroupTransport"]
@@ -22,8 +24,9 @@ Bytes = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 
 JOBS = ("chief", "worker")  # of a cluster; in this order they are its ranks
-REMEDY = "see the first rank's error; restart from the last snapshot"
-PROBE = 1.0  # seconds that a peer has to say that it lives, once a call failed
+PATIENCE = 0.9  # of a call's timeout; the rest is for asking who is lost
+HEADER = 8  # bytes before those of a message: how many they are
+LINGER = 0.2  # seconds before a process ends in which its last answers reach the others
 ABORTED = re.compile(r"hbkit: (rank \d+: .*?) \(end of the reason\)", re.DOTALL)
 
 
@@ -59,6 +62,7 @@ class _Cluster:
                 remedy="make hb.distributed.GroupTransport() first, before any tensor or layer of this process",
             ) from None
         context.context().enable_collective_ops(server)
+        atexit.register(time.sleep, LINGER)
 
     @classmethod
     def of(cls, resolver: Any) -> _Cluster:
@@ -70,13 +74,13 @@ class _Cluster:
                 cls._one = cls(resolver)
             return cls._one
 
-    def probe(self) -> list[int]:
-        """Ranks that do not answer."""
-        lost = []
+    def lost(self, seconds: float) -> list[int]:
+        """Ranks that do not answer, of those that there is time to ask."""
+        lost, until = [], time.monotonic() + seconds
         for rank, task in enumerate(self.tasks):
-            if rank != self.rank:
+            if rank != self.rank and (left := round((until - time.monotonic()) * 1000)) > 0:
                 try:
-                    context.context().check_collective_ops_peer_health(task, round(PROBE * 1000))
+                    context.context().check_collective_ops_peer_health(task, left)
                 except tf.errors.OpError:
                     lost.append(rank)
         return lost
@@ -87,19 +91,20 @@ class _Cluster:
 
 
 def _n_words(nbytes: int) -> int:
-    """Words of 4 bytes that carry so many bytes, at most a 64th more: TensorFlow keeps a record of each size."""
-    words = -(-nbytes // 4)
+    """Words of 4 bytes of a message of so many, at most a 64th more: TensorFlow keeps a record of each size."""
+    words = -(-(HEADER + nbytes) // 4)
     step = max(16, 1 << max(0, words.bit_length() - 7))
-    return max(1, -(-words // step)) * step
+    return -(-words // step) * step
 
 
 def _words(data: Bytes) -> tf.Tensor:
-    """Bytes as the int32 that TensorFlow's collectives carry."""
-    n = _n_words(len(data)) * 4
+    """A message as the int32 that TensorFlow's collectives carry."""
+    n, end = _n_words(len(data)) * 4, HEADER + len(data)
     room = np.empty(n + ALIGN, np.uint8)
     room = room[-room.ctypes.data % ALIGN :][:n]
-    room[: len(data)] = data
-    room[len(data) :] = 0
+    room[:HEADER].view(np.int64)[0] = len(data)
+    room[HEADER:end] = data
+    room[end:] = 0
     return tensor(room.view(np.int32))
 
 
@@ -132,15 +137,15 @@ class GroupTransport:
         self._cluster = cluster = _Cluster.of(group)
         self.rank, self.size, self.timeout = cluster.rank, cluster.size, timeout
         self._channel, cluster.n_channels = cluster.n_channels, cluster.n_channels + 1
+        self._closed = False
         self._peers = [r for r in range(self.size) if r != self.rank]
         self._device = f"{cluster.tasks[self.rank]}/device:CPU:0"
         words, numbers = tf.TensorSpec([None], tf.int32), tf.TensorSpec([self.size - 1], tf.int32)
         signature = [[words] * (self.size - 1), numbers, numbers]
         self._swap = tf.function(self._swap_graph, autograph=False, input_signature=signature)
-        self._sum = tf.function(self._sum_graph, autograph=False, input_signature=[tf.TensorSpec([None], tf.float32)])
 
     def _key(self, source: int, target: int) -> int:
-        """Of the TensorFlow group that carries what one rank sends another; that of all ranks is rank 0's to itself."""
+        """Of the TensorFlow group of two that carries what one rank sends another."""
         return 1 + (self._channel * self.size + source) * self.size + target
 
     def _swap_graph(self, sent: list[Any], n_sent: Any, n_got: Any) -> list[Any]:
@@ -151,7 +156,7 @@ class GroupTransport:
                     group_size=2,
                     group_key=self._key(self.rank, peer),
                     instance_key=n_sent[i],
-                    timeout_seconds=self.timeout,
+                    timeout_seconds=self.timeout * PATIENCE,
                 )
                 for i, (peer, words) in enumerate(zip(self._peers, sent, strict=True))
             ]
@@ -162,51 +167,28 @@ class GroupTransport:
                     instance_key=n_got[i],
                     shape=n_got[i : i + 1],
                     T=tf.int32,
-                    timeout_seconds=self.timeout,
+                    timeout_seconds=self.timeout * PATIENCE,
                 )
                 for i, peer in enumerate(self._peers)
             ]
             with tf.control_dependencies(sends):
                 return [tf.identity(words) for words in got]
 
-    def _sum_graph(self, flat: Any) -> Any:
-        with tf.device(self._device):
-            return tf.raw_ops.CollectiveReduceV2(
-                input=flat,
-                group_size=self.size,
-                group_key=self._key(0, 0),
-                instance_key=tf.size(flat),
-                ordering_token=[],
-                merge_op="Add",
-                final_op="Id",
-                timeout_seconds=self.timeout,
-            )
-
     def all_to_all(self, data: Bytes, counts: Int64s, expected: Int64s | None = None) -> tuple[Bytes, Int64s]:
         """See `hbkit.shuffle.Transport`."""
-        counts = np.asarray(counts, np.int64)
-        if counts.shape != (self.size,) or (counts < 0).any() or counts.sum() != len(data):
-            raise InvalidArgument(
-                f"counts {counts.tolist()} of {len(data)} bytes",
-                remedy=f"give {self.size} counts that add up to the bytes",
-            )
-        ends = np.cumsum(counts)
-        parts = [data[end - n : end] for n, end in zip(counts, ends, strict=True)]
+        counts = check_counts(data, counts, self.size)
         if expected is None:
-            sizes = self._exchange([np.int64([n]).view(np.uint8) for n in counts], [8] * self.size)
+            sizes = self._exchange(list(counts.view(np.uint8).reshape(self.size, -1)), [counts.itemsize] * self.size)
             expected = np.concatenate(sizes).view(np.int64)
-        got = self._exchange(parts, [int(n) for n in expected])
-        return np.concatenate(got), np.asarray(expected, np.int64)
+        expected = np.asarray(expected, np.int64)
+        got = self._exchange(np.split(data, np.cumsum(counts)[:-1]), expected.tolist())
+        return np.concatenate(got), expected
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """See `hbkit.shuffle.Transport`."""
         part = np.frombuffer(data, np.uint8)
         got, counts = self.all_to_all(np.tile(part, self.size), np.full(self.size, len(part)))
         return [got[end - n : end].tobytes() for n, end in zip(counts, np.cumsum(counts), strict=True)]
-
-    def all_reduce(self, flat: npt.NDArray[np.float32] | tf.Tensor) -> tf.Tensor:
-        """The sum of float32[n] over the ranks, in an order that is the same in every run, equal on all ranks."""
-        return flat if self.size == 1 else self._call(self._sum, flat)
 
     def _exchange(self, parts: list[Bytes], expected: list[int]) -> list[Bytes]:
         """One message to and from each other rank."""
@@ -218,10 +200,18 @@ class GroupTransport:
         got = self._call(self._swap, sent, tf.constant(n_sent), tf.constant(n_got))
         came = list(parts)
         for peer, words in zip(self._peers, got, strict=True):
-            came[peer] = array(words).view(np.uint8)[: expected[peer]]
+            message = array(words).view(np.uint8)
+            n = int(message[:HEADER].view(np.int64)[0])
+            if n != expected[peer]:
+                reason = f"rank {peer} sent {n} bytes where rank {self.rank} expected {expected[peer]}"
+                self._cluster.abort(reason)
+                raise self._error()
+            came[peer] = message[HEADER : HEADER + n]
         return came
 
     def _call(self, graph: Any, *inputs: Any) -> Any:
+        if self._closed:
+            raise Closed("the channel is closed", rank=self.rank, remedy="make a new one, or split another")
         if self._cluster.failure:
             raise self._error()
         try:
@@ -236,14 +226,14 @@ class GroupTransport:
         if told := ABORTED.search(e.message):
             reason = told[1]
         else:
-            lost = ", ".join(f"rank {r} at {cluster.addresses[r]}" for r in cluster.probe())
+            lost = ", ".join(f"rank {r} at {cluster.addresses[r]}" for r in cluster.lost(self.timeout * (1 - PATIENCE)))
             what = f"{lost} does not answer" if lost else e.message.strip().splitlines()[0]
             late = f" within {self.timeout:g} s" if isinstance(e, tf.errors.DeadlineExceededError) else ""
             reason = f"rank {self.rank}: {what}{late}"
         cluster.abort(reason)
 
     def _error(self) -> TransportError:
-        return TransportError(f"the exchange ended: {self._cluster.failure}", rank=self.rank, remedy=REMEDY)
+        return failed(f"the exchange ended: {self._cluster.failure}", self.rank)
 
     def split(self) -> GroupTransport:
         """Another channel over the same ranks; all of them must call it, in the same order."""
@@ -254,4 +244,5 @@ class GroupTransport:
         self._cluster.abort(f"rank {self.rank}: {reason}")
 
     def close(self) -> None:
-        """Nothing: TensorFlow's cluster lives as long as the process."""
+        """See `hbkit.shuffle.Transport`. TensorFlow's cluster lives as long as the process."""
+        self._closed = True
