@@ -6,19 +6,24 @@ import atexit
 import re
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
 import tensorflow as tf
 from tensorflow.core.protobuf import tensorflow_server_pb2
 from tensorflow.python.eager import context  # where TensorFlow keeps what its own strategies start collectives with
 
+from hbkit.embedding import Collection, Sharded
 from hbkit.errors import Closed, InvalidArgument, NotFound, TransportError
-from hbkit.shuffle.exchange import check_counts, failed
+from hbkit.shuffle import Transport, agree, check_counts, failed, sum_over
 from hbkit_tensorflow.data import ALIGN, array, tensor
+from hbkit_tensorflow.nn import EmbeddingCollection
 
-__all__ = ["GroupTransport"]
+__all__ = ["GroupTransport", "broadcast", "reduce_gradients", "shard"]
 
 Bytes = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
@@ -246,3 +251,83 @@ class GroupTransport:
     def close(self) -> None:
         """See `hbkit.shuffle.Transport`. TensorFlow's cluster lives as long as the process."""
         self._closed = True
+
+
+def shard(
+    embeddings: EmbeddingCollection | Collection,
+    group: Any = None,
+    wire: str = "float32",
+    timeout: float = 60.0,
+) -> EmbeddingCollection:
+    """The embeddings, their tables divided by key over the ranks of a group; each rank has the rows that it owns.
+
+    Parameters
+    ----------
+    embeddings : EmbeddingCollection or hbkit.embedding.Collection
+        Made alike on every rank, with tables of no rows, or those that `hbkit.snapshot.load` gave this rank.
+    group, timeout
+        As `GroupTransport` takes them; or any `hbkit.shuffle.Transport`.
+    wire : "float32", "float16", "bfloat16" or "int8"
+        What rows and their gradients travel as.
+
+    Raises
+    ------
+    SchemaMismatch
+        Ranks differ in tables, features or wire.
+    TransportError
+        A rank is lost or late.
+    """
+    collection = getattr(embeddings, "collection", embeddings)
+    transport = group if hasattr(group, "all_to_all") else GroupTransport(group, timeout)
+    return EmbeddingCollection(Sharded(collection, transport, wire))
+
+
+def broadcast(model: keras.Model, embeddings: Any) -> None:
+    """Give every rank the weights that the model has on rank 0.
+
+    Nothing is done where the embeddings are not sharded.
+
+    Raises
+    ------
+    SchemaMismatch
+        The ranks' models have other weights or shapes.
+    TransportError
+        A rank is lost or late.
+    """
+    transport: Transport | None = getattr(getattr(embeddings, "collection", embeddings), "transport", None)
+    if transport is None:
+        return
+    weights = {f"{i} {weight.path}": weight for i, weight in enumerate(model.weights)}
+    agree(transport, {name: f"{weight.dtype}{list(weight.shape)}" for name, weight in weights.items()}, "the model")
+    own = {name: np.array(array(weight.value)) for name, weight in weights.items()} if transport.rank == 0 else {}
+    first = safetensors.numpy.load(transport.all_gather(safetensors.numpy.save(own))[0])
+    for name, weight in weights.items():
+        weight.assign(first[name])
+
+
+def reduce_gradients(grads: Sequence[Any], step: Any) -> list[Any]:
+    """Gradients of the loss's mean over all ranks' rows, from each rank's own.
+
+    They are given back as they are where the step's embeddings are not sharded.
+
+    Parameters
+    ----------
+    grads : sequence of Tensor or None
+        As ``tape.gradient(loss, model.trainable_variables)`` gives them, alike on all ranks. Any other tensor may be
+        among them, such as the loss itself.
+    step : Step
+        Its loss was the mean over its own rows, by their weight.
+
+    Raises
+    ------
+    TransportError
+        A rank is lost, late or aborted.
+    """
+    if step.transport is None:
+        return list(grads)
+    own = [tf.convert_to_tensor(grad) for grad in grads if grad is not None]
+    flat = np.concatenate([array(tf.cast(grad, tf.float32)).reshape(-1) for grad in own])
+    total = sum_over(step.transport, flat * np.float32(step.share))
+    parts = np.split(total, np.cumsum([int(tf.size(grad)) for grad in own])[:-1])
+    found = (tf.cast(tensor(part.reshape(grad.shape)), grad.dtype) for part, grad in zip(parts, own, strict=True))
+    return [None if grad is None else next(found) for grad in grads]

@@ -24,7 +24,7 @@ from hbkit.data.orc import OrcFile
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
 from hbkit.parquet.source import SUFFIXES
-from hbkit.ragged import Column
+from hbkit.ragged import Column, Ragged, Strings
 
 if TYPE_CHECKING:
     import pyarrow.compute as pc
@@ -432,6 +432,15 @@ class Dataset:
             batch.cursor,
         )
 
+    def no_rows(self) -> Batch:
+        """A batch without rows, of the columns that batches have: what a rank gives that is out of data."""
+        plan = self._plan
+        size = plan.batch_size or 0 if plan.remainder == "pad" else 0
+        columns = {name: pad(_no_rows(kind), size) for name, kind in plan.schema.items()}
+        for op in plan.ops:
+            columns = _checked(op(columns), size)
+        return Batch(columns, 0, self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Where to continue: the cursor of the batch delivered last, a small JSON dict."""
         return dict(self._delivered or self._resume or self._cursor(self._plan.epoch, 0, 0, set()))
@@ -615,6 +624,13 @@ def _common(a: ColumnType, b: ColumnType) -> str | None:
 
 def _describe(kind: ColumnType) -> str:
     return "list " * kind.ragged_rank + (kind.logical or kind.dtype)
+
+
+def _no_rows(kind: ColumnType) -> Column:
+    values: Any = Strings.from_list([]) if kind.dtype == "string" else np.empty(0, kind.dtype)
+    if kind.pad_to is not None:
+        return np.empty((0, kind.pad_to), kind.dtype)
+    return Ragged(values, (np.zeros(1, np.int64),) * kind.ragged_rank) if kind.ragged_rank else values
 
 
 def _checked(columns: Mapping[str, Column], n_rows: int) -> dict[str, Column]:
