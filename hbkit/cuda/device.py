@@ -25,13 +25,12 @@ COOPERATING = 16  # threads that share a row where they need each other's sums
 SIMULATED_THREADS = COOPERATING  # the simulator runs each thread as one of Python's
 SIMULATED_BLOCKS = 3
 
-BAD_SLOT, BAD_SEGMENT, BAD_ERASE, BAD_INDEX, BAD_VALUE = range(1, 6)
+BAD_SLOT, BAD_SEGMENT, BAD_ERASE, BAD_INDEX = range(1, 5)
 ERRORS = {
     BAD_SLOT: "a slot is outside the lines in device memory",
     BAD_SEGMENT: "a segment reaches outside its values",
     BAD_ERASE: "a key that is pinned was to be erased",
     BAD_INDEX: "an index reaches outside its slots",
-    BAD_VALUE: "a value is not finite, or too large for int8 with a float16 scale",
 }
 
 

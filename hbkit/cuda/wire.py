@@ -6,33 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import as_int, cuda, device, div, mul, rint, swap
-from hbkit.cuda.device import BAD_VALUE, COOPERATING
-from hbkit.cuda.narrow import ZERO, load, narrow_float16, store, widen_float16
+from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint, swap
+from hbkit.cuda.device import COOPERATING
+from hbkit.cuda.narrow import ZERO, load, store, widen_bfloat16
 
-INFINITY = 0x7F800000
-LARGEST = np.float32(127 * 65504.0)  # what the largest float16 scale reaches
+NO_SCALE = 0x7F000000  # bits of the magnitude from which on there is none: 2**127, infinity, NaN
+INFINITY = np.float32(np.inf)
+A_STEP = np.float32(float.fromhex("0x1.02042p-7"))  # a little more than 1/127, so that no quotient is beyond 127
+NAN, LEAST = 0x7FC0, 0x0080  # scales: of a row that is not finite; and 2**-126, whose inverse is finite
 
 
 @device
-def size_of(x: Any, error: Any) -> Any:
-    """Magnitude of what has one that fits, else 0."""
+def size_of(x: Any) -> Any:
+    """Magnitude of x; infinity where that has no scale."""
     size = abs(x)
-    if as_int(size) >= INFINITY or size > LARGEST:
-        error[0] = BAD_VALUE
-        size = ZERO
-    return size
-
-
-@device
-def steps_of(x: Any, step: Any) -> Any:
-    """The nearest multiple of the step; 0 where there is none."""
-    return np.int8(rint(div(x, step))) if step > ZERO and abs(x) <= LARGEST else np.int8(0)
+    return INFINITY if as_int(size) >= NO_SCALE else size
 
 
 def _quantize(vec: bool) -> Any:
     def quantize(rows: Any, values: Any, scales: Any, error: Any) -> None:
-        """``rows[i]`` is about ``values[i] * scales[i]``: int8, and the bits of a float16. 16 threads share a row."""
+        """``rows[i]`` is about ``values[i] * scales[i]``: int8, and the bits of a bfloat16. 16 threads share a row."""
         n, dim = rows.shape
         part, group = cuda.threadIdx.x % COOPERATING, cuda.threadIdx.x // COOPERATING
         together = cuda.blockDim.x // COOPERATING
@@ -42,33 +35,34 @@ def _quantize(vec: bool) -> Any:
             if i < n:
                 for j in range(4 * part, dim, 4 * COOPERATING):
                     a, b, c, d = load(rows, i, j, dim, vec)
-                    largest = max(largest, max(size_of(a, error), size_of(b, error)))
-                    largest = max(largest, max(size_of(c, error), size_of(d, error)))
+                    largest = max(largest, max(size_of(a), size_of(b)))
+                    largest = max(largest, max(size_of(c), size_of(d)))
             for mask in (8, 4, 2, 1):
                 largest = max(largest, swap(largest, mask))
             if i < n:
-                bits = narrow_float16(div(largest, np.float32(127)), -1)
-                # float16 rounds: where it rounded down, 127 steps would not reach the largest value.
-                if mul(widen_float16(bits), np.float32(127)) < largest:
-                    bits = np.uint16(bits + 1)
-                step = widen_float16(bits)
+                bad = as_int(largest) >= NO_SCALE
+                bits = max((as_int(mul(largest, A_STEP)) + 0xFFFF) >> 16, LEAST)  # up to a bfloat16
+                inverse = div(np.float32(1), as_float(bits << 16))
                 for j in range(4 * part, dim, 4 * COOPERATING):
                     a, b, c, d = load(rows, i, j, dim, vec)
-                    p, q, r, s = steps_of(a, step), steps_of(b, step), steps_of(c, step), steps_of(d, step)
+                    if bad:
+                        a, b, c, d = ZERO, ZERO, ZERO, ZERO
+                    p, q = np.int8(rint(mul(a, inverse))), np.int8(rint(mul(b, inverse)))
+                    r, s = np.int8(rint(mul(c, inverse))), np.int8(rint(mul(d, inverse)))
                     store(values, i, j, dim, vec, p, q, r, s)
                 if part == 0:
-                    scales[i] = bits
+                    scales[i] = np.uint16(NAN if bad else bits)
 
     return quantize
 
 
 def _dequantize(vec: bool) -> Any:
     def dequantize(values: Any, scales: Any, out: Any, error: Any) -> None:
-        """``out[i]`` = ``values[i] * scales[i]``: float32 of int8 and the bits of a float16."""
+        """``out[i]`` = ``values[i] * scales[i]``: float32 of int8 and the bits of a bfloat16."""
         n, dim = out.shape
         part = cuda.grid(1) % COOPERATING
         for i in range(cuda.grid(1) // COOPERATING, n, cuda.gridsize(1) // COOPERATING):
-            step = widen_float16(scales[i])
+            step = widen_bfloat16(scales[i])
             for j in range(4 * part, dim, 4 * COOPERATING):
                 a, b, c, d = load(values, i, j, dim, vec)
                 a, b = mul(np.float32(a), step), mul(np.float32(b), step)

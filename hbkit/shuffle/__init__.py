@@ -1,24 +1,27 @@
-"""Between ranks: which rank owns a key, distinct keys of a batch, int8 rows on the wire, and the exchange itself."""
+"""Between ranks: who owns a key, distinct keys of a batch, rows as bytes on the wire, and the exchange itself."""
 
 from hbkit.shuffle.agree import agree
 from hbkit.shuffle.dedupe import dedupe
 from hbkit.shuffle.exchange import Loopback, Transport, check_counts, failed
 from hbkit.shuffle.partition import N_VSHARDS, owner, partition, vshard
-from hbkit.shuffle.quantize import dequantize, quantize
+from hbkit.shuffle.quantize import WIRES, Noise, pack, row_nbytes, unpack
 from hbkit.shuffle.reduce import sum_over
 
 __all__ = [
     "N_VSHARDS",
+    "WIRES",
     "Loopback",
+    "Noise",
     "Transport",
     "agree",
     "check_counts",
     "dedupe",
-    "dequantize",
     "failed",
     "owner",
+    "pack",
     "partition",
-    "quantize",
+    "row_nbytes",
     "sum_over",
+    "unpack",
     "vshard",
 ]

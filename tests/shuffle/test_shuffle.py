@@ -1,4 +1,4 @@
-"""Partition, int8 and the loopback exchange."""
+"""Partition and the loopback exchange."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hbkit.errors import InvalidArgument
-from hbkit.shuffle import dedupe, dequantize, owner, partition, quantize, vshard
+from hbkit.shuffle import dedupe, owner, partition, vshard
 
 KEYS = hnp.arrays(np.int64, st.integers(0, 200))
-ROWS = hnp.arrays(
-    np.float32,
-    st.tuples(st.integers(0, 20), st.integers(1, 40)),
-    elements=st.floats(-1000, 1000, width=32),
-)
 
 
 @given(KEYS, st.integers(1, 9))
@@ -46,18 +41,3 @@ def test_dedupe_restores_keys(keys):
     unique, inverse, counts = dedupe(keys)
     assert np.array_equal(unique[inverse], keys) and len(set(unique.tolist())) == len(unique)
     assert np.array_equal(np.bincount(inverse, minlength=len(unique)), counts)
-
-
-@given(ROWS)
-def test_quantize_is_off_by_at_most_half_a_step(rows):
-    q = quantize(rows)
-    assert q.values.dtype == np.int8 and q.scales.dtype == np.float16
-    error = np.abs(dequantize(q) - rows)
-    assert (error <= q.scales.astype(np.float32)[:, None] * 0.5001 + 1e-12).all()
-    assert (dequantize(q)[~rows.any(axis=1)] == 0).all()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_quantize_refuses_what_has_no_scale(bad):
-    with pytest.raises(InvalidArgument):
-        quantize(np.array([[1.0, bad]], np.float32))
