@@ -47,6 +47,33 @@ def vshard(const int64_t[::1] keys):
     return out
 
 
+def partition(const int64_t[::1] keys, int64_t n_ranks):
+    """A stable counting sort of keys by the rank that owns them: (order, place: int64[n], counts: int64[n_ranks]).
+
+    ``keys[order]`` are in the order of the ranks, and key i is at ``place[i]`` there.
+    """
+    cdef int64_t n = keys.shape[0], i, r, sum = 0
+    if not 1 <= n_ranks <= 1024:
+        raise InvalidArgument(f"{n_ranks} ranks", remedy="use 1 to 1024")
+    out, where, counted = _take(n, np.int64), _take(n, np.int64), np.zeros(n_ranks, np.int64)
+    ends = np.empty(n_ranks, np.int64)
+    cdef int64_t[::1] order = out, place = where, counts = counted, at = ends
+    with nogil:
+        for i in range(n):
+            r = <int64_t>((hb_mix64(<uint64_t>keys[i]) >> 54) * <uint64_t>n_ranks >> 10)
+            place[i] = r
+            counts[r] += 1
+        for r in range(n_ranks):
+            at[r] = sum
+            sum += counts[r]
+        for i in range(n):
+            r = place[i]
+            place[i] = at[r]
+            order[at[r]] = i
+            at[r] += 1
+    return out, where, counted
+
+
 cdef class Index:
     """Map from int64 keys (any bit pattern) to slots 0..n_slots-1.
 

@@ -20,6 +20,7 @@ from hbkit.embedding.optimizers import (
     Warmup,
 )
 from hbkit.embedding.resume import Resumable, random_arrays, set_random_arrays
+from hbkit.embedding.sharded import Sharded
 from hbkit.embedding.table import Table
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "RowWiseAdagrad",
     "RowWiseAdam",
     "SequenceOutput",
+    "Sharded",
     "Staged",
     "Table",
     "TruncatedNormal",

@@ -7,9 +7,9 @@ admits, creates, gathers and pools, then sums gradients per key and updates. The
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from hbkit._ext import segment as _ext
 from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
+from hbkit.shuffle.exchange import Transport
 from hbkit.store.base import Float32s, Int64s
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]
@@ -47,6 +48,17 @@ class _Input(NamedTuple):
     splits: Int64s | None  # None: one key a row
     length: int | None  # lists of a dense array all have this length
     weight: Float32s | None  # one a key
+
+
+_Gradient = tuple[Float32s, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
+
+
+class Stages(Protocol):
+    """What `Collection.stage_each` gives."""
+
+    def __iter__(self) -> Iterator[tuple[Any, Staged]]: ...
+
+    def close(self) -> None: ...
 
 
 class Collection:
@@ -126,6 +138,22 @@ class Collection:
         """
         return Staged(self, batch, train, size, weights or {}, ahead)
 
+    def stage_each(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        train: bool = True,
+        size: int | None = None,
+        ahead: bool = False,
+        prepare: Callable[[Any], Any] | None = None,
+        empty: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> Stages:
+        """Stage those of the batches that have rows, one after the other; see `hbkit.embedding.lookahead`."""
+        for batch in batches:
+            if getattr(batch, "n_rows", 1) == 0:
+                continue
+            prepared = batch if prepare is None else prepare(batch)
+            yield prepared, self.stage(batch, train, size, ahead=ahead)
+
     def lookup(
         self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
     ) -> dict[str, Float32s | SequenceOutput]:
@@ -135,6 +163,9 @@ class Collection:
             return staged.outputs()
         finally:
             staged.close()
+
+    def abort(self, error: BaseException) -> None:
+        """Where the ranks of a `Sharded` wait for this one, tell them that it has failed."""
 
     def close(self) -> None:
         """`Table.close` each table. Idempotent."""
@@ -150,9 +181,22 @@ class Collection:
 class Staged:
     """One batch on its way through a collection: ``wait``, ``outputs``, ``apply``, ``close``.
 
+    Attributes
+    ----------
+    share : float
+        Of all ranks' rows by weight, this rank's: what its gradients of a mean over its own rows count for. 1 where
+        there are no others.
+    transport : hbkit.shuffle.Transport or None
+        Between the ranks of a `hbkit.embedding.Sharded`.
+
+    Notes
+    -----
     ``outputs`` belongs after the previous batch's ``apply``: then it reads what that update wrote, however far ahead
     the batch was staged.
     """
+
+    share: float = 1.0
+    transport: Transport | None = None
 
     def __init__(
         self,
@@ -220,6 +264,13 @@ class Staged:
         MemoryError
             Each table is as it was or has counted the batch and made its rows; which, is not said. Close the batch.
         """
+        step = self._begin()
+        for request in self._requests.values():
+            request.create(self._train, step)
+        return self._read()
+
+    def _begin(self) -> int:
+        """The step that the batch is read for, once."""
         c = self._collection
         if self._state != "staged":
             raise Closed(f"the batch was {self._state}", remedy="stage it again")
@@ -231,10 +282,11 @@ class Staged:
             for table in c.tables.values():
                 table.check()
             c._training = self
-        self._state, step = "read", c.step + 1
-        for request in self._requests.values():
-            request.create(self._train, step)
-        return {f: self._output(f, self._requests[t]) for f, t in c.features.items()}
+        self._state = "read"
+        return c.step + 1
+
+    def _read(self) -> dict[str, Float32s | SequenceOutput]:
+        return {f: self._output(f, self._requests[t]) for f, t in self._collection.features.items()}
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]
@@ -290,31 +342,41 @@ class Staged:
         if self._state != "read" or not self._train:
             state = self._state if self._train else "staged for reading only"
             raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
-        for feature in grads:
-            if feature not in c.features:
-                raise UnknownColumn(
-                    f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
-                )
         step = c.step + 1
-        parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
-        if len(c.tables) > 1:  # where one table would refuse, none may be updated
-            for f, (values, _, scale) in parts.items():
-                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
-                    raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
-        for name, request in self._requests.items():
-            used = [f for f in c._by_table[name] if f in parts]
-            if used:
-                checked = len(c.tables) > 1
-                # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
-                touched = request if used == c._by_table[name] else self._request(c.tables[name], used)
-                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
-                touched.close()
+        self._update(grads, step)
         self.close()
         self._state = "applied"
         for table in c.tables.values():
             table.advance(step)
 
-    def _gradient(self, feature: str, grad: Any) -> tuple[Float32s, Int64s | None, Float32s | None]:
+    def _update(self, grads: Mapping[str, Any], step: int) -> None:
+        c = self._collection
+        checked = len(c.tables) > 1  # where one table would refuse, none may be updated
+        parts = self._parts(grads, checked)
+        for name, request in self._requests.items():
+            used = [f for f in c._by_table[name] if f in parts]
+            if used:
+                # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
+                touched = request if used == c._by_table[name] else self._request(c.tables[name], used)
+                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
+                touched.close()
+
+    def _parts(self, grads: Mapping[str, Any], check: bool) -> dict[str, _Gradient]:
+        """Each feature's gradient; with `check`, those are finite whose table asks for it."""
+        c = self._collection
+        for feature in grads:
+            if feature not in c.features:
+                raise UnknownColumn(
+                    f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
+                )
+        parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        if check:
+            for f, (values, _, scale) in parts.items():
+                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
+                    raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
+        return parts
+
+    def _gradient(self, feature: str, grad: Any) -> _Gradient:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
@@ -406,9 +468,7 @@ def _positions(i: _Input) -> tuple[Int64s, int]:
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
 
 
-def _join(
-    parts: list[tuple[Float32s, Int64s | None, Float32s | None]],
-) -> tuple[Float32s, Int64s | None, Float32s | None]:
+def _join(parts: Sequence[_Gradient]) -> _Gradient:
     """Gradients of several features of one table as one."""
     if len(parts) == 1:
         return parts[0]

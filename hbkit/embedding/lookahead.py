@@ -6,11 +6,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from hbkit.data.ahead import in_order, prefetch
-from hbkit.embedding.collection import Collection, Staged
+from hbkit.embedding.collection import Collection, Staged, Stages
 from hbkit.errors import InvalidArgument
 
 __all__ = ["Lookahead", "Pipeline", "lookahead"]
@@ -23,9 +24,16 @@ class Lookahead:
     from any thread.
     """
 
-    def __init__(self, pairs: Callable[[set[Staged]], Generator[tuple[Any, Staged]]], depth: int) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        stages: Stages,
+        pairs: Callable[[set[Staged]], Generator[tuple[Any, Staged]]],
+        depth: int,
+    ) -> None:
         self._lock = threading.Lock()
         self._waiting: set[Staged] = set()  # staged, and not yet taken
+        self._collection, self._stages = collection, stages
         self._pairs = prefetch(pairs(self._waiting), depth) if depth else pairs(self._waiting)
 
     def __iter__(self) -> Iterator[tuple[Any, Staged]]:
@@ -43,13 +51,16 @@ class Lookahead:
         """End the thread and let go of the batches that wait. Idempotent."""
         with self._lock:
             self._pairs.close()
+            self._stages.close()
             while self._waiting:
                 self._waiting.pop().close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
+        if isinstance(exception, Exception):
+            self._collection.abort(exception)
         self.close()
 
     def __del__(self) -> None:
@@ -80,7 +91,10 @@ class Pipeline(Generic[Step]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
+        if isinstance(exception, Exception):
+            with suppress(BaseException):  # so that what the steps hold learns of it, too
+                self._steps.throw(exception)
         self.close()
 
 
@@ -91,6 +105,7 @@ def lookahead(
     train: bool = True,
     size: int | None = None,
     prepare: Callable[[Any], Any] | None = None,
+    empty: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Lookahead:
     """Pairs (batch, `Staged`) in order, staged up to `lookahead` batches before their step.
 
@@ -107,12 +122,17 @@ def lookahead(
     dataset : iterable of batches
         Those without rows are passed over.
     collection : Collection
+        Of a `Sharded`, every rank must call this, in the same order as all else that its ranks do together. A rank that
+        runs out of batches gets empty ones until all have run out; what one raises for a batch, all raise there.
     lookahead : int
         Batches ahead of the step; 0 stages each one when it is asked for.
     train, size
         As in `Collection.stage`.
     prepare : callable, optional
-        ``prepare(batch)`` runs in the background too; its result is given instead of the batch.
+        ``prepare(batch)`` runs in the background too; its result is given instead of the batch. The sum of its attribute ``weight``, where it
+        has one, is what the batch counts for among those of other ranks; else its rows are.
+    empty : callable, optional
+        A batch of no rows, where other ranks have more of them; one of the features alone when left out.
 
     Raises
     ------
@@ -126,12 +146,11 @@ def lookahead(
 
     fetchers = min(FETCHERS, max(0, lookahead - 1))
 
+    stages = collection.stage_each(dataset, train, size, lookahead > 0, prepare, empty)
+
     def announced(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
-        for batch in dataset:
-            if getattr(batch, "n_rows", 1) == 0:
-                continue
-            prepared = batch if prepare is None else prepare(batch)
-            waiting.add(staged := collection.stage(batch, train, size, ahead=lookahead > 0))
+        for prepared, staged in stages:
+            waiting.add(staged)
             yield prepared, staged
 
     def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
@@ -145,7 +164,7 @@ def lookahead(
             item[1].fetch()
         return item
 
-    return Lookahead(pairs, min(lookahead, 1))
+    return Lookahead(collection, stages, pairs, min(lookahead, 1))
 
 
 def behind(source: Iterator[T], n: int) -> Iterator[T | Exception]:

@@ -381,7 +381,7 @@ def _end_to_end(parts: Sequence[Any]) -> Int64s:
     return whole
 
 
-def _distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
+def distinct(parts: Sequence[Int64s | Dictionary]) -> tuple[Int64s, Int64s, Int64s]:
     """As `dedupe` of all keys end to end; a dictionary's entries stand for their values, so each is hashed once."""
     arrays = [part for part in parts if not isinstance(part, Dictionary)]
     if len(arrays) == len(parts):
@@ -420,14 +420,21 @@ class Request:
     goes from keys to rows; a lease is taken out when the batch turns out to need one.
     """
 
-    def __init__(self, table: Table, parts: Sequence[Int64s | Dictionary], ahead: bool = False) -> None:
+    def __init__(
+        self,
+        table: Table,
+        parts: Sequence[Int64s | Dictionary],
+        ahead: bool = False,
+        counts: Int64s | None = None,
+    ) -> None:
         self.table = table
+        self._counts = counts  # occurrences that each key stands for; 1 when left out
         self._parts: Sequence[Int64s | Dictionary] = parts or [_NONE]
         self._keys: Int64s | None = None
         self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
-        if table._reads_keys and not ahead and not any(isinstance(part, Dictionary) for part in self._parts):
+        if table._reads_keys and not ahead and counts is None and not any(isinstance(part, Dictionary) for part in self._parts):
             self._keys = _end_to_end(self._parts)
             self._parts = [self._keys]
         else:
@@ -435,7 +442,9 @@ class Request:
 
     def _reserve(self, ahead: bool = False) -> Lease:
         table = self.table
-        unique, self._inverse, counts = _distinct(self._parts)
+        unique, self._inverse, counts = distinct(self._parts)
+        if self._counts is not None:
+            counts = _ext.sum_counts(self._inverse, self._counts, len(unique))
         padding = -1 if table._padding is None else _ext.find_key(unique, table._padding)
         self._lease = lease = table.store.reserve(unique, counts, padding, ahead)
         self._keys = None

@@ -38,15 +38,17 @@ class Partitioned(NamedTuple):
     ----------
     order : int64[n]
         Positions of the keys, rank by rank, in their order within a rank.
+    place : int64[n]
+        Where each key went: ``place[order] == arange(n)``.
     counts : int64[n_ranks]
         Keys of each rank.
     """
 
     order: Int64s
+    place: Int64s
     counts: Int64s
 
 
 def partition(keys: Int64s, n_ranks: int) -> Partitioned:
-    """Group int64[n] keys by owner: ``keys[order]`` is rank 0's keys, then rank 1's, and so on."""
-    ranks = owner(keys, n_ranks)
-    return Partitioned(np.argsort(ranks, kind="stable"), np.bincount(ranks, minlength=n_ranks).astype(np.int64))
+    """Group int64[n] keys by owner: ``keys[order]`` is rank 0's keys, then rank 1's, and so on. O(n)."""
+    return Partitioned(*_ext.partition(np.ascontiguousarray(keys, np.int64), n_ranks))
