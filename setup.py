@@ -19,7 +19,8 @@ BUILD = {"1": "build/asan", "fuzz": "build/fuzz"}.get(SANITIZE, "build/debug" if
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MARCH = {"v2": "x86-64-v2", "v3": "x86-64-v3", "v4": "x86-64-v4"} if X86 else {"neon": None}
 SOURCES = [
-    str(EXT / name) for name in ("kernels.c", "decode.c", "snappy_kernel.c", "index_kernel.c", "dedupe_kernel.c")
+    str(EXT / name)
+    for name in ("kernels.c", "decode.c", "snappy_kernel.c", "index_kernel.c", "dedupe_kernel.c", "wire_kernel.c")
 ]
 # Promise 1: no contraction into fma, so that every instruction set gives the same bits.
 CFLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=vla"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -59,6 +60,10 @@ class GroupTransport:
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 60.0) -> None:
         if not dist.is_initialized():
+            if "RANK" not in os.environ:
+                raise errors.InvalidArgument(
+                    "there is no process group", remedy="start the ranks with torchrun, or call init_process_group first"
+                )
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         if dist.get_rank(group) < 0:
             raise errors.InvalidArgument(

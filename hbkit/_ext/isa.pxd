@@ -112,6 +112,20 @@ cdef extern from "kernels.h" nogil:
         double a, b
         uint64_t seed
 
+    ctypedef struct hb_packing:
+        const float *rows
+        int64_t n, dim
+        int32_t wire
+        float *residual
+        const int64_t *keys
+        uint64_t seed
+        uint32_t step
+        void *scratch
+
+    ctypedef struct hb_wires:
+        void (*pack)(const hb_packing *, uint8_t *) noexcept nogil
+        void (*unpack)(const uint8_t *, int64_t, int64_t, int, float *) noexcept nogil
+
     ctypedef struct hb_kernels:
         const char *name
         void (*gather)(const hb_slabs *, const int64_t *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
@@ -129,6 +143,7 @@ cdef extern from "kernels.h" nogil:
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
         const hb_indexers *index
+        const hb_wires *wire
 
     ctypedef struct hb_fp_state:
         pass
@@ -138,5 +153,6 @@ cdef extern from "kernels.h" nogil:
     uint64_t hb_mix64(uint64_t)
     int HB_HYPER, HB_RULES
     size_t HB_SCRATCH(int64_t)
+    size_t HB_WIRE_SCRATCH(int64_t)
 
 cdef const hb_kernels *kernels() noexcept nogil

@@ -1,6 +1,6 @@
 /* The kernels whose speed depends on the instruction set, and what they share.
  *
- * kernels.c and snappy_kernel.c are compiled once for each instruction set into a table of functions (hb_kernels);
+ * kernels.c and the files it names are compiled once for each instruction set into a table of functions (hb_kernels);
  * isa.pyx picks one table when it is imported. All tables give the same bits (docs/design: Promise 1), by these rules:
  *   - no fused multiply-add (-ffp-contract=off), no reassociation (no -ffast-math);
  *   - a sum over a row uses 16 partial sums, added as a fixed tree (sum_squares);
@@ -15,7 +15,7 @@
 #include "decode.h"
 #include "index.h"
 
-enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2 };
+enum { HB_FLOAT32 = 0, HB_FLOAT16 = 1, HB_BFLOAT16 = 2, HB_INT8 = 3 }; /* the last only on the wire */
 
 /* Lines [row | state] in chunks that never move. A row's `dim` columns have the type `dtype`, state is float32. Strides
  * and places are in bytes: state lies beside its row, or all of a chunk's states behind its rows (see slabs.pyx). */
@@ -89,6 +89,25 @@ typedef struct {
     uint64_t seed;
 } hb_draw;
 
+/* Rows to be packed for the wire. */
+typedef struct {
+    const float *rows; /* [n, dim] */
+    int64_t n, dim;
+    int32_t wire;
+    float *residual;     /* [n, dim], added to the rows before and what is lost of them after; or NULL */
+    const int64_t *keys; /* of the rounding at random, with seed and step; NULL: to the nearest */
+    uint64_t seed;
+    uint32_t step;
+    void *scratch; /* HB_WIRE_SCRATCH(dim) bytes, for a residual or keys */
+} hb_packing;
+#define HB_WIRE_SCRATCH(dim) ((size_t)(dim) * 12 + 512)
+
+/* See wire_kernel.c. A block is the values of all rows, then for HB_INT8 their scales. */
+typedef struct {
+    void (*pack)(const hb_packing *p, uint8_t *out);
+    void (*unpack)(const uint8_t *data, int64_t n, int64_t dim, int wire, float *out);
+} hb_wires;
+
 typedef struct {
     const char *name;
     /* out[i, :width] = first columns of line slots[i], or slots[index[i]] where index is not NULL, as float32; zeros
@@ -119,6 +138,7 @@ typedef struct {
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
     const hb_indexers *index; /* of index_kernel.c */
+    const hb_wires *wire;     /* of wire_kernel.c */
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -31,7 +31,7 @@ static void run(int64_t dim) {
     int32_t starts[SEGMENTS + 1] = {0}, next[SEGMENTS], order[N];
     float *values = malloc(sizeof(float) * N * (size_t)dim), *out = malloc(sizeof(float) * N * (size_t)dim);
     float *lines = malloc(sizeof(float) * LINES * (size_t)width), scale[N];
-    void *scratch = malloc(HB_SCRATCH(dim));
+    void *scratch = malloc(HB_SCRATCH(dim) + HB_WIRE_SCRATCH(dim));
     const float plain[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0};
     const float all[HB_HYPER] = {0.05f, 0.5f, 0.9f, 0.1f, 0.7f, 1e-8f, 0.99f, 0, 0.01f, 5.0f, 2.0f};
     for (int64_t i = 0; i < N * dim; i++) values[i] = number();
@@ -87,7 +87,18 @@ static void run(int64_t dim) {
         if (KERNELS.pool_slots(&slabs, slots, segment, splits, scale, scale, ROWS, out) == 0) add(out, ROWS * dim);
         free(chunk);
     }
-    free(values), free(out), free(lines), free(scratch);
+    float *left = calloc(N, sizeof(float) * (size_t)dim);
+    for (int wire = HB_FLOAT32; wire <= HB_INT8; wire++)
+        for (int kind = 0; kind < 3; kind++) { /* to the nearest, at random, with a residual */
+            hb_packing packing = {.rows = values, .n = N, .dim = dim, .wire = wire, .keys = kind ? keys : NULL,
+                                  .residual = kind == 2 ? left : NULL, .seed = 7, .step = 3, .scratch = scratch};
+            uint8_t *block = calloc(N, (size_t)dim * 4 + 2);
+            KERNELS.wire->pack(&packing, block);
+            KERNELS.wire->unpack(block, N, dim, wire, out);
+            add(out, N * dim), add(left, N * dim);
+            free(block);
+        }
+    free(values), free(out), free(lines), free(scratch), free(left);
 }
 
 /* Short literals and copies of every kind, length and overlap, as no compressor mixes them. */

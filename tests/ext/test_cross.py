@@ -14,7 +14,7 @@ FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", f"-I{EXT}"] 
 def digest(where, isa, compiler, *options, emulator=()):
     program = where / f"digest_{isa}"
     objects = []
-    for source in ("kernels.c", "decode.c", "snappy_kernel.c", "index_kernel.c", "dedupe_kernel.c"):
+    for source in ("kernels.c", "decode.c", "snappy_kernel.c", "index_kernel.c", "dedupe_kernel.c", "wire_kernel.c"):
         objects.append(where / f"{source}_{isa}.o")
         subprocess.run(
             [*compiler, *FLAGS, *options, f"-DHBKIT_ISA={isa}", "-c", EXT / source, "-o", objects[-1]], check=True
