@@ -136,7 +136,7 @@ def lists_by(convert: Callable[[str, hbkit.Ragged], Any], names: Sequence[str] |
 
 
 def spec(value: Any, size: int | None, any_length: bool) -> Any:
-    """What `tf.data` has to know of a column: values like these, of `size` rows; of any length where they were lists."""
+    """What `tf.data` must know of a column: values like these, of `size` rows, of any length where they were lists."""
     if isinstance(value, tf.RaggedTensor):
         shape = [size, *[None] * value.ragged_rank, *value.flat_values.shape[1:]]
         return tf.RaggedTensorSpec(shape, value.dtype, value.ragged_rank, tf.int64)
