@@ -19,10 +19,20 @@ from hbkit_tensorflow.pipeline import leaves, pipeline
 
 __all__ = ["Trainer", "seed"]
 
-# PyTorch's defaults, so that a name means the same in both adapters. Adagrad divides by sqrt(sum + epsilon) in Keras
-# and by sqrt(sum) + epsilon in PyTorch, hence the square: with 1e-10, gradients below 1e-5 would hardly move a weight.
+
+class Adagrad(keras.optimizers.Adagrad):
+    """Divides by sqrt(sum) + epsilon, as PyTorch and hbkit's rows do, not by sqrt(sum + epsilon)."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        total = self._accumulators[self._get_variable_index(variable)]
+        self.assign_add(total, keras.ops.square(gradient))
+        root = keras.ops.sqrt(total) + self.epsilon
+        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * gradient / root)
+
+
+# PyTorch's defaults, so that a name means the same in both adapters.
 OPTIMIZERS: dict[str, Callable[[float], keras.optimizers.Optimizer]] = {
-    "adagrad": lambda lr: keras.optimizers.Adagrad(lr, initial_accumulator_value=0.0, epsilon=1e-10**2),
+    "adagrad": lambda lr: Adagrad(lr, initial_accumulator_value=0.0, epsilon=1e-10),
     "adam": lambda lr: keras.optimizers.Adam(lr, epsilon=1e-8),
     "adamw": lambda lr: keras.optimizers.AdamW(lr, weight_decay=0.01, epsilon=1e-8),
     "sgd": lambda lr: keras.optimizers.SGD(lr),
