@@ -132,7 +132,13 @@ def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> L
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     return hbkit.embedding.lookahead(
-        ds.batches(), collection, depth, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+        ds.batches(),
+        collection,
+        depth,
+        train,
+        ds.batch_size,
+        lambda batch: ds.inputs(batch, collection.features),
+        ds.no_rows,
     )
 
 

@@ -15,7 +15,8 @@ import tensorflow as tf
 from hbkit import errors
 from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
-from hbkit_tensorflow.pipeline import leaves, pipeline
+from hbkit_tensorflow.distributed import reduce_gradients
+from hbkit_tensorflow.pipeline import Step, leaves, pipeline
 
 __all__ = ["Trainer", "seed"]
 
@@ -97,6 +98,7 @@ class Trainer(Resumable):
         self._optimizer.build(model.trainable_variables)
         function = partial(tf.function, jit_compile=compile, autograph=False, reduce_retracing=True)
         self._train, self._predict = function(self._train_graph), function(self._predict_graph)
+        self._gradients, self._update = function(self._gradients_graph), function(self._update_graph)
 
     def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
         """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
@@ -108,7 +110,8 @@ class Trainer(Resumable):
         ds : Dataset
             Batched, with a label (``supervised``).
         on_step : function of (n_rows, loss), optional
-            Called after each step; it may ``save``.
+            Called after each step; it may ``save``. Over sharded embeddings, the rows are this rank's own, and the loss
+            is that of all ranks.
         lookahead : int, batches
             See `pipeline`.
 
@@ -118,14 +121,36 @@ class Trainer(Resumable):
             The dataset has no label or is not batched.
         """
         _need_label(ds)
-        for step in pipeline(ds, self.embeddings, lookahead):
-            loss, rows = self._train(step.dense, step.embeddings, step.label, step.weight)
-            step.apply(rows)
-            self.cursor = step.cursor
-            if on_step is not None:
-                on_step(step.n_rows, float(loss))
+        with pipeline(ds, self.embeddings, lookahead) as steps:
+            for step in steps:
+                loss, rows = self._trained(step)
+                step.apply(rows)
+                self.cursor = step.cursor
+                if on_step is not None:
+                    on_step(step.n_rows, float(loss))
+
+    def _trained(self, step: Step) -> tuple[Any, Any]:
+        """Update the dense weights; the loss, and the gradients of the rows."""
+        inputs = step.dense, step.embeddings, step.label, step.weight
+        if step.transport is None:
+            return self._train(*inputs)
+        loss, grads, rows = self._gradients(*inputs)
+        moving = self.model.non_trainable_weights  # moments of a rank's own batches
+        reduced = reduce_gradients([loss, *grads, *moving], step)
+        self._update(reduced[1 : 1 + len(grads)])
+        for weight, mean in zip(moving, reduced[1 + len(grads) :], strict=True):
+            weight.assign(mean)
+        return reduced[0], rows
 
     def _train_graph(self, dense: Any, embeddings: Any, label: Any, weight: Any) -> tuple[Any, Any]:
+        loss, grads, rows = self._gradients_graph(dense, embeddings, label, weight)
+        self._update_graph(grads)
+        return loss, rows
+
+    def _update_graph(self, grads: Any) -> None:
+        self._optimizer.apply_gradients(zip(grads, self.model.trainable_variables, strict=True))
+
+    def _gradients_graph(self, dense: Any, embeddings: Any, label: Any, weight: Any) -> tuple[Any, Any, Any]:
         inputs, variables = leaves(embeddings), self.model.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -134,8 +159,7 @@ class Trainer(Resumable):
             total = tf.maximum(tf.reduce_sum(weight), np.finfo(np.float32).tiny)  # a batch may weigh nothing
             loss = tf.reduce_sum(losses * weight) / total
         grads, rows = tape.gradient(loss, (variables, inputs))
-        self._optimizer.apply_gradients(zip(grads, variables, strict=True))
-        return loss, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+        return loss, grads, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
 
     def predict(self, ds: Any, lookahead: int = 8) -> Iterator[tuple[Array, Array, Array]]:
         """Predictions over one pass of the dataset; creates no rows.

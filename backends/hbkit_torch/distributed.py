@@ -62,7 +62,8 @@ class GroupTransport:
         if not dist.is_initialized():
             if "RANK" not in os.environ:
                 raise errors.InvalidArgument(
-                    "there is no process group", remedy="start the ranks with torchrun, or call init_process_group first"
+                    "there is no process group",
+                    remedy="start the ranks with torchrun, or call init_process_group first",
                 )
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         if dist.get_rank(group) < 0:
