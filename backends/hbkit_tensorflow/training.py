@@ -15,7 +15,7 @@ import tensorflow as tf
 from hbkit import errors
 from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
-from hbkit_tensorflow.distributed import reduce_gradients
+from hbkit_tensorflow.distributed import broadcast, reduce_gradients
 from hbkit_tensorflow.pipeline import Step, leaves, pipeline
 
 __all__ = ["Trainer", "seed"]
@@ -99,6 +99,7 @@ class Trainer(Resumable):
         function = partial(tf.function, jit_compile=compile, autograph=False, reduce_retracing=True)
         self._train, self._predict = function(self._train_graph), function(self._predict_graph)
         self._gradients, self._update = function(self._gradients_graph), function(self._update_graph)
+        broadcast(model, embeddings)
 
     def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
         """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
