@@ -129,8 +129,9 @@ def lookahead(
     train, size
         As in `Collection.stage`.
     prepare : callable, optional
-        ``prepare(batch)`` runs in the background too; its result is given instead of the batch. The sum of its attribute ``weight``, where it
-        has one, is what the batch counts for among those of other ranks; else its rows are.
+        ``prepare(batch)`` runs in the background too; its result is given instead of the batch.
+        The sum of its attribute ``weight``, where it has one, is what the batch counts for among those of other ranks;
+        else its rows are.
     empty : callable, optional
         A batch of no rows, where other ranks have more of them; one of the features alone when left out.
 

@@ -136,6 +136,7 @@ class Table:
         self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
+        self._admission_rule = admission
         self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
@@ -335,6 +336,24 @@ class Table:
             "evicted_rows": self._n_evicted,
         }
 
+    def settings(self) -> dict[str, object]:
+        """What makes the table's rows what they are, besides its data: equal on all ranks that share it."""
+        return {
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "key_dtype": self.key_dtype,
+            "initializer": self.initializer,
+            "optimizer": self.optimizer,
+            "admission": self._admission_rule,
+            "eviction": self.eviction,
+            "padding_key": self.padding_key,
+            "default": self.default,
+            "nonfinite": self.nonfinite,
+            "evict_every": self.evict_every,
+            "metadata": self.store.layout.metadata,
+            "step": self.step,
+        }
+
     def __len__(self) -> int:
         return len(self.store)
 
@@ -434,7 +453,12 @@ class Request:
         self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
-        if table._reads_keys and not ahead and counts is None and not any(isinstance(part, Dictionary) for part in self._parts):
+        if (
+            table._reads_keys
+            and not ahead
+            and counts is None
+            and not any(isinstance(part, Dictionary) for part in self._parts)
+        ):
             self._keys = _end_to_end(self._parts)
             self._parts = [self._keys]
         else:

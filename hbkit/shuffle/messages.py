@@ -23,7 +23,7 @@ from hbkit.shuffle.exchange import Bytes, Int64s, Transport, failed
 
 __all__ = ["CLOSED", "FAILED", "OUT", "READY", "Channel", "Message", "Stamp"]
 
-KINDS = ("configuration", "look-ahead", "keys", "rows", "gradients")
+KINDS = ("settings", "keys", "rows", "gradients")
 READY, OUT, FAILED, CLOSED = range(4)  # status of a rank: has a batch, has no more, raised, wants no more
 
 HEADER = np.dtype(
@@ -132,9 +132,10 @@ class Channel:
                 payload[: len(text)], payload[len(text) :] = text, 0
         header = np.zeros(1, HEADER)
         header[0] = (0, stamp.stream, KINDS.index(stamp.kind), stamp.round, stamp.step, status, 0, weight)
-        for r in np.flatnonzero(others):
+        peers = np.flatnonzero(others).tolist()
+        for r in peers:
             blocks[r][: HEADER.itemsize] = header.view(np.uint8)
-        for r, checksum in zip(np.flatnonzero(others), _checksums(data, counts[others]), strict=True):
+        for r, checksum in zip(peers, _checksums(data, counts[others]), strict=True):
             blocks[r][:SUM_NBYTES] = checksum
         self.sent[f"{stamp.kind}_messages"] += t.size - 1
         self.sent[f"{stamp.kind}_nbytes"] += len(data)
@@ -147,26 +148,24 @@ class Channel:
             raise e from failure
         if failure is not None:
             raise failure
-        for r, message in enumerate(messages):
+        for peer, message in enumerate(messages):
             if message.status == FAILED:
-                text = message.payload.tobytes().rstrip(b"\0").decode(errors="replace")
-                raise failed(f"rank {r} failed at {stamp}: {text}", t.rank, peer=r)
+                why = message.payload.tobytes().rstrip(b"\0").decode(errors="replace")
+                raise failed(f"rank {peer} failed at {stamp}: {why}", t.rank, peer=peer)
         return messages
 
-    def gather(self, stamp: Stamp, data: bytes) -> list[bytes]:
-        """What each rank gave, in their order."""
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """What each rank gave, in their order, whole."""
         size = self.transport.size
 
         def fill(payloads: list[Bytes]) -> None:
             for payload in payloads:
                 payload[:] = np.frombuffer(data, np.uint8)[: len(payload)]
 
-        messages = self.exchange(stamp, [len(data)] * size, fill)
+        messages = self.exchange(Stamp("settings"), [len(data)] * size, fill)
         return [data if r == self.transport.rank else m.payload.tobytes() for r, m in enumerate(messages)]
 
-    def _read(
-        self, stamp: Stamp, header: np.ndarray, data: Bytes, counts: Int64s, others: np.ndarray
-    ) -> list[Message]:
+    def _read(self, stamp: Stamp, header: np.ndarray, data: Bytes, counts: Int64s, others: np.ndarray) -> list[Message]:
         """The messages, once they are found to be whole and of this exchange."""
         rank = self.transport.rank
         own = Message(int(header["status"][0]), float(header["weight"][0]), data[:0])

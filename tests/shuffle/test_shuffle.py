@@ -1,4 +1,4 @@
-"""Partition and the loopback exchange."""
+"""Partition and distinct keys."""
 
 import numpy as np
 import pytest
