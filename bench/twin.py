@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import hbkit
-from hbkit.cli import train as cli
+from hbkit.cli import building as cli
 from hbkit.cli.columns import choose
 from hbkit.data import Batch, Dataset
 from hbkit.metrics import AUC

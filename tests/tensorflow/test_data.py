@@ -85,9 +85,15 @@ def test_ragged_strings_become_a_ragged_tensor_of_strings():
     assert from_column(column).to_list() == [[b"a", b"bc"], [], [b""]]
 
 
-def test_to_column_refuses_a_sparse_tensor_by_feature():
-    with pytest.raises(errors.Unsupported, match="feature user"):
-        to_column(tf.sparse.from_dense([[1, 0]]), "user")
+def test_to_column_takes_a_sparse_tensor_as_lists():
+    column = Ragged.from_lists([[3, 0], [], [7]], np.int64)
+    assert to_column(from_column(column.to_sparse())) == column
+    apart = tf.SparseTensor([[1, 5], [1, 9]], [4, 2], [3, 10])
+    assert to_column(apart) == Ragged.from_lists([[], [4, 2], []], np.int32)
+    with pytest.raises(errors.InvalidArgument, match=r"not in order.*feature user.*reorder"):
+        to_column(tf.SparseTensor([[1, 0], [0, 0]], [1, 2], [2, 1]), "user")
+    with pytest.raises(errors.Unsupported, match=r"3 dimensions.*feature user"):
+        to_column(tf.sparse.from_dense([[[1, 0]]]), "user")
 
 
 def test_dataset_yields_the_file_as_tensors(click_file, clicks):
