@@ -174,7 +174,13 @@ def pipeline(
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     place = target(device)
     ahead = hbkit.embedding.lookahead(
-        ds.batches(), collection, lookahead, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+        ds.batches(),
+        collection,
+        lookahead,
+        train,
+        ds.batch_size,
+        lambda batch: ds.inputs(batch, collection.features),
+        ds.no_rows,
     )
 
     def steps() -> Generator[Step]:

@@ -1,5 +1,6 @@
 """Ranks as processes over torch.distributed: the exchange, training that equals one rank's, lost ranks, restarts."""
 
+import numpy as np
 import pytest
 import torch_ranks as ranks
 
@@ -36,3 +37,33 @@ def test_losing_the_rank_that_keeps_the_store_ends_the_others_too(how):
 def test_a_group_needs_ranks():
     with pytest.raises(errors.InvalidArgument, match="torchrun"):
         ranks.hb.distributed.GroupTransport()
+
+
+def train_alone(folder, size, batch, optimizer="SGD", lr=0.1):
+    trainer = ranks.trainer_of(None, optimizer=optimizer, lr=lr)
+    trainer.fit(ranks.dataset(folder / "whole", size * batch))
+    return ranks.state_of(trainer)
+
+
+def values(ended):
+    assert not [how.error for how in ended if how.error]
+    return [how.value for how in ended]
+
+
+def assert_equals_one_rank(got, alone, tolerance):
+    dense, rows = alone
+    for mine, _, *_ in got:
+        for name, value in dense.items():
+            np.testing.assert_allclose(mine[name], value, atol=tolerance * np.abs(value).max(), rtol=0, err_msg=name)
+    for name, (n, value) in rows.items():
+        assert sum(theirs[name][0] for _, theirs, *_ in got) == n
+        together = sum(theirs[name][1] for _, theirs, *_ in got)
+        np.testing.assert_allclose(together, value, atol=tolerance * np.abs(value).max(), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_train_as_one_does_by_sgd(tmp_path, size):
+    ranks.write_parts(tmp_path, size, batch=24)
+    got = values(ranks.run(ranks.train, size, tmp_path, 24))
+    assert_equals_one_rank(got, train_alone(tmp_path, size, 24), 1e-5)
+    assert len({auc for *_, auc in got}) == 1 and got[0][-1] > 0.68
