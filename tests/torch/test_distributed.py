@@ -93,3 +93,13 @@ def test_ranks_repeat_themselves_bit_for_bit_and_learn_on_any_wire(tmp_path, wir
         assert all(np.array_equal(dense[name], dense2[name]) for name in dense)
         assert all(rows[name][0] == rows2[name][0] for name in rows)
         assert all(np.array_equal(rows[name][1], rows2[name][1]) for name in rows)
+
+
+def test_a_model_saved_by_two_ranks_goes_on_with_three(tmp_path):
+    alone = ranks.trainer_of(None)
+    for size in (2, 3):
+        (folder := tmp_path / f"{size}").mkdir()
+        ranks.write_parts(folder, size, batch=24, rounds=30, seed=size)
+        got = values(ranks.run(ranks.go_on, size, folder, 24, tmp_path / "model"))
+        alone.fit(ranks.dataset(folder / "whole", size * 24))
+        assert_equals_one_rank(got, ranks.state_of(alone), 1e-5)

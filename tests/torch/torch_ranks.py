@@ -157,7 +157,7 @@ def click_columns(n_rows, seed=0):
 def write_parts(folder, size, batch, rounds=ROUNDS, seed=0):
     """A file for each rank, of which later ones end earlier; and ``whole``, of what all have in each round.
 
-    In ``whole``, rows that weigh nothing stand where a rank has none.
+    In ``whole``, copies of its first row that weigh nothing stand where a rank has no row.
     """
     whole = click_columns(rounds * size * batch, seed)
     whole["importance"] = whole["importance"].reshape(rounds, size, batch)
@@ -166,9 +166,10 @@ def write_parts(folder, size, batch, rounds=ROUNDS, seed=0):
         flat[len(flat) - rank * (2 * batch + 3) :] = 0
         whole["importance"][:, rank] = flat.reshape(rounds, batch)
     whole["importance"] = whole["importance"].reshape(-1)
+    filled = np.where(whole["importance"] > 0, np.arange(len(whole["importance"])), 0)
     table = pa.table(whole)
     rows = np.arange(table.num_rows).reshape(rounds, size, batch)
-    pq.write_table(table, folder / "whole")
+    pq.write_table(table.take(filled).set_column(1, "importance", [whole["importance"]]), folder / "whole")
     for rank in range(size):
         mine = rows[:, rank].reshape(-1)
         pq.write_table(table.take(mine[whole["importance"][mine] > 0]), folder / f"{rank}", row_group_size=100)
@@ -210,3 +211,14 @@ def train(folder, batch, wire="float32", optimizer="SGD", lr=0.1):
     for label, probability, weight in trainer.predict(dataset(folder / f"{transport.rank}", batch)):
         auc.update(label, probability, weight)
     return *state_of(trainer), auc.reduce(transport).result()
+
+
+def go_on(folder, batch, model):
+    """Load what is saved in `model`, if anything is, train on this rank's file and save; the state."""
+    transport = hb.distributed.GroupTransport(timeout=20)
+    trainer = trainer_of(transport)
+    if model.exists():
+        trainer.load(model)
+    trainer.fit(dataset(folder / f"{transport.rank}", batch))
+    trainer.save(model)
+    return state_of(trainer)
