@@ -47,7 +47,9 @@ def hosts(rate: str, stack: ExitStack) -> tuple[str, list[list[str]]]:
         for device in (f"link{i}", "lo"):
             sh(f"ip -n {host} link set {device} up")
         sh(f"ip netns exec {host} tc qdisc add dev link{i} root tbf rate {rate} burst 1mb latency 50ms")
-    return "10.77.0.1", [["ip", "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME=link{i}"] for i, host in enumerate(HOSTS)]
+    return "10.77.0.1", [
+        ["ip", "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME=link{i}"] for i, host in enumerate(HOSTS)
+    ]
 
 
 def launch(a: argparse.Namespace) -> list[Any]:

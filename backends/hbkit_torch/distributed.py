@@ -294,7 +294,8 @@ def reduce_gradients(parameters: Iterable[torch.nn.Parameter], step: Any) -> Non
     trained = [p for p in parameters if p.requires_grad]
     used = np.array([p.grad is not None for p in trained], np.float32)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([g.detach().reshape(-1).float().cpu() for g in grads]) * step.share
+    flat = torch.cat([g.detach().reshape(-1).float().cpu() for g in grads])
+    flat = flat * step.share if step.share else torch.zeros_like(flat)  # the mean over no rows may be NaN
     total = sum_over(step.transport, np.concatenate([flat.numpy(), used]))
     parts = torch.from_numpy(total[: len(flat)]).split([p.numel() for p in trained])
     for p, part, n in zip(trained, parts, total[len(flat) :], strict=True):

@@ -13,6 +13,7 @@ import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Resumable, random_arrays, set_random_arrays
 from hbkit_torch.data import Array, Dataset
+from hbkit_torch.distributed import broadcast, reduce_gradients
 from hbkit_torch.nn import EmbeddingCollection
 from hbkit_torch.pipeline import pipeline
 
@@ -73,6 +74,7 @@ class Trainer(Resumable):
         self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]  # the base class's
         self._graph: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
         self._amp = amp
+        broadcast(model, embeddings)
 
     def fit(
         self,
@@ -108,6 +110,7 @@ class Trainer(Resumable):
             loss = (losses * step.weight).sum() / total
             self._optimizer.zero_grad()
             loss.backward()
+            reduce_gradients(self.model.parameters(), step)
             self._optimizer.step()
             step.apply()
             self.cursor = step.cursor

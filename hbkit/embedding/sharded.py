@@ -13,7 +13,6 @@ Batches are staged in rounds, in which all ranks take part: one without a batch 
 
 from __future__ import annotations
 
-import difflib
 import json
 import threading
 from collections import Counter
@@ -28,7 +27,8 @@ import numpy.typing as npt
 from hbkit._ext.segment import Segments, expand, pool, retained
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged, _Gradient, _join
 from hbkit.embedding.table import Request, Table, distinct
-from hbkit.errors import Closed, InvalidArgument, SchemaMismatch, TransportError
+from hbkit.errors import Closed, InvalidArgument, TransportError
+from hbkit.shuffle.agree import agree
 from hbkit.shuffle.exchange import Bytes, Transport, failed
 from hbkit.shuffle.messages import CLOSED, OUT, READY, Channel, Message, Stamp
 from hbkit.shuffle.partition import partition
@@ -86,21 +86,7 @@ class Sharded(Collection):
         self._free: set[int] = set()
         self._sent: dict[str, Counter[str]] = {name: Counter() for name in self.tables}
         self._counting = threading.Lock()
-        self._compare()
-
-    def _compare(self) -> None:
-        mine = json.dumps(_configuration(self), indent=1, sort_keys=True)
-        texts = [text.decode() for text in self._step.gather(Stamp("configuration"), mine.encode())]
-        for rank, text in enumerate(texts):
-            if text != texts[0]:
-                lines = difflib.unified_diff(texts[0].split("\n"), text.split("\n"), n=0, lineterm="")
-                changes = [line for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]
-                error = SchemaMismatch(
-                    f"ranks 0 (-) and {rank} (+) are configured differently: {' '.join(changes)}",
-                    remedy="make the tables and the collection equally on all ranks",
-                )
-                error.add_note("\n".join(changes))
-                raise error
+        agree(self._step, _settings(self), "tables")
 
     def stage(
         self,
@@ -144,7 +130,7 @@ class Sharded(Collection):
     def _take_channel(self, train: bool) -> Channel:
         """A channel that nobody uses now on any rank, for another thread."""
         mine = json.dumps({"free": sorted(self._free), "train": train})
-        every = [json.loads(text) for text in self._step.gather(Stamp("look-ahead"), mine.encode())]
+        every = [json.loads(text) for text in self._step.all_gather(mine.encode())]
         for rank, one in enumerate(every):
             if one["train"] != train:
                 raise failed(f"rank {rank} looks ahead with train={one['train']}", self.transport.rank, peer=rank)
@@ -611,31 +597,15 @@ def _bits(cursor: _Cursor, n: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(cursor.take((n + 7) // 8), count=n).view(np.bool_)
 
 
-def _configuration(sharded: Sharded) -> dict[str, Any]:
-    """What has to be equal on all ranks, as JSON has it."""
-    tables = {}
+def _settings(sharded: Sharded) -> dict[str, object]:
+    """What has to be equal on all ranks."""
+    settings: dict[str, object] = {"wire": sharded.wire, "placement": sharded.placement}
     for name, t in sharded.tables.items():
-        tables[name] = {
-            "dim": t.dim,
-            "dtype": t.dtype,
-            "key_dtype": t.key_dtype,
-            "initializer": repr(t.initializer),
-            "optimizer": repr(t.optimizer),
-            "admission": None if t.admission is None else repr(t.admission),
-            "eviction": [repr(rule) for rule in t.eviction],
-            "evict_every": t.evict_every,
-            "padding_key": t.padding_key,
-            "default": repr(t.default),
-            "nonfinite": t.nonfinite,
-            "step": t.step,
-        }
-    return {
-        "tables": tables,
-        "features": sharded.features,
-        "pooling": sharded.pooling,
-        "wire": sharded.wire,
-        "placement": sharded.placement,
-    }
+        settings |= {f"{what} of table {name}": value for what, value in t.settings().items()}
+    for feature, table in sharded.features.items():
+        settings[f"table of feature {feature}"] = table
+        settings[f"pooling of feature {feature}"] = sharded.pooling[feature]
+    return settings
 
 
 _NO_BYTES, _NO_KEYS = np.zeros(0, np.uint8), np.zeros(0, np.int64)

@@ -136,6 +136,7 @@ class Table:
         self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
         self.admission = admission.open() if admission is not None else None
+        self._admission_rule = admission
         self._n_evicted = 0
         initialize = partial(self.initializer, name, dim=self.dim)
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
@@ -333,6 +334,24 @@ class Table:
             **self.store.stats(),
             "admission_nbytes": 0 if self.admission is None else self.admission.nbytes,
             "evicted_rows": self._n_evicted,
+        }
+
+    def settings(self) -> dict[str, object]:
+        """What makes the table's rows what they are, besides its data: equal on all ranks that share it."""
+        return {
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "key_dtype": self.key_dtype,
+            "initializer": self.initializer,
+            "optimizer": self.optimizer,
+            "admission": self._admission_rule,
+            "eviction": self.eviction,
+            "padding_key": self.padding_key,
+            "default": self.default,
+            "nonfinite": self.nonfinite,
+            "evict_every": self.evict_every,
+            "metadata": self.store.layout.metadata,
+            "step": self.step,
         }
 
     def __len__(self) -> int:

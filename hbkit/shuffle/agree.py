@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from typing import Protocol
 
 from hbkit.errors import SchemaMismatch
-from hbkit.shuffle.exchange import Transport
 
 
-def agree(transport: Transport, settings: Mapping[str, object], what: str) -> None:
+class Gathers(Protocol):
+    """A `Transport`, or what gathers over one."""
+
+    def all_gather(self, data: bytes) -> list[bytes]: ...
+
+
+def agree(transport: Gathers, settings: Mapping[str, object], what: str) -> None:
     """Compare the settings of all ranks, which all of them give; `what` they are is said in the error.
 
     Raises

@@ -23,7 +23,7 @@ from hbkit.shuffle.exchange import Bytes, Int64s, Transport, failed
 
 __all__ = ["CLOSED", "FAILED", "OUT", "READY", "Channel", "Message", "Stamp"]
 
-KINDS = ("configuration", "look-ahead", "keys", "rows", "gradients")
+KINDS = ("settings", "keys", "rows", "gradients")
 READY, OUT, FAILED, CLOSED = range(4)  # status of a rank: has a batch, has no more, raised, wants no more
 
 HEADER = np.dtype(
@@ -154,15 +154,15 @@ class Channel:
                 raise failed(f"rank {peer} failed at {stamp}: {why}", t.rank, peer=peer)
         return messages
 
-    def gather(self, stamp: Stamp, data: bytes) -> list[bytes]:
-        """What each rank gave, in their order."""
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """What each rank gave, in their order, whole."""
         size = self.transport.size
 
         def fill(payloads: list[Bytes]) -> None:
             for payload in payloads:
                 payload[:] = np.frombuffer(data, np.uint8)[: len(payload)]
 
-        messages = self.exchange(stamp, [len(data)] * size, fill)
+        messages = self.exchange(Stamp("settings"), [len(data)] * size, fill)
         return [data if r == self.transport.rank else m.payload.tobytes() for r, m in enumerate(messages)]
 
     def _read(self, stamp: Stamp, header: np.ndarray, data: Bytes, counts: Int64s, others: np.ndarray) -> list[Message]:

@@ -10,9 +10,12 @@ from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 import hbkit.torch as hb
+from hbkit import embedding
 from hbkit.shuffle import sum_over
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -126,3 +129,96 @@ def strike(how, transport):
         transport.abort("ValueError: the reason")
     else:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+FEATURES = {"user": "user", "item": "item", "tags": "tag"}
+KEYS = np.concatenate([np.arange(100), np.arange(100) + 10**12])
+ROUNDS = 100
+
+
+def click_columns(n_rows, seed=0):
+    """Users and items with planted weights, up to three tags, two dense columns, weights."""
+    rng, planted = np.random.default_rng(seed), np.random.default_rng(99).normal(0, 1.5, (2, 100))
+    user, item = rng.zipf(1.3, (2, n_rows)) % 100
+    logit = planted[0, user] + planted[1, item]
+    return {
+        "click": (rng.random(n_rows) < 1 / (1 + np.exp(-logit))).astype(np.float32),
+        "importance": rng.integers(1, 4, n_rows).astype(np.float32),
+        "amount": rng.lognormal(2, 1, n_rows).astype(np.float32),
+        "age": rng.integers(18, 70, n_rows).astype(np.float32),
+        "user": user,
+        "item": item + 10**12,
+        "tags": [rng.integers(0, 30, n).tolist() for n in rng.integers(0, 4, n_rows)],
+    }
+
+
+def write_parts(folder, size, batch, rounds=ROUNDS, seed=0):
+    """A file for each rank, of which later ones end earlier; and ``whole``, of what all have in each round.
+
+    In ``whole``, copies of its first row that weigh nothing stand where a rank has no row.
+    """
+    whole = click_columns(rounds * size * batch, seed)
+    whole["importance"] = whole["importance"].reshape(rounds, size, batch)
+    for rank in range(1, size):
+        flat = whole["importance"][:, rank].reshape(-1).copy()
+        flat[len(flat) - rank * (2 * batch + 3) :] = 0
+        whole["importance"][:, rank] = flat.reshape(rounds, batch)
+    whole["importance"] = whole["importance"].reshape(-1)
+    filled = np.where(whole["importance"] > 0, np.arange(len(whole["importance"])), 0)
+    table = pa.table(whole)
+    rows = np.arange(table.num_rows).reshape(rounds, size, batch)
+    pq.write_table(table.take(filled).set_column(1, "importance", [whole["importance"]]), folder / "whole")
+    for rank in range(size):
+        mine = rows[:, rank].reshape(-1)
+        pq.write_table(table.take(mine[whole["importance"][mine] > 0]), folder / f"{rank}", row_group_size=100)
+
+
+def dataset(path, batch):
+    names = ["click", "importance", "amount", "age", *FEATURES]
+    return hb.data.Dataset.from_parquet(str(path), fields=names).supervised("click", "importance").batch(batch)
+
+
+def trainer_of(transport, wire="float32", optimizer="SGD", lr=0.1):
+    """A trainer of a small model, whose tables all ranks share where there is a transport."""
+    rule = getattr(embedding, optimizer)(lr=lr)
+    tables = [
+        embedding.Table(name, 8, optimizer=rule, initializer=embedding.Normal(0, 0.1, seed=0))
+        for name in FEATURES.values()
+    ]
+    embeddings = embedding.Collection(tables, FEATURES, {"tags": "mean"})
+    torch.manual_seed(0 if transport is None else transport.rank)  # those of rank 0 count
+    model = hb.models.DLRM(list(FEATURES), 8, n_dense=2)
+    if transport is not None:
+        embeddings = hb.distributed.shard(embeddings, transport, wire)
+    return hb.training.Trainer(model, embeddings, optimizer="sgd", lr=0.1)
+
+
+def state_of(trainer):
+    """Dense parameters by name; and by table how many rows are here, and the rows of all keys, zeros where absent."""
+    dense = {name: value.numpy().copy() for name, value in trainer.model.state_dict().items()}
+    rows = {name: (len(t), t.lookup(KEYS)) for name, t in trainer.collection.tables.items()}
+    return dense, rows
+
+
+def train(folder, batch, wire="float32", optimizer="SGD", lr=0.1):
+    """Train on this rank's file; its state, and the AUC of all ranks' parts of the test file."""
+    transport = hb.distributed.GroupTransport(timeout=20)
+    trainer = trainer_of(transport, wire, optimizer, lr)
+    trainer.fit(dataset(folder / f"{transport.rank}", batch))
+    auc = hb.metrics.AUC()
+    for label, probability, weight in trainer.predict(dataset(folder / f"{transport.rank}", batch)):
+        auc.update(label, probability, weight)
+    return *state_of(trainer), auc.reduce(transport).result()
+
+
+def go_on(folder, batch, model):
+    """Load what is saved in `model`, if anything is, train on this rank's file and save; the state."""
+    transport = hb.distributed.GroupTransport(timeout=20)
+    trainer = trainer_of(transport)
+    if model.exists():
+        trainer.load(model)
+    trainer.fit(dataset(folder / f"{transport.rank}", batch))
+    trainer.save(model)
+    return state_of(trainer)
