@@ -327,7 +327,8 @@ def reduce_gradients(grads: Sequence[Any], step: Any) -> list[Any]:
         return list(grads)
     own = [tf.convert_to_tensor(grad) for grad in grads if grad is not None]
     flat = np.concatenate([array(tf.cast(grad, tf.float32)).reshape(-1) for grad in own])
-    total = sum_over(step.transport, flat * np.float32(step.share))
+    flat = flat * np.float32(step.share) if step.share else np.zeros_like(flat)  # the mean over no rows may be NaN
+    total = sum_over(step.transport, flat)
     parts = np.split(total, np.cumsum([int(tf.size(grad)) for grad in own])[:-1])
     found = (tf.cast(tensor(part.reshape(grad.shape)), grad.dtype) for part, grad in zip(parts, own, strict=True))
     return [None if grad is None else next(found) for grad in grads]
