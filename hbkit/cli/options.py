@@ -42,6 +42,8 @@ class Options:
     resume: bool
     publish_every: Every
     idle_exit: float | None
+    wire: str
+    timeout: float
     seed: int
 
     def __post_init__(self) -> None:

@@ -27,9 +27,11 @@ from hbkit.cli.console import note, summary
 from hbkit.cli.evaluation import measure, show
 from hbkit.cli.follow import follow
 from hbkit.cli.options import Options
+from hbkit.cli.ranks import ranks, shard_of
 from hbkit.cli.training import Training
 from hbkit.data import Dataset
-from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch
+from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
+from hbkit.shuffle import WIRES, Transport
 from hbkit.snapshot.place import place_of
 
 __all__ = ["evaluate", "train"]
@@ -105,6 +107,20 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--idle-exit", type=float, metavar="SECONDS", help="With --follow: end when no new file came for so long."
 )
+@click.option(
+    "--wire",
+    type=click.Choice(WIRES),
+    default="float32",
+    show_default=True,
+    help="How embeddings travel between ranks: see below.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which ranks give up on one that does not answer.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
 @click.argument("extra", nargs=-1, metavar="")
 def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
@@ -115,6 +131,10 @@ def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
     With --follow, files are taken once each, in order of (time of change, name), as soon as they are complete; what was
     learnt is committed to --save as deltas. SIGINT or SIGTERM ends it after a last commit. The same command goes on
     with the rows that no commit has.
+
+    Started by torchrun, or in a cluster that TF_CONFIG names (--backend tensorflow), the processes train one model
+    together: each reads its shard of the data, in batches of --batch-size, and holds its shard of the tables. Any
+    number of them can --resume what any other number has saved.
     """
     if extra:
         raise InvalidArgument(
@@ -122,24 +142,28 @@ def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
             remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
         )
     options = Options(**given)
-    if options.follow is not None:
-        follow(options)
-    else:
-        _train(options)
+    with ranks(options.backend, options.timeout) as transport:
+        if options.follow is None:
+            _train(options, transport)
+        elif transport is None:
+            follow(options)
+        else:
+            raise Unsupported("--follow with several ranks", remedy="start one process, or train on --data")
 
 
-def _train(o: Options) -> None:
+def _train(o: Options, transport: Transport | None) -> None:
     """On --data. What is wrong with any file or place must be said before hours of training, not after."""
     assert o.data is not None
     whole = Dataset.from_parquet(o.data)
     columns = choose_columns(whole, o.label, o.dense, o.sparse)
     past = sequences(columns, o.sequence)
-    check_label(o.data, columns)
+    check_label(o.data, columns, shard_of(transport))
     if o.eval_data is not None:
         dataset(o.eval_data, columns, o.batch_size)
-    if o.save is not None:
+    if o.save is not None and (transport is None or transport.rank == 0):
         place_of(o.save).prepare()
-    training = Training(o, columns, settings_of(columns, sequences=past, group=group_field(o.group, whole), **o.kept))
+    settings = settings_of(columns, sequences=past, group=group_field(o.group, whole), **o.kept)
+    training = Training(o, columns, settings, transport)
     training.run()
     summary("trained", training.report())
     if o.save is None:
