@@ -16,7 +16,7 @@ from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
 from hbkit.errors import InvalidArgument, Unsupported
 
-__all__ = ["build", "check_label", "choose_columns", "columns_of", "dataset", "group_field", "settings_of", "weighed"]
+__all__ = ["build", "check_label", "choose_columns", "columns_of", "dataset", "group_field", "settings_of"]
 
 MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
 BACKENDS = ("torch", "tensorflow")
@@ -32,7 +32,6 @@ OPTIMIZERS = {
 }
 SHUFFLE_ROWS = 1 << 20
 INITIAL_STD = 0.01
-WEIGHT = "weight of the class"
 
 
 def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
@@ -47,7 +46,13 @@ def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list
 
 def columns_of(settings: dict[str, Any]) -> Columns:
     """The columns that `settings_of` took."""
-    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
+    return Columns(
+        settings["label"],
+        settings["dense"],
+        settings["sparse"],
+        [Field(**f) for f in settings["fields"]],
+        newest=settings.get("newest", {}),
+    )
 
 
 def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
@@ -58,6 +63,7 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
         "dense": columns.dense,
         "sparse": columns.sparse,
         "fields": [_to_json(f) for f in columns.fields],
+        "newest": columns.newest,
     }
 
 
@@ -100,15 +106,8 @@ def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Co
 
 def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
     """The rows of the columns, in batches."""
-    return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
-
-
-def weighed(ds: Dataset, positive: float | None) -> Dataset:
-    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
-    if positive is None:
-        return ds
-    label = str(ds.label)
-    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
+    ds = Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
+    return ds.map(columns.cut) if columns.newest else ds
 
 
 def group_field(name: str | None, whole: Dataset) -> dict[str, Any] | None:

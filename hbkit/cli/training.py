@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import hbkit
-from hbkit.cli.building import SHUFFLE_ROWS, build, dataset, weighed
+from hbkit.cli.building import SHUFFLE_ROWS, build, dataset
 from hbkit.cli.columns import Columns
 from hbkit.cli.commits import Commits, committed
 from hbkit.cli.console import note, progress
@@ -35,10 +35,15 @@ class Training:
 
     def __init__(self, options: Options, columns: Columns, settings: dict[str, Any]) -> None:
         self._options, self._columns, self._settings = options, columns, settings
-        self._hb, self._trainer, self.collection = build(settings, compile=options.compile, amp=options.amp)
+        weights = options.positive_weight
+        self._hb, self._trainer, self.collection = build(
+            settings,
+            compile=options.compile,
+            amp=options.amp,
+            positive_weight=(weights[0] if len(weights) == 1 else weights) or None,
+        )
         assert options.data is not None
-        self._ds = weighed(dataset(options.data, columns, options.batch_size), options.positive_weight)
-        self._ds = self._ds.shuffle(options.seed, SHUFFLE_ROWS)
+        self._ds = dataset(options.data, columns, options.batch_size).shuffle(options.seed, SHUFFLE_ROWS)
         self._commits = self._open_save()
         self._losses, self._n_rows, self._seconds = Smoothed(), 0, 0.0
         self._figures: dict[str, float] | None = None
