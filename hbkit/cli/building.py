@@ -26,7 +26,6 @@ __all__ = [
     "dataset",
     "group_field",
     "settings_of",
-    "weighed",
 ]
 
 MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
@@ -43,7 +42,6 @@ OPTIMIZERS = {
 }
 SHUFFLE_ROWS = 1 << 20
 INITIAL_STD = 0.01
-WEIGHT = "weight of the class"
 
 
 def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
@@ -58,7 +56,13 @@ def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list
 
 def columns_of(settings: dict[str, Any]) -> Columns:
     """The columns that `settings_of` took."""
-    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
+    return Columns(
+        settings["label"],
+        settings["dense"],
+        settings["sparse"],
+        [Field(**f) for f in settings["fields"]],
+        newest=settings.get("newest", {}),
+    )
 
 
 def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
         "dense": columns.dense,
         "sparse": columns.sparse,
         "fields": [_to_json(f) for f in columns.fields],
+        "newest": columns.newest,
     }
 
 
@@ -122,15 +127,8 @@ def build(
 
 def dataset(data: str, columns: Columns, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Dataset:
     """The rows of the columns, in batches."""
-    return Dataset.from_parquet(data, columns.fields, shard).supervised(columns.label).batch(batch_size)
-
-
-def weighed(ds: Dataset, positive: float | None) -> Dataset:
-    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
-    if positive is None:
-        return ds
-    label = str(ds.label)
-    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
+    ds = Dataset.from_parquet(data, columns.fields, shard).supervised(columns.label).batch(batch_size)
+    return ds.map(columns.cut) if columns.newest else ds
 
 
 def group_field(name: str | None, whole: Dataset) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
     return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
+def _numbers(_: click.Context, option: click.Parameter, value: Any) -> list[float]:
+    """``1,2.5`` as numbers."""
+    try:
+        return [float(part) for part in str(value or "").split(",") if part]
+    except ValueError:
+        raise InvalidArgument(f"{option.opts[0]} {value!r}", remedy="give numbers, as in 5 or 5,20") from None
+
+
 def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
     """Take what a TOML file says as the defaults of the other options."""
     if path is None:
@@ -76,6 +85,13 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--sequence", callback=_names, help="For --model din: lists of past keys and what they are weighed by, c:d."
 )
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Keys of a --sequence to keep, the newest, which are its last.",
+)
 @click.option("--model", type=click.Choice(MODELS), default="deepfm", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
 @click.option("--dim", type=click.IntRange(1), default=16, show_default=True, help="Width of the embeddings.")
@@ -86,7 +102,9 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
 @click.option("--group", help="Column to evaluate GAUC by, such as the user.")
-@click.option("--positive-weight", type=float, help="Weight in training of rows with label 1; those with 0 weigh 1.")
+@click.option(
+    "--positive-weight", callback=_numbers, help="Factor of the loss of label 1, of all labels or a,b of each."
+)
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better AUC after which to stop.")
 @click.option("--log-dir", help="Directory of TensorBoard logs: the loss of each step, and the figures.")
 @click.option("--compile", is_flag=True, help="Compile the model: torch.compile, XLA.")
@@ -157,6 +175,7 @@ def _train(o: Options, transport: Transport | None) -> None:
     whole = Dataset.from_parquet(o.data)
     columns = choose_columns(whole, o.label, o.dense, o.sparse)
     past = sequences(columns, o.sequence)
+    columns = replace(columns, newest=dict.fromkeys(past, o.sequence_length))
     check_label(o.data, columns, shard_of(transport))
     if o.eval_data is not None:
         dataset(o.eval_data, columns, o.batch_size)

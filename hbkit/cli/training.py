@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import hbkit
-from hbkit.cli.building import SHUFFLE_ROWS, build, dataset, weighed
+from hbkit.cli.building import SHUFFLE_ROWS, build, dataset
 from hbkit.cli.columns import Columns
 from hbkit.cli.commits import Commits, committed
 from hbkit.cli.console import note, progress
@@ -42,11 +42,17 @@ class Training:
     ) -> None:
         self._transport, self._shard = transport, shard_of(transport)
         self._options, self._columns, self._settings = options, columns, settings
+        weights = options.positive_weight
         self._hb, self._trainer, self.collection = build(
-            settings, transport, options.wire, compile=options.compile, amp=options.amp
+            settings,
+            transport,
+            options.wire,
+            compile=options.compile,
+            amp=options.amp,
+            positive_weight=(weights[0] if len(weights) == 1 else weights) or None,
         )
         assert options.data is not None
-        self._ds = weighed(dataset(options.data, columns, options.batch_size, self._shard), options.positive_weight)
+        self._ds = dataset(options.data, columns, options.batch_size, self._shard)
         self._ds = self._ds.shuffle(options.seed, SHUFFLE_ROWS)
         self._commits = self._open_save()
         self._losses, self._n_rows, self._seconds = Smoothed(), 0, 0.0
