@@ -241,7 +241,7 @@ class GAUC:
         """
         own, parts = self._rows(), [_packed([])] * ranks.size
         if own is not None:
-            order, counts = partition(_keys(own[0]), ranks.size)
+            order, _, counts = partition(_keys(own[0]), ranks.size)
             parts = [_packed([c[rows] for c in own]) for rows in np.split(order, np.cumsum(counts)[:-1])]
         owned, out = GAUC(), type(self)()
         owned._parts = [

@@ -44,6 +44,8 @@ def measure(
     n = 0
     with progress("evaluating", ds.n_rows, "rows") as bar:
         for (label, score, weight), group_of in zip(trainer.predict(ds), members, strict=False):
+            if not len(label):
+                continue  # other ranks have rows left
             columns = zip(label.reshape(len(label), -1).T, score.reshape(len(label), -1).T, strict=True)
             for (auc, log_loss, gauc), (y, p) in zip(metrics.values(), columns, strict=True):
                 auc.update(y, p, weight)
