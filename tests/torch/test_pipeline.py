@@ -182,7 +182,7 @@ def test_step_on_a_device_is_one_copy_of_the_same(clicks, collection, dlrm, rows
 
 def test_step_copies_once_each_way(clicks, collection, copies, monkeypatch):
     back = []
-    monkeypatch.setattr(MODULE, "to_host", lambda ts: back.append(ts) or [torch.ones(t.shape) for t in ts])
+    monkeypatch.setattr("hbkit_torch.update.to_host", lambda ts: back.append(ts) or [torch.ones(t.shape) for t in ts])
     c = collection(pooling={"tags": None})
     with copies() as made:
         for step in hb.pipeline(clicks(100, 64), c, 2, device="meta"):
