@@ -89,7 +89,7 @@ CASES = {
         errors.UnknownColumn,
         "feature user.*the batch has nothing",
     ),
-    "no batches": (lambda make: next(iter(hb.data.Dataset.loader(unbatched(make)))), errors.InvalidArgument, "batch"),
+    "no batches": (lambda make: next(iter(unbatched(make).loader())), errors.InvalidArgument, "batch"),
     "no batches, staged": (
         lambda make: hb.pipeline(unbatched(make), make.collection()),
         errors.InvalidArgument,

@@ -287,7 +287,7 @@ from hbkit.embedding import Collection, Table
 from hbkit.store import cached_ssd
 pq.write_table(pa.table({"k": np.arange(100_000) % 5000}), "k.parquet")
 c = Collection([Table("k", 4, store=cached_ssd("store", host_budget="4MiB"))])
-ds = hb.data.Dataset.from_parquet("k.parquet").batch(64)
+ds = hb.data.Dataset.from_parquet("k.parquet").batch(64).repeat()
 try:
     for at, step in enumerate(hb.pipeline(ds, c, 4)):
         step.embeddings["k"].sum().backward()
@@ -295,7 +295,7 @@ try:
         if at == 3:
             print("training", flush=True)
 except KeyboardInterrupt:
-    print([t.name for t in threading.enumerate() if t.name.startswith("hbkit-")], 0 < c.step < 1562)
+    print([t.name for t in threading.enumerate() if t.name.startswith("hbkit-")], c.step > 0)
     for step in hb.pipeline(ds, c, 4):
         step.embeddings["k"].sum().backward()
         step.apply()
