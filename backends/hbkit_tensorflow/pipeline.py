@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ import tensorflow as tf
 import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Lookahead, Pipeline, Staged
-from hbkit_tensorflow.data import Array, array, tensor
+from hbkit_tensorflow import backward
+from hbkit_tensorflow.data import tensor
+from hbkit_tensorflow.update import Forward, Updating, gradients
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -33,11 +36,6 @@ class Sequence(NamedTuple):
     mask: tf.Tensor
 
 
-def leaves(embeddings: Mapping[str, Any]) -> dict[str, tf.Tensor]:
-    """What takes gradients: the tensor of each feature, the values of a sequence."""
-    return {feature: value.values if isinstance(value, Sequence) else value for feature, value in embeddings.items()}
-
-
 def from_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
     """The core's outputs as tensors over the same memory."""
     return {
@@ -46,18 +44,7 @@ def from_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def gradients(grads: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradients as the core takes them, without the features that the loss did not use."""
-    found = {feature: grad for feature, grad in leaves(grads).items() if grad is not None}
-    if not found:
-        raise errors.Closed("no embedding has a gradient", remedy="watch s.embeddings with the tape before the loss")
-    return {
-        feature: grad if isinstance(grad, np.ndarray) else array(tf.convert_to_tensor(grad))
-        for feature, grad in found.items()
-    }
-
-
-class Step:
+class Step(Updating):
     """One batch, padded to the batch size, with its rows at hand.
 
     Attributes
@@ -75,11 +62,12 @@ class Step:
         Where the dataset continues after this batch. (The dataset's own ``state_dict`` is ahead by the look-ahead.)
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool) -> None:
+    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, held: deque[Forward]) -> None:
         self.dense, self.label, self.weight = tensor(inputs.dense), tensor(inputs.label), tensor(inputs.weight)
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
-        self._train, self._staged = train, staged
+        self._train, self._staged, self._held = train, staged, held
         self.embeddings = from_outputs(staged.outputs())
+        self._n_scaled = backward.n_scaled()
 
     def apply(self, grads: Mapping[str, Any]) -> None:
         """Update the tables, once.
@@ -94,8 +82,19 @@ class Step:
         ------
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no feature has a gradient.
+        Unsupported
+            A `keras.optimizers.LossScaleOptimizer` scaled the loss.
         """
-        self._staged.apply(gradients(grads) if self._train else {})
+        backward.refuse_scaled(self._n_scaled)
+        self.update(self._staged, gradients(grads) if self._train else {})
+
+    def accumulate(self, grads: Mapping[str, Any]) -> None:
+        """Keep gradients for the ``apply`` of a later step, which makes one update of both batches.
+
+        Takes and raises what ``apply`` does.
+        """
+        backward.refuse_scaled(self._n_scaled)
+        self.hold(self._staged, gradients(grads) if self._train else {})
 
     def close(self) -> None:
         """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
@@ -104,9 +103,7 @@ class Step:
 
 def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> Lookahead:
     """Pairs of what a model takes and a `Staged`, up to ``depth`` batches ahead."""
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a call that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     return hbkit.embedding.lookahead(
@@ -156,9 +153,10 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     pairs = ahead(ds, embeddings, lookahead, train)
 
     def steps() -> Generator[Step]:
+        held: deque[Forward] = deque()
         with pairs:
             for inputs, staged in pairs:
-                with closing(Step(inputs, staged, train)) as step:
+                with closing(Step(inputs, staged, train, held)) as step:
                     yield step
 
     return Pipeline(steps())
@@ -213,7 +211,7 @@ class Feed:
         found = self._held.pop(ticket, None)
         if isinstance(found, Exception):
             raise found
-        return found and Step(*found, self._train)
+        return found and Step(*found, self._train, deque())
 
     def close(self) -> None:
         """End the threads, and let go of the batches that nobody took."""
