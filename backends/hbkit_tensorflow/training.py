@@ -15,7 +15,8 @@ import tensorflow as tf
 from hbkit import errors
 from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
-from hbkit_tensorflow.pipeline import leaves, pipeline
+from hbkit_tensorflow.pipeline import pipeline
+from hbkit_tensorflow.update import leaves
 
 __all__ = ["Trainer", "seed"]
 
