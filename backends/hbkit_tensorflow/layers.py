@@ -5,7 +5,8 @@ Every dense layer starts with Glorot-uniform weights, drawn from Keras's generat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -234,3 +235,39 @@ class TargetAttention(keras.layers.Layer):
         pairs = [target, values, target - values, target * values]
         score = self.score(keras.ops.concatenate(pairs, axis=2), mask, training=training)
         return keras.ops.sum(keras.ops.where(mask[:, :, None], score * values, 0.0), axis=1)
+
+
+def serializable(kind: type[keras.layers.Layer]) -> None:
+    """Let Keras save and load layers of a kind, by the arguments of its ``__init__`` and its dtype policy."""
+    keras.saving.register_keras_serializable("hbkit")(kind)
+    if "__init__" not in vars(kind):
+        return  # Keras's own arguments
+    new, get_config, signature = kind.__new__, kind.get_config, inspect.signature(kind)
+
+    def recording_new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = new(cls, *args, **kwargs)
+        if cls is kind:  # not by Keras's own assignment, which makes lists and dicts of its own
+            object.__setattr__(made, "_arguments", signature.bind(*args, **kwargs).arguments)
+        return made
+
+    def config(self: Any) -> dict[str, Any]:
+        if type(self) is not kind:
+            return get_config(self)  # a class of the user's, with arguments of its own
+        name = {"name": self.name} if "name" in signature.parameters else {}
+        return {**self._arguments, **name, "dtype": keras.dtype_policies.serialize(self.dtype_policy)}
+
+    def from_config(cls: Any, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(keras.dtype_policies.get(config["dtype"]))
+        try:
+            return cls(**{name: value for name, value in config.items() if name != "dtype"})
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    patched: Any = kind
+    patched.__new__ = staticmethod(recording_new)
+    patched.get_config, patched.from_config = config, classmethod(from_config)
+
+
+for _name in __all__:
+    serializable(globals()[_name])

@@ -16,7 +16,8 @@ from hbkit import errors
 from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
 from hbkit_tensorflow.distributed import broadcast, reduce_gradients
-from hbkit_tensorflow.pipeline import Step, leaves, pipeline
+from hbkit_tensorflow.pipeline import Step, pipeline
+from hbkit_tensorflow.update import leaves
 
 __all__ = ["Trainer", "seed"]
 
