@@ -182,34 +182,46 @@ class _Members:
             if self._reason:
                 return
             found: list[str] = []
-            asking = threading.Thread(target=self._ask, args=(reason, symptom, found), daemon=True)
+            stands = threading.Event()
+            asking = threading.Thread(target=self._ask, args=(reason, symptom, found, stands), daemon=True)
             asking.start()
             if reason:
-                asking.join(self._grace)  # the reason stands in the store before others look for it
+                stands.wait(self._grace)  # before others look for it
             for channel in self._channels:
                 self._cut(channel)
             asking.join(2 * self._grace)
             self._reason = found[0] if found else f"{symptom or reason}; {STORE_LOST}"
 
-    def _ask(self, reason: str, symptom: str, found: list[str]) -> None:
+    def _ask(self, reason: str, symptom: str, found: list[str], stands: threading.Event) -> None:
         """Agree on the reason through the store: on a thread, as the process that keeps it may be the lost one."""
         if self._store is None:  # the first channel did not come about
             found.append(reason or symptom)
             return
-        silent = [r for r in range(self.size) if r != self.rank]
+        told = others = [r for r in range(self.size) if r != self.rank]
         try:
             self._store.set(f"alive/{self.rank}", "")
-            until = time.monotonic() + self._grace
-            while not reason and silent and time.monotonic() < until:
-                if self._store.check(["reason"]):
-                    break
-                silent = [r for r in silent if not self._store.check([f"alive/{r}"])]
-                time.sleep(0.02)
-            if not reason and silent:
-                reason = f"no sign of life from rank {', '.join(map(str, silent))} (rank {self.rank}: {symptom})"
-            found.append(self._store.compare_set("reason", "", reason or f"rank {self.rank}: {symptom}").decode())
-        except RuntimeError:
-            return  # the store is gone
+            if not reason:
+                silent = self._without("alive", others)
+                told = [r for r in others if self._store.check([f"alive/{r}"])]
+                lost = f"no sign of life from rank {', '.join(map(str, silent))} " if silent else ""
+                reason = f"{lost}(rank {self.rank}: {symptom})"
+            found.append(self._store.compare_set("reason", "", reason).decode())
+            stands.set()
+            self._store.set(f"told/{self.rank}", "")
+            self._without("told", told)  # this process may be the one that keeps the store: it stays until all know
+        except RuntimeError:  # the store is gone
+            if not found and reason:
+                found.append(reason)
+
+    def _without(self, key: str, ranks: list[int]) -> list[int]:
+        """Those of the ranks that have not set the key within the time that they have to; none once a reason stands."""
+        until = time.monotonic() + self._grace
+        while ranks and time.monotonic() < until:
+            if key == "alive" and self._store.check(["reason"]):
+                return []
+            ranks = [r for r in ranks if not self._store.check([f"{key}/{r}"])]
+            time.sleep(0.02)
+        return ranks
 
     def _cut(self, channel: dist.ProcessGroup) -> None:
         if self._backend != "gloo":

@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 import hbkit.torch as hb
-from hbkit import embedding
+from hbkit import embedding, errors
 from hbkit.shuffle import sum_over
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -105,14 +108,14 @@ def exchange(seed):
 def lose(how, lost, timeout):
     """Exchange on two channels until rank `lost` is; seconds it took, and the errors of both threads."""
     transport = hb.distributed.GroupTransport(timeout=timeout)
-    other, errors = transport.split(), []
+    other, found = transport.split(), []
 
     def go(channel):
         try:
             while True:
                 channel.all_to_all(np.zeros(transport.size * 1000, np.uint8), np.full(transport.size, 1000))
         except Exception as e:
-            errors.append(f"{type(e).__name__}: {e}")
+            found.append(f"{type(e).__name__}: {e}")
 
     thread = threading.Thread(target=go, args=(other,), daemon=True)
     if transport.rank == lost:
@@ -121,7 +124,7 @@ def lose(how, lost, timeout):
     thread.start()
     go(transport)
     thread.join()
-    return time.monotonic() - began, errors
+    return time.monotonic() - began, found
 
 
 def strike(how, transport):
@@ -175,9 +178,10 @@ def write_parts(folder, size, batch, rounds=ROUNDS, seed=0):
         pq.write_table(table.take(mine[whole["importance"][mine] > 0]), folder / f"{rank}", row_group_size=100)
 
 
-def dataset(path, batch):
+def dataset(path, batch, shard=(0, 1)):
     names = ["click", "importance", "amount", "age", *FEATURES]
-    return hb.data.Dataset.from_parquet(str(path), fields=names).supervised("click", "importance").batch(batch)
+    ds = hb.data.Dataset.from_parquet(str(path), fields=names, shard=shard)
+    return ds.supervised("click", "importance").batch(batch)
 
 
 def trainer_of(transport, wire="float32", optimizer="SGD", lr=0.1):
@@ -222,3 +226,43 @@ def go_on(folder, batch, model):
     trainer.fit(dataset(folder / f"{transport.rank}", batch))
     trainer.save(model)
     return state_of(trainer)
+
+
+def share_out(path, batch, model, every, how="", lost=-1, at=-1, timeout=20.0):
+    """Train on this rank's part of one file, from where `model` stands, and save there every so many steps; the state.
+
+    Rank `lost` is lost within step `at`, between its forward and its backward; then what the others raise, and after
+    how many seconds.
+    """
+    transport = hb.distributed.GroupTransport(timeout=timeout)
+    trainer = trainer_of(transport)
+    ds = dataset(path, batch, (transport.rank, transport.size))
+    if model.exists():
+        trainer.load(model, ds)
+    steps = [time.monotonic()]
+
+    def on_step(n_rows, loss):
+        steps.append(time.monotonic())
+        if (len(steps) - 1) % every == 0:
+            trainer.save(model)
+
+    def on_forward(*_):
+        if transport.rank == lost and len(steps) == at:
+            strike(how, transport)
+
+    trainer.model.register_forward_hook(on_forward)
+    try:
+        trainer.fit(ds, on_step)
+    except errors.TransportError as e:
+        return time.monotonic() - steps[-1], str(e)
+    return state_of(trainer)
+
+
+if __name__ == "__main__":  # a rank of torchrun, whose first attempt loses one
+    _path, _batch, _model, _every, _lost, _out = sys.argv[1:]
+    _first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    _ended = share_out(_path, int(_batch), Path(_model), int(_every), "kill", int(_lost) if _first else -1, 9)
+    if isinstance(_ended[1], str):
+        sys.exit(_ended[1])
+    with open(f"{_out}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "wb") as f:
+        pickle.dump(_ended, f)
