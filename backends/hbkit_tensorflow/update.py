@@ -12,6 +12,7 @@ import tensorflow as tf
 from hbkit import errors
 from hbkit.embedding import Staged
 from hbkit_tensorflow.data import Array, array
+from hbkit_tensorflow.transfer import to_host
 
 __all__ = ["Forward", "Updating"]
 
@@ -31,22 +32,31 @@ class Forward(NamedTuple):
 
 def leaves(embeddings: Mapping[str, Any]) -> dict[str, Any]:
     """What takes gradients: the tensor of each feature, the values of a sequence."""
-    return {feature: getattr(value, "values", value) for feature, value in embeddings.items()}
+    # a `Sequence` is a tuple; the gradient of a gather has `values` too, which are not all that there is
+    return {feature: value.values if isinstance(value, tuple) else value for feature, value in embeddings.items()}
 
 
 def gradients(grads: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradients as the core takes them, float32, without the features that the loss did not use."""
+    """Gradients as the core takes them, float32, without the features that the loss did not use.
+
+    Over the same memory where they are in the host's; of a device in one copy.
+    """
     found = {feature: grad for feature, grad in leaves(grads).items() if grad is not None}
     if not found:
-        raise errors.Closed("no embedding has a gradient", remedy="watch the embeddings with the tape before the loss")
-    return {feature: _floats(grad) for feature, grad in found.items()}
+        raise errors.Closed(
+            "no embedding has a gradient",
+            feature=", ".join(grads),
+            remedy="watch the embeddings with the tape before the loss",
+        )
+    found = {feature: grad if isinstance(grad, np.ndarray) else _floats(grad) for feature, grad in found.items()}
+    elsewhere = {f: g for f, g in found.items() if isinstance(g, tf.Tensor) and not g.device.endswith("CPU:0")}
+    found |= zip(elsewhere, to_host(list(elsewhere.values())), strict=True)
+    return {feature: array(grad) for feature, grad in found.items()}
 
 
-def _floats(grad: Any) -> Array:
-    if isinstance(grad, np.ndarray):
-        return grad
+def _floats(grad: Any) -> tf.Tensor:
     dense = tf.convert_to_tensor(grad)
-    return array(tf.cast(dense, tf.float32) if dense.dtype in (tf.float16, tf.bfloat16) else dense)
+    return tf.cast(dense, tf.float32) if dense.dtype in (tf.float16, tf.bfloat16) else dense
 
 
 class Updating:

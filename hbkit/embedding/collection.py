@@ -335,7 +335,11 @@ class Staged:
     def _check_read(self, *states: str) -> None:
         if self._state not in states or not self._train:
             state = self._state if self._train else "staged for reading only"
-            raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
+            raise Closed(
+                f"the batch was {state}",
+                feature=", ".join(self._collection.features),
+                remedy="stage with train=True, call outputs(), then apply() once",
+            )
 
     def _parts(self, grads: Mapping[str, Any]) -> dict[str, tuple[Float32s, Int64s | None, Float32s | None]]:
         """`_gradient` of each feature that has one."""
