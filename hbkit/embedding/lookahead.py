@@ -44,7 +44,11 @@ class Lookahead:
         with self._lock:
             prepared, staged = next(self._pairs)
             self._waiting.discard(staged)
-        staged.wait(asked)
+        try:
+            staged.wait(asked)
+        except BaseException:
+            staged.close()
+            raise
         return prepared, staged
 
     def close(self) -> None:
