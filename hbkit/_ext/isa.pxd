@@ -112,6 +112,15 @@ cdef extern from "kernels.h" nogil:
         double a, b
         uint64_t seed
 
+    ctypedef struct hb_feature:
+        int64_t at
+        const int32_t *inverse
+        const hb_slabs *slabs
+        const int64_t *slots
+        float *sums
+        float *blocks
+        int32_t *seen
+
     ctypedef struct hb_kernels:
         const char *name
         void (*gather)(const hb_slabs *, const int64_t *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
@@ -129,6 +138,9 @@ cdef extern from "kernels.h" nogil:
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
         const hb_indexers *index
+        void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, float *, int64_t) noexcept nogil
+        int (*sum_together)(const hb_feature *, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
+        void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil
 
     ctypedef struct hb_fp_state:
         pass

@@ -20,6 +20,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16), may_alias));
 
 /* A body is compiled for the dims that are common, as constants, and for any other. */
@@ -172,6 +173,48 @@ static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index
             widen_row(s->dtype, hb_row(s, slot), columns, to);
         memcpy(to + columns, hb_state(s, slot), (size_t)(width - columns) * sizeof(float));
     }
+}
+
+/* Row after row, so that what is written comes in order; the tables' hot rows stay in the cache. */
+INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim,
+                               float *restrict out, int64_t stride) {
+    const float *rows[COMING];
+    int64_t d = ahead(dim * 4), n = n_features * n_rows, i = 0, b = 0, k = 0; /* b, k: of what comes */
+#define COME(i)                                                                                               rows[(i) & (COMING - 1)] = coming(f[k].slabs, f[k].slots[f[k].inverse[b]], dim * 4);                      if (++k == n_features) k = 0, b++
+    for (; i < d && i < n; i++) { COME(i); }
+    i = 0;
+    for (int64_t row = 0; row < n_rows; row++)
+        for (int64_t j = 0; j < n_features; j++, i++) {
+            const float *from = rows[i & (COMING - 1)];
+            float *to = out + row * stride + f[j].at;
+            if (i + d < n) { COME(i + d); }
+            if (from)
+                memcpy(to, from, (size_t)dim * sizeof(float));
+            else
+                memset(to, 0, (size_t)dim * sizeof(float));
+        }
+}
+
+static void gather_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *restrict out,
+                            int64_t stride) {
+    int narrow = 0;
+    for (int64_t k = 0; k < n_features; k++) narrow |= f[k].slabs->dtype != HB_FLOAT32;
+    if (!narrow) {
+#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, n_rows, dim, out, stride); return
+        BY_DIM(dim, GATHER_TOGETHER)
+    }
+    for (int64_t k = 0; k < n_features; k++)
+        for (int64_t b = 0; b < n_rows; b++) {
+            const hb_slabs *s = f[k].slabs;
+            int64_t slot = f[k].slots[f[k].inverse[b]];
+            float *to = out + b * stride + f[k].at;
+            if (slot < 0)
+                memset(to, 0, (size_t)dim * sizeof(float));
+            else if (s->dtype == HB_FLOAT32)
+                memcpy(to, hb_row(s, slot), (size_t)dim * sizeof(float));
+            else
+                widen_row(s->dtype, hb_row(s, slot), dim, to);
+        }
 }
 
 static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
@@ -375,6 +418,59 @@ static void segment_sum(const hb_gradients *g, float *restrict out) {
     for (int64_t s = 0; s < g->n_segments; s++) sum(g, s, dim, out + s * dim); \
     break
     BY_DIM(g->dim, SUM)
+}
+
+/* Values come row by row, so a sum's block is held until its HB_SUM_BLOCK values are there: the same additions as in
+ * `sum`. A block starts from -0, which adds nothing to any value. */
+INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                           int64_t stride) {
+    static const uint32_t minus0[16] = {1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31,
+                                        1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31};
+    const int64_t wide = dim / LANES * LANES;
+    ivec bad = {0};
+    int32_t bad1 = 0;
+    for (int64_t b = 0; b < n_rows; b++)
+        for (int64_t k = 0; k < n_features; k++) {
+            int64_t s = f[k].inverse[b];
+            int32_t seen = f[k].seen[s]++;
+            float *sum = f[k].sums + s * dim;
+            const float *v = grads + b * stride + f[k].at;
+            if (b + 1 < n_rows) fetch(f[k].sums + f[k].inverse[b + 1] * dim, dim * 4);
+            if (__builtin_expect(seen && seen % HB_SUM_BLOCK == 0, 0)) {
+                float *block = f[k].blocks + s * dim;
+                if (seen == HB_SUM_BLOCK)
+                    memcpy(block, sum, (size_t)dim * sizeof(float));
+                else
+                    for (int64_t j = 0; j < dim; j++) block[j] += sum[j];
+            }
+            int old = seen % HB_SUM_BLOCK != 0;
+            const char *from = (const char *)((uintptr_t)sum & -(uintptr_t)old);
+            from += (uintptr_t)minus0 & -(uintptr_t)!old;
+            for (int64_t j = 0; j < wide; j += LANES) {
+                vec x = *(const vec *)(v + j);
+                ivec bits = (ivec)x & 0x7F800000;
+                bad |= bits == 0x7F800000;
+                *(vec *)(sum + j) = *(const vec *)(from + (old ? j * 4 : 0)) + x;
+            }
+            for (int64_t j = wide; j < dim; j++) {
+                bad1 |= (to_bits(v[j]) & 0x7F800000) == 0x7F800000;
+                sum[j] = old ? sum[j] + v[j] : v[j];
+            }
+        }
+    for (int k = 0; k < LANES; k++) bad1 |= bad[k];
+    return bad1 == 0;
+}
+
+static int sum_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                        int64_t stride) {
+#define SUM_TOGETHER(dim) return sum_together_as(f, n_features, n_rows, dim, grads, stride)
+    BY_DIM(dim, SUM_TOGETHER)
+}
+
+static void finish_sums(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim) {
+    for (int64_t s = 0; s < n; s++)
+        if (counts[s] > HB_SUM_BLOCK)
+            for (int64_t j = 0; j < dim; j++) f->sums[s * dim + j] = f->blocks[s * dim + j] + f->sums[s * dim + j];
 }
 
 /* Sum of squares by 16 partial sums added as a tree: the one order that every vector width can follow. */
@@ -832,4 +928,7 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .decode = &PASTE(hb_decoders_, HBKIT_ISA),
     .snappy = PASTE(hb_snappy_, HBKIT_ISA),
     .index = &PASTE(hb_indexers_, HBKIT_ISA),
+    .gather_together = gather_together,
+    .sum_together = sum_together,
+    .finish_sums = finish_sums,
 };

@@ -89,6 +89,16 @@ typedef struct {
     uint64_t seed;
 } hb_draw;
 
+/* One feature of several that stand side by side: row b is of distinct key inverse[b], its floats lie from `at` on. */
+typedef struct {
+    int64_t at;
+    const int32_t *inverse;
+    const hb_slabs *slabs; /* of gather_together, with the slots of the distinct keys */
+    const int64_t *slots;
+    float *sums, *blocks;  /* of sum_together, [u, dim]: the block in hand, and the blocks before it */
+    int32_t *seen;         /* values added so far: 0 at the start */
+} hb_feature;
+
 typedef struct {
     const char *name;
     /* out[i, :width] = first columns of line slots[i], or slots[index[i]] where index is not NULL, as float32; zeros
@@ -119,6 +129,14 @@ typedef struct {
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
     const hb_indexers *index; /* of index_kernel.c */
+    /* For rows b and features k: out[b * stride + f[k].at ...] = its row, as float32; zeros where there is none. */
+    void (*gather_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *out,
+                            int64_t stride);
+    /* The other way: grads[b * stride + f[k].at ...] is added to sum number f[k].inverse[b]. In the end `finish` takes
+     * its blocks together. 0 where a value is not finite. */
+    int (*sum_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                        int64_t stride);
+    void (*finish_sums)(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim);
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -19,6 +19,7 @@ from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.store.base import Float32s, Int64s
+from hbkit.store.together import Together
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]
 
@@ -48,6 +49,11 @@ class _Input(NamedTuple):
     length: int | None  # lists of a dense array all have this length
     weight: Float32s | None  # one a key
 
+    @property
+    def plain(self) -> bool:
+        """One key a row and nothing beside it."""
+        return self.splits is None and self.dictionary is None and self.weight is None
+
 
 class Collection:
     """Several features looked up in their tables.
@@ -59,6 +65,9 @@ class Collection:
         A feature is a column of the batch; each table is its own feature when left out.
     pooling : "sum", "mean", "sqrtn", None, or a mapping of feature name to one of them
         How a list of keys becomes one row; None keeps the sequence. A scalar key is its row.
+    stack : mapping of name to sequence of features, optional
+        Features of one dim whose rows stand side by side in one output of that name, float32[size, n, dim], and whose
+        gradient is one array: a model that takes them so copies nothing.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class Collection:
         tables: Sequence[Table],
         features: Mapping[str, str] | None = None,
         pooling: str | Mapping[str, str | None] | None = "sum",
+        stack: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.tables = {t.name: t for t in tables}
         if len(self.tables) != len(tables):
@@ -86,10 +96,26 @@ class Collection:
         for feature, how in self.pooling.items():
             if how not in POOLINGS:
                 raise InvalidArgument(f"pooling {how!r}", feature=feature, remedy="use sum, mean, sqrtn or None")
+        self.stack = {name: list(features) for name, features in (stack or {}).items()}
+        self._in_stack = {f: (name, i) for name, features in self.stack.items() for i, f in enumerate(features)}
+        self._check_stacks()
         # The features of each table that has some, in their declared order.
         by_table = {name: [f for f, t in self.features.items() if t == name] for name in self.tables}
         self._by_table = {name: features for name, features in by_table.items() if features}
         self._training: Staged | None = None
+
+    def _check_stacks(self) -> None:
+        for name, features in self.stack.items():
+            for f in features:
+                if f not in self.features:
+                    raise UnknownColumn(f"stack {name!r} of an unknown feature", feature=f, remedy="name it in features")
+            if not features or name in self.features or len({self.dim(f) for f in features}) > 1:
+                raise InvalidArgument(
+                    f"stack {name!r} of {', '.join(features) or 'nothing'}",
+                    remedy="give it a name that no feature has, and features of one dim",
+                )
+        if len(self._in_stack) != sum(map(len, self.stack.values())):
+            raise InvalidArgument("a feature is in two stacks, or twice in one", remedy="name it once")
 
     @property
     def step(self) -> int:
@@ -175,16 +201,38 @@ class Staged:
         if self.size < n:
             raise InvalidArgument(f"size {size} for a batch of {n} rows", remedy="give at least the batch's rows")
         self._inputs = {f: _first_rows(i, n) for f, i in inputs.items()}
-        # One request a table: the keys of all its features, in their declared order.
+        # Tables in host memory go together; of the others, one request a table: the keys of all its features, in their
+        # declared order.
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
+        self._joined = self._joinable() if n and (train or ahead) else {}
+        self._together = self._join() if self._joined else None
         for name, features in collection._by_table.items():
+            if name in self._joined:
+                continue
             end = 0
             for feature in features:
                 start, end = end, end + len(self._inputs[feature].keys)
                 self._spans[feature] = slice(start, end)
             self._requests[name] = self._request(collection.tables[name], features, ahead)
         self._state = "staged"
+
+    def _joinable(self) -> dict[str, list[str]]:
+        """Tables that can go together, and their features."""
+        tables, inputs = self._collection.tables, self._inputs
+        by_table = self._collection._by_table.items()
+        return {t: fs for t, fs in by_table if tables[t].joinable and all(inputs[f].plain for f in fs)}
+
+    def _join(self) -> Together:
+        c, keys, places = self._collection, [], []
+        groups = {output: i for i, output in enumerate(self._outputs_of(self._joined))}
+        for name, features in self._joined.items():
+            keys.append(_end_to_end([self._keys(c.tables[name], f) for f in features]))
+            for f in features:
+                output, number = c._in_stack.get(f, (f, 0))
+                places.append((groups[output], number * c.dim(f)))
+        stores: list[Any] = [c.tables[name].store for name in self._joined]
+        return Together(stores, keys, places, self.n_rows)
 
     def _keys(self, table: Table, feature: str) -> Any:
         i = self._inputs[feature]
@@ -232,9 +280,33 @@ class Staged:
                 table.check()
             c._training = self
         self._state, step = "read", c.step + 1
+        if self._together is not None and self._train:
+            self._together.create(step, [c.tables[name].admission for name in self._joined])
         for request in self._requests.values():
             request.create(self._train, step)
-        return {f: self._output(f, self._requests[t]) for f, t in c.features.items()}
+        whole: dict[str, Any] = {
+            name: _ext.retained((self.size, len(features), c.dim(features[0]))) for name, features in c.stack.items()
+        }
+        rows = {f: whole[name][:, i] for f, (name, i) in c._in_stack.items()}
+        joined = [f for features in self._joined.values() for f in features]
+        for f in joined:
+            if f not in rows:
+                whole[f] = rows[f] = _ext.retained((self.size, c.dim(f)))
+        if self._together is not None:
+            self._together.gather(self._flat(whole))
+        for f, table in c.features.items():
+            if table not in self._joined:
+                out = self._output(f, self._requests[table])
+                if f in rows and isinstance(out, SequenceOutput):
+                    raise InvalidArgument("a list without pooling in a stack", feature=f, remedy="pool it")
+                if f in rows:
+                    rows[f][:] = out
+                else:
+                    whole[f] = out
+        if self.n_rows < self.size:
+            for name in self._outputs_of(self._joined):
+                whole[name][self.n_rows :] = 0
+        return {name: whole[name] for name in self._outputs_of({'': list(c.features)})}
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]
@@ -274,9 +346,9 @@ class Staged:
 
         Parameters
         ----------
-        grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
+        grads : mapping of output to float32 array of its shape (of a sequence's `values`)
             Or, for a table of named columns, a mapping of their names to such arrays.
-            A feature left out had no part in the loss.
+            An output left out had no part in the loss.
 
         Raises
         ------
@@ -290,29 +362,70 @@ class Staged:
         if self._state != "read" or not self._train:
             state = self._state if self._train else "staged for reading only"
             raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
-        for feature in grads:
-            if feature not in c.features:
-                raise UnknownColumn(
-                    f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
-                )
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+        for name in grads:
+            if name not in c.stack and (name not in c.features or name in c._in_stack):
+                raise UnknownColumn(f"gradient of unknown output {name!r}", remedy="name outputs of the collection")
+        stacks = {name: self._stacked(name, grads.pop(name)) for name in c.stack if name in grads}
+        for name, g in stacks.items():
+            grads |= {f: g[:, i] for i, f in enumerate(c.stack[name])}
         step = c.step + 1
-        parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        # Where some gradient is missing, rows that only left-out features read stay as they are: table by table.
+        joined, together = self._joined, self._together
+        if not all(f in grads for features in joined.values() for f in features):
+            joined = {}
+        elif together is not None:
+            singles = {f: self._gradient(f, grads[f])[0] for f in self._outputs_of(joined) if f not in stacks}
+            if not together.sum(self._flat(stacks | singles)):
+                joined = self._refused(grads)
+        parts = {f: self._gradient(f, grads[f]) for f, t in c.features.items() if f in grads and t not in joined}
         if len(c.tables) > 1:  # where one table would refuse, none may be updated
-            for f, (values, _, scale) in parts.items():
-                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
+            for f, (g, _, scale) in parts.items():
+                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(g, scale):
                     raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
-        for name, request in self._requests.items():
-            used = [f for f in c._by_table[name] if f in parts]
+        for name, features in c._by_table.items():
+            used = [f for f in features if f in parts]
             if used:
-                checked = len(c.tables) > 1
-                # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
-                touched = request if used == c._by_table[name] else self._request(c.tables[name], used)
-                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
+                whole = used == features and name in self._requests
+                touched = self._requests[name] if whole else self._request(c.tables[name], used)
+                touched.update(*_join([parts[f] for f in used]), step, finite=len(c.tables) > 1)
                 touched.close()
+        if joined and together is not None:
+            rules = [c.tables[name].optimizer for name in joined]
+            hypers = {rule: rule.hyper(step) for rule in set(rules)}
+            together.apply(rules, [hypers[rule] for rule in rules], step)
         self.close()
         self._state = "applied"
         for table in c.tables.values():
             table.advance(step)
+
+    def _outputs_of(self, tables: Mapping[str, Sequence[str]]) -> list[str]:
+        """Outputs that the features of tables are in: each once, in their order."""
+        stacked = self._collection._in_stack
+        return list(dict.fromkeys(stacked[f][0] if f in stacked else f for fs in tables.values() for f in fs))
+
+    def _flat(self, outputs: Mapping[str, Float32s]) -> list[Float32s]:
+        """Outputs of what goes together, or their gradients, as `Together` takes them."""
+        return [outputs[name].reshape(len(outputs[name]), -1)[: self.n_rows] for name in self._outputs_of(self._joined)]
+
+    def _refused(self, grads: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Raise for a gradient that is not finite. One table alone looks for the keys by itself: nothing is joined."""
+        c = self._collection
+        if len(c.tables) > 1:
+            for feature in (f for features in self._joined.values() for f in features):
+                if not all_finite(self._gradient(feature, grads[feature])[0], None):
+                    raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
+        return {}
+
+    def _stacked(self, name: str, grad: Any) -> Float32s:
+        """A stack's gradient, checked and contiguous."""
+        c, g = self._collection, np.asarray(grad)
+        shape = (self.size, len(c.stack[name]), c.dim(c.stack[name][0]))
+        if g.shape != shape or g.dtype.kind != "f":
+            raise InvalidArgument(
+                f"gradient of {g.dtype}{list(g.shape)}", feature=name, remedy=f"give float32{list(shape)}"
+            )
+        return np.ascontiguousarray(g, np.float32)
 
     def _gradient(self, feature: str, grad: Any) -> tuple[Float32s, Int64s | None, Float32s | None]:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
@@ -404,6 +517,10 @@ def _positions(i: _Input) -> tuple[Int64s, int]:
     length = i.length or 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
+
+
+def _end_to_end(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _join(
