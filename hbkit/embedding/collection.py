@@ -102,6 +102,10 @@ class Collection:
         # The features of each table that has some, in their declared order.
         by_table = {name: [f for f, t in self.features.items() if t == name] for name in self.tables}
         self._by_table = {name: features for name, features in by_table.items() if features}
+        self._optimizers: dict[str, Any] = {}  # equal ones are one
+        for name, table in self.tables.items():
+            like = (t.optimizer for t in self.tables.values() if t.optimizer == table.optimizer)
+            self._optimizers[name] = next(like)
         self._training: Staged | None = None
 
     def _check_stacks(self) -> None:
@@ -280,8 +284,6 @@ class Staged:
                 table.check()
             c._training = self
         self._state, step = "read", c.step + 1
-        if self._together is not None and self._train:
-            self._together.create(step, [c.tables[name].admission for name in self._joined])
         for request in self._requests.values():
             request.create(self._train, step)
         whole: dict[str, Any] = {
@@ -292,7 +294,9 @@ class Staged:
         for f in joined:
             if f not in rows:
                 whole[f] = rows[f] = _ext.retained((self.size, c.dim(f)))
-        if self._together is not None:
+        if self._together is not None and self._train:
+            self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
+        elif self._together is not None:
             self._together.gather(self._flat(whole))
         for f, table in c.features.items():
             if table not in self._joined:
@@ -391,9 +395,9 @@ class Staged:
                 touched.update(*_join([parts[f] for f in used]), step, finite=len(c.tables) > 1)
                 touched.close()
         if joined and together is not None:
-            rules = [c.tables[name].optimizer for name in joined]
-            hypers = {rule: rule.hyper(step) for rule in set(rules)}
-            together.apply(rules, [hypers[rule] for rule in rules], step)
+            rules = [c._optimizers[name] for name in joined]
+            hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
+            together.apply(rules, [hypers[id(rule)] for rule in rules], step)
         self.close()
         self._state = "applied"
         for table in c.tables.values():

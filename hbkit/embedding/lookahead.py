@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from hbkit.data.ahead import in_order, prefetch
 from hbkit.embedding.collection import Collection, Staged
 from hbkit.errors import InvalidArgument
+from hbkit.store.host import HostStore
 
 __all__ = ["Lookahead", "Pipeline", "lookahead"]
 
@@ -124,7 +125,8 @@ def lookahead(
     if lookahead < 0:
         raise InvalidArgument(f"lookahead={lookahead}", remedy="give 0 or more batches")
 
-    fetchers = min(FETCHERS, max(0, lookahead - 1))
+    near = all(isinstance(table.store, HostStore) for table in collection.tables.values())  # there is nothing to fetch
+    fetchers = 0 if near else min(FETCHERS, max(0, lookahead - 1))
 
     def announced(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
         for batch in dataset:
@@ -135,6 +137,8 @@ def lookahead(
             yield prepared, staged
 
     def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+        if near:
+            return announced(waiting)
         jobs = (partial(fetched, item) for item in behind(announced(waiting), lookahead - 1 - fetchers))
         return in_order(jobs, fetchers)
 
@@ -145,7 +149,8 @@ def lookahead(
             item[1].fetch()
         return item
 
-    return Lookahead(pairs, min(lookahead, 1))
+    # Where rows come from afar, each batch that is asked for has one more announced, and only one waits to be taken.
+    return Lookahead(pairs, lookahead if near else min(lookahead, 1))
 
 
 def behind(source: Iterator[T], n: int) -> Iterator[T | Exception]:

@@ -63,32 +63,34 @@ class Together:
                 store.lock.shared.__exit__()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """`_reading`, and no other thread updates rows or metadata."""
-        with self._reading():
-            held = []
-            try:
-                for store in self._ordered:
-                    store.updating.acquire()
-                    held.append(store)
-                yield
-            finally:
-                for store in held:
-                    store.updating.release()
+    def _updating(self) -> Iterator[None]:
+        """No other thread updates rows or metadata."""
+        held = []
+        try:
+            for store in self._ordered:
+                store.updating.acquire()
+                held.append(store)
+            yield
+        finally:
+            for store in held:
+                store.updating.release()
 
-    def create(self, step: int, admissions: Sequence[Filter | None]) -> None:
-        """Make the absent rows that are admitted, count the keys, stamp them with `step`."""
-        with self._reading():
-            lacking = set(self._batch.absent())
+    def create(self, step: int, admissions: Sequence[Filter | None], outs: list[Float32s]) -> None:
+        """Make the absent rows that are admitted, count the keys, stamp them with `step`; then `gather`."""
+        lacking = set(self._batch.absent())
+        stores = list(enumerate(zip(self._stores, self._leases, strict=True)))
+        lacking |= {i for i, (store, lease) in stores if lease.version[0] != store.version[0]}  # keys were erased
         for i in lacking:
             self._stores[i].create(self._leases[i], step, admissions[i])
-        with self._writing():
-            others = [i for i in range(len(self._stores)) if i not in lacking]
-            for i in others:
-                self._stores[i].about_to_change(self._leases[i], step)
-            self._batch.stamp(others, step)
-            for i in others:
-                self._leases[i].stamped = step, self._leases[i].version
+        with self._reading():
+            with self._updating():
+                others = [i for i, _ in stores if i not in lacking]
+                for i in others:
+                    self._stores[i].about_to_change(self._leases[i], step)
+                self._batch.stamp(others, step)
+                for i in others:
+                    self._leases[i].stamped = step, self._leases[i].version
+            self._batch.gather(outs)
 
     def gather(self, outs: list[Float32s]) -> None:
         """Rows into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent."""
@@ -102,7 +104,7 @@ class Together:
 
     def apply(self, rules: Sequence[Rule], hypers: list[Float32s], step: int) -> None:
         """One optimizer step in place by what was summed; absent keys are ignored and counted."""
-        with self._writing():
+        with self._reading(), self._updating():
             for store, lease in zip(self._stores, self._leases, strict=True):
                 store.about_to_change(lease, step)
             codes, seeds = [rule.code for rule in rules], [store.layout.seed for store in self._stores]
