@@ -150,4 +150,4 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
                 with closing(Step(inputs, staged, train)) as step:
                     yield step
 
-    return Pipeline(steps())
+    return Pipeline(steps(), ahead)

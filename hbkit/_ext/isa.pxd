@@ -115,8 +115,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct hb_feature:
         int64_t at
         const int32_t *inverse
-        const hb_slabs *slabs
-        const int64_t *slots
+        const float **rows
         float *sums
         float *blocks
         int32_t *seen
@@ -138,6 +137,7 @@ cdef extern from "kernels.h" nogil:
         const hb_decoders *decode
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
         const hb_indexers *index
+        void (*locate)(const hb_slabs *, const int64_t *, int64_t, const float **) noexcept nogil
         void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, float *, int64_t) noexcept nogil
         int (*sum_together)(const hb_feature *, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
         void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil

@@ -175,21 +175,29 @@ static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index
     }
 }
 
+static void locate(const hb_slabs *s, const int64_t *slots, int64_t n, const float **rows) {
+    for (int64_t i = 0; i < n; i++) rows[i] = slots[i] < 0 ? NULL : (const float *)hb_row(s, slots[i]);
+}
+
+/* Into the first-level cache, to be used at once. */
+INLINE void fetch_near(const void *p, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 3);
+}
+
+/* How many rows ahead, where some features stand side by side: about as many as the CPU looks ahead by itself. */
+INLINE int64_t rows_ahead(int64_t n_features) { return 1 + 24 / n_features; }
+
 /* Row after row, so that what is written comes in order; the tables' hot rows stay in the cache. */
 INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim,
                                float *restrict out, int64_t stride) {
-    const float *rows[COMING];
-    int64_t d = ahead(dim * 4), n = n_features * n_rows, i = 0, b = 0, k = 0; /* b, k: of what comes */
-#define COME(i)                                                                                               rows[(i) & (COMING - 1)] = coming(f[k].slabs, f[k].slots[f[k].inverse[b]], dim * 4);                      if (++k == n_features) k = 0, b++
-    for (; i < d && i < n; i++) { COME(i); }
-    i = 0;
-    for (int64_t row = 0; row < n_rows; row++)
-        for (int64_t j = 0; j < n_features; j++, i++) {
-            const float *from = rows[i & (COMING - 1)];
-            float *to = out + row * stride + f[j].at;
-            if (i + d < n) { COME(i + d); }
-            if (from)
-                memcpy(to, from, (size_t)dim * sizeof(float));
+    int64_t d = rows_ahead(n_features);
+    for (int64_t b = 0; b < n_rows; b++)
+        for (int64_t k = 0; k < n_features; k++) {
+            const float *row = f[k].rows[f[k].inverse[b]];
+            float *to = out + b * stride + f[k].at;
+            if (b + d < n_rows) fetch_near(f[k].rows[f[k].inverse[b + d]], dim * 4); /* of NULL, it does nothing */
+            if (row)
+                memcpy(to, row, (size_t)dim * sizeof(float));
             else
                 memset(to, 0, (size_t)dim * sizeof(float));
         }
@@ -197,24 +205,8 @@ INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t 
 
 static void gather_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *restrict out,
                             int64_t stride) {
-    int narrow = 0;
-    for (int64_t k = 0; k < n_features; k++) narrow |= f[k].slabs->dtype != HB_FLOAT32;
-    if (!narrow) {
-#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, n_rows, dim, out, stride); return
-        BY_DIM(dim, GATHER_TOGETHER)
-    }
-    for (int64_t k = 0; k < n_features; k++)
-        for (int64_t b = 0; b < n_rows; b++) {
-            const hb_slabs *s = f[k].slabs;
-            int64_t slot = f[k].slots[f[k].inverse[b]];
-            float *to = out + b * stride + f[k].at;
-            if (slot < 0)
-                memset(to, 0, (size_t)dim * sizeof(float));
-            else if (s->dtype == HB_FLOAT32)
-                memcpy(to, hb_row(s, slot), (size_t)dim * sizeof(float));
-            else
-                widen_row(s->dtype, hb_row(s, slot), dim, to);
-        }
+#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, n_rows, dim, out, stride); break
+    BY_DIM(dim, GATHER_TOGETHER)
 }
 
 static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
@@ -426,7 +418,7 @@ INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_ro
                            int64_t stride) {
     static const uint32_t minus0[16] = {1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31,
                                         1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31};
-    const int64_t wide = dim / LANES * LANES;
+    const int64_t wide = dim / LANES * LANES, d = rows_ahead(n_features);
     ivec bad = {0};
     int32_t bad1 = 0;
     for (int64_t b = 0; b < n_rows; b++)
@@ -435,7 +427,10 @@ INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_ro
             int32_t seen = f[k].seen[s]++;
             float *sum = f[k].sums + s * dim;
             const float *v = grads + b * stride + f[k].at;
-            if (b + 1 < n_rows) fetch(f[k].sums + f[k].inverse[b + 1] * dim, dim * 4);
+            if (b + d < n_rows) {
+                fetch_near(f[k].sums + f[k].inverse[b + d] * dim, dim * 4);
+                if (d > 1) fetch_near(v + d * stride, dim * 4); /* else the CPU sees that they come in order */
+            }
             if (__builtin_expect(seen && seen % HB_SUM_BLOCK == 0, 0)) {
                 float *block = f[k].blocks + s * dim;
                 if (seen == HB_SUM_BLOCK)
@@ -928,6 +923,7 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .decode = &PASTE(hb_decoders_, HBKIT_ISA),
     .snappy = PASTE(hb_snappy_, HBKIT_ISA),
     .index = &PASTE(hb_indexers_, HBKIT_ISA),
+    .locate = locate,
     .gather_together = gather_together,
     .sum_together = sum_together,
     .finish_sums = finish_sums,

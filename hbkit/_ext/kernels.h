@@ -89,14 +89,14 @@ typedef struct {
     uint64_t seed;
 } hb_draw;
 
-/* One feature of several that stand side by side: row b is of distinct key inverse[b], its floats lie from `at` on. */
+/* One feature of several that stand side by side: row b is of distinct key inverse[b], its floats lie from `at` on. What
+ * it points to begins in another set of the first-level cache than the next feature's: they are gone through together. */
 typedef struct {
     int64_t at;
     const int32_t *inverse;
-    const hb_slabs *slabs; /* of gather_together, with the slots of the distinct keys */
-    const int64_t *slots;
-    float *sums, *blocks;  /* of sum_together, [u, dim]: the block in hand, and the blocks before it */
-    int32_t *seen;         /* values added so far: 0 at the start */
+    const float **rows;   /* of gather_together: of each distinct key, NULL where there is none */
+    float *sums, *blocks; /* of sum_together, [u, dim]: the block in hand, and the blocks before it */
+    int32_t *seen;        /* values added so far: 0 at the start */
 } hb_feature;
 
 typedef struct {
@@ -129,7 +129,9 @@ typedef struct {
     /* Snappy's raw format, decompressed; see snappy.h. */
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
     const hb_indexers *index; /* of index_kernel.c */
-    /* For rows b and features k: out[b * stride + f[k].at ...] = its row, as float32; zeros where there is none. */
+    /* Rows (float32) of slots, NULL where they are below 0. */
+    void (*locate)(const hb_slabs *s, const int64_t *slots, int64_t n, const float **rows);
+    /* For rows b and features k: out[b * stride + f[k].at ...] = its row; zeros where there is none. */
     void (*gather_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *out,
                             int64_t stride);
     /* The other way: grads[b * stride + f[k].at ...] is added to sum number f[k].inverse[b]. In the end `finish` takes

@@ -31,6 +31,7 @@ cdef struct Part:  # one table
     int64_t *unique
     int64_t *counts
     int64_t *slots
+    const float **rows
     int32_t *inverse
     int64_t n_features
     float *sums
@@ -60,9 +61,17 @@ cdef bint within(const int64_t *slots, int64_t n, int64_t room) noexcept nogil:
     return most <= <uint64_t>room
 
 
+cdef int64_t odd(int64_t n, int64_t line) noexcept nogil:
+    """At least n, of which `line` fill a cache line: an odd number of lines.
+
+    What is gone through side by side so lies in different sets of the first-level cache.
+    """
+    return ((n + line - 1) // line | 1) * line
+
+
 cdef int64_t room(const Part *part) noexcept nogil:
-    """Floats of sums[u, dim], blocks[u, dim], seen[u], in whole cache lines."""
-    return (part.u * (2 * part.slabs.dim + 1) + 15) // 16 * 16
+    """Floats of sums[u, dim], blocks[u, dim], seen[u]."""
+    return odd(part.u * (2 * part.slabs.dim + 1), 16)
 
 
 cdef class Together:
@@ -92,12 +101,13 @@ cdef class Together:
     cdef Place *places
     cdef hb_feature *features
     cdef int64_t n_parts, n_features, n_groups, n_rows
+    cdef int64_t dim  # of `features`
     cdef list tables
     cdef object memory, given
     cdef readonly list keys, counts, slots
 
     def __cinit__(self, list tables, list keys, list places, int64_t n_rows):
-        cdef int64_t i, k, n, f = 0, total = 0, most = 0
+        cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0
         cdef int bits = 6
         cdef const int64_t[::1] some
         cdef Index index
@@ -118,7 +128,7 @@ cdef class Together:
             if n == 0 or n % n_rows or n >= MOST or f + n // n_rows > self.n_features:
                 _refuse(f"{n} keys in {n_rows} rows")
             self.parts[i].keys, self.parts[i].index, self.parts[i].slabs = &some[0], &index.index, &slabs.s
-            total, most = total + n, max(most, n)
+            most = max(most, n)
             for k in range(self.parts[i].n_features):
                 group, at = places[f]
                 if group < 0 or at < 0:
@@ -130,8 +140,11 @@ cdef class Together:
             _refuse(f"{self.n_features} places for {f} features")
         while bits < 32 and (<int64_t>1 << bits) < 6 * most:
             bits += 1
-        # For each table unique[n + 1], counts[n], slots[n], the first without meaning; and inverse[n].
-        wide, narrow = retained((3 * total + self.n_parts,), np.int64), retained((total,), np.int32)
+        # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning; and inverse[n].
+        for i in range(self.n_parts):
+            n_wide += odd(4 * self.parts[i].n + 1, 8)
+            n_narrow += odd(self.parts[i].n, 16)
+        wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
         self.memory = wide, narrow
         self._find(wide, narrow, retained((1 << bits,), np.uint32), bits)
         self.keys, self.counts, self.slots = [], [], []
@@ -141,7 +154,7 @@ cdef class Together:
             self.keys.append(wide[k:k + total])
             self.counts.append(wide[k + n:k + n + total])
             self.slots.append(wide[k + 2 * n:k + 2 * n + total])
-            k += 3 * n + 1
+            k += odd(4 * n + 1, 8)
 
     cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, uint32_t[::1] table, int bits):
         cdef int64_t i
@@ -152,9 +165,9 @@ cdef class Together:
             for i in range(self.n_parts):
                 part = &self.parts[i]
                 part.unique, part.counts, part.slots = at + 1, at + 1 + part.n, at + 1 + 2 * part.n
-                part.inverse = inverse
-                at += 3 * part.n + 1
-                inverse += part.n
+                part.rows, part.inverse = <const float **>(at + 1 + 3 * part.n), inverse
+                at += odd(4 * part.n + 1, 8)
+                inverse += odd(part.n, 16)
                 part.u = kernels().index.dedupe(part.keys, part.n, &table[0], bits, part.unique - 1, part.inverse, 0,
                                                 part.counts)
                 kernels().index.find(part.index, part.unique, part.u, part.slots)
@@ -206,7 +219,7 @@ cdef class Together:
             part = &self.parts[place.part]
             if place.group == group and (number < 0 or place.number == number):
                 self.features[n].at, self.features[n].inverse = place.at, part.inverse + place.number * self.n_rows
-                self.features[n].slabs, self.features[n].slots = part.slabs, part.slots
+                self.features[n].rows, self.dim = part.rows, part.slabs.dim
                 self.features[n].sums, self.features[n].blocks = part.sums, part.sums + part.u * part.slabs.dim
                 self.features[n].seen = <int32_t *>(part.sums + 2 * part.u * part.slabs.dim)
                 n += 1
@@ -229,7 +242,7 @@ cdef class Together:
 
     def gather(self, list outs):
         """Rows of all features, zeros where a key is absent: into float32[n_rows, width] arrays, as `places` says.  OUT"""
-        cdef int64_t i, group, n, dim
+        cdef int64_t i, group, n
         cdef float[:, ::1] out
         cdef Slabs slabs
         cdef hb_fp_state fp
@@ -238,14 +251,14 @@ cdef class Together:
             slabs = self.tables[i][1]
             if not within(self.parts[i].slots, self.parts[i].u, slabs.capacity):
                 _refuse("a slot is outside the lines")
+            kernels().locate(self.parts[i].slabs, self.parts[i].slots, self.parts[i].u, self.parts[i].rows)
         for group in range(self.n_groups):
             out = outs[group]
             with nogil:
                 n = self._round(group, -1)
                 fp = hb_fp_enter()
                 if n:
-                    dim = self.features[0].slabs.dim
-                    kernels().gather_together(self.features, n, self.n_rows, dim, &out[0, 0], out.shape[1])
+                    kernels().gather_together(self.features, n, self.n_rows, self.dim, &out[0, 0], out.shape[1])
                 hb_fp_leave(fp)
 
     def sum(self, list grads):
@@ -260,7 +273,7 @@ cdef class Together:
         -----
         The additions are those of `hbkit._ext.segment.segment_sum`.
         """
-        cdef int64_t i, group, number, n, dim, total = 0, most = 1
+        cdef int64_t i, group, number, n, total = 0, most = 1
         cdef int finite = 1
         cdef const float[:, ::1] values
         cdef float[::1] sums
@@ -286,8 +299,7 @@ cdef class Together:
                     n = self._round(group, number)
                     fp = hb_fp_enter()
                     if n:
-                        dim = self.features[0].slabs.dim
-                        finite &= kernels().sum_together(self.features, n, self.n_rows, dim, &values[0, 0],
+                        finite &= kernels().sum_together(self.features, n, self.n_rows, self.dim, &values[0, 0],
                                                          values.shape[1])
                     hb_fp_leave(fp)
         return bool(finite)

@@ -20,12 +20,18 @@ __all__ = ["Lookahead", "Pipeline", "lookahead"]
 class Lookahead:
     """Iterator of (batch, `Staged`), staged in the background; see `lookahead`.
 
+    Attributes
+    ----------
+    waited : float, seconds
+        For which the steps so far waited for their batch and its rows.
+
     Whoever takes a pair applies or closes its `Staged`; `close` lets go of those that nobody took. Both may be called
     from any thread.
     """
 
     def __init__(self, pairs: Callable[[set[Staged]], Generator[tuple[Any, Staged]]], depth: int) -> None:
         self._lock = threading.Lock()
+        self.waited = 0.0
         self._waiting: set[Staged] = set()  # staged, and not yet taken
         self._pairs = prefetch(pairs(self._waiting), depth) if depth else pairs(self._waiting)
 
@@ -38,6 +44,7 @@ class Lookahead:
             prepared, staged = next(self._pairs)
             self._waiting.discard(staged)
         staged.wait(asked)
+        self.waited += time.monotonic() - asked
         return prepared, staged
 
     def close(self) -> None:
@@ -65,8 +72,13 @@ FETCHERS = 4  # batches whose rows are on their way at once: while the last rows
 class Pipeline(Generic[Step]):
     """Iterator over the steps of a generator; closed when exhausted, closed or forgotten, and in a ``with``."""
 
-    def __init__(self, steps: Generator[Step]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Generator[Step], ahead: Lookahead | None = None) -> None:
+        self._steps, self._ahead = steps, ahead
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the steps so far waited for their batch and its rows."""
+        return 0.0 if self._ahead is None else self._ahead.waited
 
     def __iter__(self) -> Self:
         return self
