@@ -2,8 +2,8 @@
 
 ``python bench/dlrm.py DATA --peers PYTHON [--dim 16,32] [--shared ../shared] [--only torch,torchrec] [--threads 2]``
 
-DATA holds clicks.parquet, and clicks.tfrecord for Keras, of ``../shared/workloads/clicks.py``. The peers are the scripts
-in ``../shared/peers``; PYTHON has TorchRec. `contest.py` says how contenders take turns. hbkit trains the same model
+DATA holds clicks.parquet, and clicks.tfrecord for Keras, of ``../shared/workloads/clicks.py``. The peers are the
+scripts in ``../shared/peers``; PYTHON has TorchRec. `contest.py` says how contenders take turns. hbkit trains the same model
 (under PyTorch the very class of the peer's script), sizes, rates and batches, through ``hb.pipeline`` or
 ``hb.nn.attach``. Caveats:
 

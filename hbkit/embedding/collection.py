@@ -103,16 +103,18 @@ class Collection:
         by_table = {name: [f for f, t in self.features.items() if t == name] for name in self.tables}
         self._by_table = {name: features for name, features in by_table.items() if features}
         self._optimizers: dict[str, Any] = {}  # equal ones are one
-        for name, table in self.tables.items():
-            like = (t.optimizer for t in self.tables.values() if t.optimizer == table.optimizer)
-            self._optimizers[name] = next(like)
+        for t in self.tables.values():
+            like = (o for o in self._optimizers.values() if o == t.optimizer)
+            self._optimizers[t.name] = next(like, t.optimizer)
         self._training: Staged | None = None
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
             for f in features:
                 if f not in self.features:
-                    raise UnknownColumn(f"stack {name!r} of an unknown feature", feature=f, remedy="name it in features")
+                    raise UnknownColumn(
+                        f"stack {name!r} of an unknown feature", feature=f, remedy="name it in features"
+                    )
             if not features or name in self.features or len({self.dim(f) for f in features}) > 1:
                 raise InvalidArgument(
                     f"stack {name!r} of {', '.join(features) or 'nothing'}",
@@ -298,9 +300,9 @@ class Staged:
             self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
         elif self._together is not None:
             self._together.gather(self._flat(whole))
-        for f, table in c.features.items():
-            if table not in self._joined:
-                out = self._output(f, self._requests[table])
+        for f, name in c.features.items():
+            if name not in self._joined:
+                out = self._output(f, self._requests[name])
                 if f in rows and isinstance(out, SequenceOutput):
                     raise InvalidArgument("a list without pooling in a stack", feature=f, remedy="pool it")
                 if f in rows:
@@ -310,7 +312,7 @@ class Staged:
         if self.n_rows < self.size:
             for name in self._outputs_of(self._joined):
                 whole[name][self.n_rows :] = 0
-        return {name: whole[name] for name in self._outputs_of({'': list(c.features)})}
+        return {name: whole[name] for name in self._outputs_of({"": list(c.features)})}
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]

@@ -54,9 +54,9 @@ class Together:
             for store, lease, slots in zip(self._stores, self._leases, self._batch.slots, strict=True):
                 if lease.version != store.version:
                     store.refresh(lease)
-                    if lease.slots is not slots:
-                        slots[:] = lease.slots
-                        lease.slots = slots
+                if lease.slots is not slots:  # they were found anew
+                    slots[:] = lease.slots
+                    lease.slots = slots
             yield
         finally:
             for store in held:
