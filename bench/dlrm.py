@@ -2,10 +2,10 @@
 
 ``python bench/dlrm.py DATA --peers PYTHON [--dim 16,32] [--shared ../shared] [--only torch,torchrec] [--threads 2]``
 
-DATA holds clicks.parquet, and clicks.tfrecord for Keras, of ``../shared/workloads/clicks.py``. The peers are the scripts
-in ``../shared/peers``; PYTHON has TorchRec. `contest.py` says how contenders take turns. hbkit trains the same model
-(under PyTorch the very class of the peer's script), sizes, rates and batches, through ``hb.pipeline`` or
-``hb.nn.attach``. Caveats:
+DATA holds clicks.parquet, and clicks.tfrecord for Keras, of ``../shared/workloads/clicks.py``. The peers are the
+scripts in ``../shared/peers``; PYTHON has TorchRec. `contest.py` says how contenders take turns. hbkit trains the same
+model (under PyTorch the very class of the peer's script), with the same sizes, rates and batches, through
+``hb.pipeline`` or ``hb.nn.attach``. Caveats:
 
 - As in the peers, one pass of the whole comes first, then one of the data and embedding part alone: the dense model is
   replaced by a sum. "dense" is the dense model on constant inputs, which no reader or table can make faster. The first
@@ -19,6 +19,7 @@ in ``../shared/peers``; PYTHON has TorchRec. `contest.py` says how contenders ta
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -32,6 +33,7 @@ import contest
 
 DENSE, SPARSE = [f"d{i}" for i in range(13)], [f"s{i}" for i in range(26)]
 BATCH, UNTIMED, STEPS = 4096, 3, 30
+PEERS = ("torch", "keras")
 GOALS = [  # figure, of, over, goal
     ("sparse_samples_s", "torch", "torchrec", 3.5),
     ("sparse_samples_s", "torch", "embeddingbag", 6.0),
@@ -197,7 +199,9 @@ def keras(path: Path, dim: int, threads: int, jit: bool) -> str:
 
 def main() -> None:
     """Print each contender's figures, and the ratios beside their goals."""
-    ap = contest.arguments(__doc__)
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--contender", help=argparse.SUPPRESS)
     ap.add_argument("data", type=Path)
     ap.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="has torchrec")
     ap.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
@@ -205,7 +209,7 @@ def main() -> None:
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--only", default="", help="contenders by name, with commas between")
     a = ap.parse_args()
-    parquet, torch_peer, keras_peer = a.data / "clicks.parquet", a.shared / "peers/dlrm_torch.py", ""
+    parquet, torch_peer, keras_peer = a.data / "clicks.parquet", *(a.shared / f"peers/dlrm_{n}.py" for n in PEERS)
     if a.contender:
         dim = int(a.dim)
         if a.contender == "torch":
@@ -213,13 +217,12 @@ def main() -> None:
         else:
             print(keras(parquet, dim, a.threads, a.contender == "keras-jit"))
         return
-    keras_peer = str(a.shared / "peers/dlrm_keras.py")
     contest.machine(rounds=a.rounds, threads=a.threads, **contest.versions(sys.executable, ("torch", "tensorflow-cpu")))
     for dim in a.dim.split(","):
         options = "--dim", dim, "--threads", str(a.threads)
         ours = ("--shared", str(a.shared), *options, str(a.data))
         peer = [a.peers, str(torch_peer), str(parquet), *options, "--peer"]
-        by_keras = [sys.executable, keras_peer]
+        by_keras = [sys.executable, str(keras_peer)]
         commands = {
             "torch": contest.itself(sys.executable, __file__, "torch", *ours),
             "torchrec": [*peer, "torchrec"],

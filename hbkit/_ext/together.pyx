@@ -83,8 +83,8 @@ cdef class Together:
     keys : list of int64[k * n_rows]
         One array a table: the keys of its k features, one a row, end to end.
     places : list of (group, column)
-        For each feature in the order of tables: in which of the arrays that `gather` and `sum` are given its rows stand,
-        and from which column on. Those of one array have one dim.
+        For each feature in the order of tables: in which of the arrays that `gather` and `sum` are given its rows
+        stand, and from which column on. Those of one array have one dim.
     n_rows : int
 
     Attributes
@@ -241,7 +241,7 @@ cdef class Together:
         return 0
 
     def gather(self, list outs):
-        """Rows of all features, zeros where a key is absent: into float32[n_rows, width] arrays, as `places` says.  OUT"""
+        """Rows of all features into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent."""
         cdef int64_t i, group, n
         cdef float[:, ::1] out
         cdef Slabs slabs

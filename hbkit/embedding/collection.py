@@ -116,8 +116,8 @@ class Collection:
         self._by_table = {name: features for name, features in by_table.items() if features}
         self._optimizers: dict[str, Any] = {}  # equal ones are one
         for one in tables:
-            like = (other.optimizer for other in tables if other.optimizer == one.optimizer)
-            self._optimizers[one.name] = next(like)
+            like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
+            self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
 
     def _check_stacks(self) -> None:
@@ -354,9 +354,9 @@ class Staged:
             self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
         elif self._together is not None:
             self._together.gather(self._flat(whole))
-        for f, table in c.features.items():
-            if table not in self._joined:
-                out = self._output(f, self._requests[table])
+        for f, name in c.features.items():
+            if name not in self._joined:
+                out = self._output(f, self._requests[name])
                 if f in rows and isinstance(out, SequenceOutput):
                     raise InvalidArgument("a list without pooling in a stack", feature=f, remedy="pool it")
                 if f in rows:

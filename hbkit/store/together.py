@@ -40,6 +40,7 @@ class Together:
         self._batch = Batch([store.parts for store in stores], keys, places, n_rows)
         columns = zip(self._batch.keys, self._batch.slots, self._batch.counts, versions, strict=True)
         self._leases = [Lease(key, slots, counts, -1, version) for key, slots, counts, version in columns]
+        self._each = list(zip(stores, self._leases, self._batch.slots, strict=True))
         # Whoever takes several locks takes them in this order, so that none waits for another in a circle.
         self._ordered = sorted(stores, key=id)
 
@@ -51,12 +52,12 @@ class Together:
             for store in self._ordered:
                 store.lock.shared.__enter__()
                 held.append(store)
-            for store, lease, slots in zip(self._stores, self._leases, self._batch.slots, strict=True):
+            for store, lease, slots in self._each:
                 if lease.version != store.version:
                     store.refresh(lease)
-                    if lease.slots is not slots:
-                        slots[:] = lease.slots
-                        lease.slots = slots
+                if lease.slots is not slots:  # they were found anew
+                    slots[:] = lease.slots
+                    lease.slots = slots
             yield
         finally:
             for store in held:
@@ -78,13 +79,12 @@ class Together:
     def create(self, step: int, admissions: Sequence[Filter | None], outs: list[Float32s]) -> None:
         """Make the absent rows that are admitted, count the keys, stamp them with `step`; then `gather`."""
         lacking = set(self._batch.absent())
-        stores = list(enumerate(zip(self._stores, self._leases, strict=True)))
-        lacking |= {i for i, (store, lease) in stores if lease.version[0] != store.version[0]}  # keys were erased
-        for i in lacking:
+        lacking |= {i for i, (store, lease, _) in enumerate(self._each) if lease.version[0] != store.version[0]}
+        for i in lacking:  # or their keys were erased
             self._stores[i].create(self._leases[i], step, admissions[i])
+        others = [i for i in range(len(self._stores)) if i not in lacking]
         with self._reading():
             with self._updating():
-                others = [i for i, _ in stores if i not in lacking]
                 for i in others:
                     self._stores[i].about_to_change(self._leases[i], step)
                 self._batch.stamp(others, step)
@@ -105,9 +105,9 @@ class Together:
     def apply(self, rules: Sequence[Rule], hypers: list[Float32s], step: int) -> None:
         """One optimizer step in place by what was summed; absent keys are ignored and counted."""
         with self._reading(), self._updating():
-            for store, lease in zip(self._stores, self._leases, strict=True):
+            for store, lease, _ in self._each:
                 store.about_to_change(lease, step)
             codes, seeds = [rule.code for rule in rules], [store.layout.seed for store in self._stores]
             ignored = self._batch.apply(codes, hypers, seeds, step)
-            for store, lease, n in zip(self._stores, self._leases, ignored, strict=True):
+            for (store, lease, _), n in zip(self._each, ignored, strict=True):
                 store.updated(lease, step, n)
