@@ -40,7 +40,7 @@ class Training:
             settings,
             compile=options.compile,
             amp=options.amp,
-            positive_weight=(weights[0] if len(weights) == 1 else weights) or None,
+            positive_weight=None if not weights else weights[0] if len(weights) == 1 else weights,
         )
         assert options.data is not None
         self._ds = dataset(options.data, columns, options.batch_size).shuffle(options.seed, SHUFFLE_ROWS)
