@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import safetensors
@@ -44,6 +44,8 @@ class Trainer(Resumable):
         Whether to compile the model, whole, with ``torch.compile``.
     amp : bool
         Whether the model computes in bfloat16 where that is safe; its parameters, logits and loss stay float32.
+    positive_weight : float, or sequence of n_labels, optional
+        Factor of the loss of label 1, for classes that are out of balance.
 
     Raises
     ------
@@ -64,6 +66,7 @@ class Trainer(Resumable):
         lr: float = 0.01,
         compile: bool = False,
         amp: bool = False,
+        positive_weight: float | Sequence[float] | None = None,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise errors.InvalidArgument(f"no optimizer {optimizer!r}", remedy=f"one of {', '.join(OPTIMIZERS)}")
@@ -73,6 +76,7 @@ class Trainer(Resumable):
         self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]  # the base class's
         self._graph: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
         self._amp = amp
+        self._positive_weight = None if positive_weight is None else torch.tensor(positive_weight)
 
     def fit(
         self,
@@ -102,7 +106,10 @@ class Trainer(Resumable):
         self.model.train()
         for step in pipeline(ds, self.embeddings, lookahead):
             logits = self._forward(step.dense, step.embeddings)
-            losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, step.label, reduction="none")
+            heavier = None if self._positive_weight is None else self._positive_weight.to(logits.device)
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits, step.label, reduction="none", pos_weight=heavier
+            )
             losses = losses.mean(1) if losses.ndim == 2 else losses
             total = step.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)  # a batch may weigh nothing
             loss = (losses * step.weight).sum() / total
