@@ -11,6 +11,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import hbkit
@@ -119,6 +121,7 @@ def test_ranks_under_torchrun_train_evaluate_and_save_as_one_process(clicks, tmp
 
 
 @torch
+@pytest.mark.slow
 def test_killed_ranks_go_on_exactly_and_another_number_of_them_goes_on_too(clicks, tmp_path):
     common = ["--data", clicks / "train", *FEW, "--batch-size", 25, "--seed", 5, "--epochs", 2]
     ended(torchrun(2, *common, "--save", tmp_path / "whole"))
@@ -140,8 +143,9 @@ def test_killed_ranks_go_on_exactly_and_another_number_of_them_goes_on_too(click
 
 @torch
 def test_an_error_of_one_rank_ends_all_by_name(clicks, tmp_path):
-    err = ended(torchrun(2, "--data", clicks / "train", "--label", "clicked"), status=1)
-    assert "hbkit: error: no column 'clicked'" in err
+    pq.write_table(pa.table({"label": [1.0, 5.0, 0.0], "k": [1, 2, 3]}), tmp_path / "fives.parquet")
+    err = ended(torchrun(2, "--data", tmp_path / "fives.parquet", "--label", "label"), status=1)
+    assert "hbkit: error: label 5 is not a click probability" in err and "Traceback" not in err.partition("Sending")[0]
     err = ended(torchrun(2, "--follow", clicks / "train", "--label", "label", "--save", tmp_path), status=1)
     assert "--follow with several ranks" in err
     err = ended(torchrun(2, "--data", clicks / "train", "--label", "label", "--backend", "tensorflow"), status=1)
@@ -157,7 +161,7 @@ def test_ranks_in_a_tensorflow_cluster_train_and_save_together(clicks, tmp_path)
     assert found["rows"] == 10_001 and found["evaluated rows"] == 3_001
     assert ended(second) == ""
     again = figures(ended(started([*COMMAND, "evaluate", tmp_path / "m", "--data", clicks / "test"])))
-    assert again["AUC"] == pytest.approx(found["AUC"], abs=1e-6)
+    assert again["AUC"] == pytest.approx(found["AUC"], abs=1e-4)  # the ranks rounded what they sent
     one, other = in_cluster(2, *common, "--timeout", 5)
     time.sleep(0.1)
     other.kill()
