@@ -143,21 +143,34 @@ COUNT = """
 
     path, dump = sys.argv[1:]
     ds = hb.data.Dataset.from_parquet(path).select(["click", "amount", "age", "user", "item", "tags"])
-    ds = ds.supervised("click").batch(64)
+    ds = ds.supervised("click").batch(16)
     model = hb.models.DLRM(["user", "item", "tags"], 8, n_dense=2, bottom=(16,), top=(16,))
     collection = embedding.Collection([embedding.Table(n, 8) for n in ("user", "item", "tags")])
     model.compile("adagrad", keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
     hb.nn.attach(model, collection)
+
+    din = hb.models.DIN(["user", "item"], 8, n_dense=2, sequences={"tags": "item"})
+    sequences = embedding.Collection(list(collection.tables.values()), pooling={"tags": None})
+    din.compile("adagrad", keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
+    hb.nn.attach(din, sequences)
+    few = ds.batch(2)
 
     def unpadded():  # what the padding is for: batches of two sizes
         step = tf.function(model, jit_compile=True)
         for b in ds.batches():
             step(tf.zeros((b.n_rows, 2)), {f: tf.constant(r) for f, r in collection.lookup(b).items()})
 
-    for run in lambda: model.fit(ds, epochs=2, verbose=0), lambda: model.predict(ds, verbose=0), unpadded:
+    runs = {
+        "fit": lambda: model.fit(ds, verbose=0),
+        "predict": lambda: model.predict(ds, verbose=0),
+        "unpadded": unpadded,
+        "sequences": lambda: din.fit(few, steps_per_epoch=200, verbose=0),
+    }
+    for run in runs.values():
         run()
         print(collection.step, len(list(pathlib.Path(dump).glob("*.before_optimizations.txt"))))
     print(len({len(np.unique(b["user"])) for b in ds.batches()}), "torch" in sys.modules)
+    print(len({1 << (max(1, int(b["tags"].lengths().max())) - 1).bit_length() for b in few.batches()}), "lengths")
 """
 
 
@@ -165,12 +178,13 @@ def test_steps_compile_exactly_once(click_file, tmp_path):
     """XLA writes a file per compilation; a fresh process, since it reads its flags once."""
     dump = str(tmp_path / "xla")
     env = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={dump}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(COUNT), click_file(64 * 52 + 13), dump]
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(COUNT), click_file(16 * 200 - 3), dump]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    fit, predict, unpadded, others = (line.split() for line in done.stdout.splitlines())
-    assert (fit, predict, unpadded) == (["106", "1"], ["106", "2"], ["106", "4"])
+    fit, predict, unpadded, din, others, lengths = (line.split() for line in done.stdout.splitlines())
+    assert (fit, predict, unpadded) == (["200", "1"], ["200", "2"], ["200", "4"])
     assert int(others[0]) > 5 and others[1] == "False"  # numbers of unique keys in a batch; torch
+    assert (din, lengths) == (["400", "7"], ["3", "lengths"])
 
 
 def test_the_graph_sees_batch_shapes_only(clicks, collection, dlrm):
@@ -321,7 +335,33 @@ def test_attach_refuses_by_name(click_file, clicks, collection, dlrm):
         compiled(model, wrap(keras.optimizers.SGD(gradient_accumulation_steps=2)))
         with pytest.raises(errors.Unsupported, match="gradient_accumulation_steps=2"):
             model.fit(ds, verbose=0)
+    c.transport = object()  # as over `hb.distributed.shard`
+    compiled(model)
+    with pytest.raises(errors.Unsupported, match=r"ranks.*Trainer"):
+        model.fit(ds, verbose=0)
     assert c.step == 0
+
+
+def test_attached_model_names_what_does_not_fit(clicks, collection, dlrm):
+    city = hb.nn.attach(compiled(hb.models.DLRM(["user", "city"], 8, n_dense=2), jit=False), collection())
+    with pytest.raises(errors.UnknownColumn, match=r"no table.*city"):
+        city.fit(clicks(64), verbose=0)
+    unpooled = hb.nn.attach(compiled(dlrm(), jit=False), collection(pooling={"tags": None}))
+    with pytest.raises(errors.InvalidArgument, match=r"not a sequence.*tags"):
+        unpooled.fit(clicks(64), verbose=0)
+    layer = hb.nn.EmbeddingCollection(collection())
+    model = hb.nn.attach(compiled(dlrm(), jit=False), layer)
+    for spoilt, says in (("amount", "Ragged.*amount"), ("user", "float32.*user")):
+
+        def spoil(columns, spoilt=spoilt):
+            return {**columns, spoilt: columns["tags"] if spoilt == "amount" else columns["amount"]}
+
+        with pytest.raises(errors.InvalidArgument, match=says):
+            model.fit(clicks(64).map(spoil), verbose=0)
+    layer.close()
+    for run in model.fit, model.predict:
+        with pytest.raises(errors.Closed, match="user, item, tags"):
+            run(clicks(64), verbose=0)
 
 
 def test_attached_model_saves_and_loads_its_weights(clicks, collection, dlrm, tmp_path):
@@ -353,8 +393,7 @@ def small(policy="float32"):
 PAIRS = {"user": "user", "item": "item"}
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("limit", [None, 0.05])
+@pytest.mark.parametrize(("jit", "limit"), [(False, None), (True, 0.05)])
 def test_fit_with_a_loss_scale_is_fit_without(clicks, collection, rows_of, jit, limit):
     """Powers of two scale exactly; a clipped norm is that of weights and rows together."""
     runs = []
@@ -362,9 +401,9 @@ def test_fit_with_a_loss_scale_is_fit_without(clicks, collection, rows_of, jit, 
         optimizer = wrap(keras.optimizers.SGD(0.5, global_clipnorm=limit))
         c = collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5))
         model = hb.nn.attach(compiled(small(), optimizer, jit), c)
-        losses = model.fit(pairs(clicks), epochs=2, verbose=0).history["loss"]
+        losses = model.fit(pairs(clicks), verbose=0).history["loss"]
         runs.append((losses, rows_of(c), *[w.numpy() for w in model.weights]))
-        assert c.step == 16
+        assert c.step == 8
     for found, expected in zip(*runs, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

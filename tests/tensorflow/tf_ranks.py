@@ -216,10 +216,10 @@ def trained(transport, folder, batch, **options):
 
 
 def attached(transport):
-    """What `attach` says of sharded embeddings."""
+    """What Keras's methods say of sharded embeddings."""
     trainer = trainer_of(transport)
     try:
-        hb.nn.attach(trainer.model, trainer.embeddings)
+        hb.nn.attach(trainer.model, trainer.embeddings).predict(None)
     except errors.Unsupported as e:
         return str(e)
     return ""
