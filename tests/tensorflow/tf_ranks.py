@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 import hbkit.tensorflow as hb
-from hbkit import embedding
+from hbkit import embedding, errors
 from hbkit.shuffle import sum_over
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -215,7 +215,18 @@ def trained(transport, folder, batch, **options):
     return *state_of(trainer), losses, auc.reduce(transport).result()
 
 
+def attached(transport):
+    """What Keras's methods say of sharded embeddings."""
+    trainer = trainer_of(transport)
+    try:
+        hb.nn.attach(trainer.model, trainer.embeddings).predict(None)
+    except errors.Unsupported as e:
+        return str(e)
+    return ""
+
+
 def train(folder, batch, runs):
-    """What `exchange` finds, and what training comes to for the options of each run."""
+    """What `exchange` finds, what `attach` says, and what training comes to for the options of each run."""
     transport = hb.distributed.GroupTransport(timeout=60)
-    return exchange(transport, 7), [trained(transport, folder, batch, **options) for options in runs]
+    results = [trained(transport, folder, batch, **options) for options in runs]
+    return exchange(transport, 7), attached(transport), results
