@@ -29,9 +29,10 @@ Bytes = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 
 JOBS = ("chief", "worker")  # of a cluster; in this order they are its ranks
-PATIENCE = 0.9  # of a call's timeout; the rest is for asking who is lost
+PATIENCE = 0.85  # of a call's timeout; the rest is for asking who is lost
 HEADER = 8  # bytes before those of a message: how many they are
 LINGER = 0.2  # seconds before a process ends in which its last answers reach the others
+SYMPTOM = re.compile(r"^Collective .*", re.MULTILINE)  # in what TensorFlow says of a failure
 ABORTED = re.compile(r"hbkit: (rank \d+: .*?) \(end of the reason\)", re.DOTALL)
 
 
@@ -80,14 +81,15 @@ class _Cluster:
             return cls._one
 
     def lost(self, seconds: float) -> list[int]:
-        """Ranks that do not answer, of those that there is time to ask."""
+        """Ranks that do not answer, which are asked one after the other: TensorFlow holds Python's lock meanwhile."""
         lost, until = [], time.monotonic() + seconds
-        for rank, task in enumerate(self.tasks):
-            if rank != self.rank and (left := round((until - time.monotonic()) * 1000)) > 0:
-                try:
-                    context.context().check_collective_ops_peer_health(task, left)
-                except tf.errors.OpError:
-                    lost.append(rank)
+        peers = [rank for rank in range(self.size) if rank != self.rank]
+        for i, rank in enumerate(peers):
+            left = max(0.01, (until - time.monotonic()) / (len(peers) - i))
+            try:
+                context.context().check_collective_ops_peer_health(self.tasks[rank], round(left * 1000))
+            except tf.errors.OpError:
+                lost.append(rank)
         return lost
 
     def abort(self, reason: str) -> None:
@@ -96,9 +98,9 @@ class _Cluster:
 
 
 def _n_words(nbytes: int) -> int:
-    """Words of 4 bytes of a message of so many, at most a 64th more: TensorFlow keeps a record of each size."""
+    """Words of 4 bytes of a message of so many: rounded up, since the ranks meet over each size when it is new."""
     words = -(-(HEADER + nbytes) // 4)
-    step = max(16, 1 << max(0, words.bit_length() - 7))
+    step = max(256, 1 << max(0, words.bit_length() - 6))
     return -(-words // step) * step
 
 
@@ -134,8 +136,9 @@ class GroupTransport:
     -----
     A process has one group, for good: once a call failed, all further ones fail with its reason.
 
-    Bytes travel as int32 between each two ranks (a broadcast in a group of two), rounded up to at most a 64th more and
-    at least 64: each size is a collective of its own to TensorFlow, which keeps a record of all it has seen.
+    Bytes travel as int32 between each two ranks, a broadcast in a group of two. Each size is a collective of its own to
+    TensorFlow, about whose first use it asks the chief, and which it keeps a record of: messages are rounded up to a
+    multiple of 1 KiB, or of a power of two that is at most a 32nd of them.
     """
 
     def __init__(self, group: Any = None, timeout: float = 60.0) -> None:
@@ -232,7 +235,7 @@ class GroupTransport:
             reason = told[1]
         else:
             lost = ", ".join(f"rank {r} at {cluster.addresses[r]}" for r in cluster.lost(self.timeout * (1 - PATIENCE)))
-            what = f"{lost} does not answer" if lost else e.message.strip().splitlines()[0]
+            what = f"{lost} does not answer" if lost else " ".join(SYMPTOM.findall(e.message)) or e.message
             late = f" within {self.timeout:g} s" if isinstance(e, tf.errors.DeadlineExceededError) else ""
             reason = f"rank {self.rank}: {what}{late}"
         cluster.abort(reason)
@@ -327,7 +330,8 @@ def reduce_gradients(grads: Sequence[Any], step: Any) -> list[Any]:
         return list(grads)
     own = [tf.convert_to_tensor(grad) for grad in grads if grad is not None]
     flat = np.concatenate([array(tf.cast(grad, tf.float32)).reshape(-1) for grad in own])
-    total = sum_over(step.transport, flat * np.float32(step.share))
+    flat = flat * np.float32(step.share) if step.share else np.zeros_like(flat)  # the mean over no rows may be NaN
+    total = sum_over(step.transport, flat)
     parts = np.split(total, np.cumsum([int(tf.size(grad)) for grad in own])[:-1])
     found = (tf.cast(tensor(part.reshape(grad.shape)), grad.dtype) for part, grad in zip(parts, own, strict=True))
     return [None if grad is None else next(found) for grad in grads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import tensorflow as tf
 import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Lookahead, Pipeline, Staged
-from hbkit_tensorflow.data import Array, array, tensor
-from hbkit_tensorflow.transfer import target, to_device, to_host
+from hbkit_tensorflow import backward
+from hbkit_tensorflow.data import Array, tensor
+from hbkit_tensorflow.transfer import target, to_device
+from hbkit_tensorflow.update import Forward, Updating, gradients
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -32,11 +35,6 @@ class Sequence(NamedTuple):
 
     values: tf.Tensor
     mask: tf.Tensor
-
-
-def leaves(embeddings: Mapping[str, Any]) -> dict[str, tf.Tensor]:
-    """What takes gradients: the tensor of each feature, the values of a sequence."""
-    return {feature: value.values if isinstance(value, Sequence) else value for feature, value in embeddings.items()}
 
 
 Make = Callable[[Array], tf.Tensor]
@@ -57,22 +55,7 @@ def in_one_copy(inputs: hbkit.data.Inputs, outputs: Mapping[str, Any], device: s
     return lambda _: next(copies)
 
 
-def gradients(grads: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradients as the core takes them, without the features that the loss did not use: one copy of all from a GPU."""
-    found = {feature: grad for feature, grad in leaves(grads).items() if grad is not None}
-    if not found:
-        raise errors.Closed(
-            "no embedding has a gradient",
-            feature=", ".join(grads),
-            remedy="watch s.embeddings with the tape before the loss",
-        )
-    found = {f: grad if isinstance(grad, np.ndarray) else tf.convert_to_tensor(grad) for f, grad in found.items()}
-    elsewhere = {f: g for f, g in found.items() if isinstance(g, tf.Tensor) and not g.device.endswith("CPU:0")}
-    found |= zip(elsewhere, to_host(list(elsewhere.values())), strict=True)
-    return {feature: array(grad) for feature, grad in found.items()}
-
-
-class Step:
+class Step(Updating):
     """One batch, padded to the batch size, with its rows at hand.
 
     Attributes
@@ -94,14 +77,22 @@ class Step:
         What connects the ranks; None where the tables are not shared between them.
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, device: str | None = None) -> None:
+    def __init__(
+        self,
+        inputs: hbkit.data.Inputs,
+        staged: Staged,
+        train: bool,
+        held: deque[Forward],
+        device: str | None = None,
+    ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
-        self._train, self._staged = train, staged
+        self._train, self._staged, self._held = train, staged, held
         outputs = staged.outputs()
         self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
         make = tensor if device is None else in_one_copy(inputs, outputs, device)
         self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)
         self.embeddings = from_outputs(outputs, make)
+        self._n_scaled = backward.n_scaled()
 
     def apply(self, grads: Mapping[str, Any]) -> None:
         """Update the tables, once.
@@ -116,8 +107,19 @@ class Step:
         ------
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no feature has a gradient.
+        Unsupported
+            A `keras.optimizers.LossScaleOptimizer` scaled the loss.
         """
-        self._staged.apply(gradients(grads) if self._train else {})
+        backward.refuse_scaled(self._n_scaled)
+        self.update(self._staged, gradients(grads) if self._train else {})
+
+    def accumulate(self, grads: Mapping[str, Any]) -> None:
+        """Keep gradients for the ``apply`` of a later step, which makes one update of both batches.
+
+        Takes and raises what ``apply`` does.
+        """
+        backward.refuse_scaled(self._n_scaled)
+        self.hold(self._staged, gradients(grads) if self._train else {})
 
     def close(self) -> None:
         """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
@@ -126,13 +128,17 @@ class Step:
 
 def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> Lookahead:
     """Pairs of what a model takes and a `Staged`, up to ``depth`` batches ahead."""
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a call that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     return hbkit.embedding.lookahead(
-        ds.batches(), collection, depth, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+        ds.batches(),
+        collection,
+        depth,
+        train,
+        ds.batch_size,
+        lambda batch: ds.inputs(batch, collection.features),
+        ds.no_rows,
     )
 
 
@@ -186,10 +192,11 @@ def pipeline(
     pairs = ahead(ds, embeddings, lookahead, train)
 
     def steps() -> Generator[Step]:
+        held: deque[Forward] = deque()
         with pairs:
             for inputs, staged in pairs:
                 with closing(staged):
-                    yield Step(inputs, staged, train, place)
+                    yield Step(inputs, staged, train, held, place)
 
     return Pipeline(steps())
 
@@ -243,7 +250,7 @@ class Feed:
         found = self._held.pop(ticket, None)
         if isinstance(found, Exception):
             raise found
-        return found and Step(*found, self._train)
+        return found and Step(*found, self._train, deque())
 
     def close(self) -> None:
         """End the threads, and let go of the batches that nobody took."""

@@ -14,7 +14,8 @@ import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Pipeline, Staged
 from hbkit_torch.data import Array, tensor
-from hbkit_torch.transfer import target, to_device, to_host
+from hbkit_torch.transfer import target, to_device
+from hbkit_torch.update import Forward, Updating
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -56,20 +57,7 @@ def in_one_copy(inputs: hbkit.data.Inputs, outputs: Mapping[str, Any], device: t
     return lambda _: next(copies)
 
 
-def gradients(embeddings: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradient of each leaf, without the features that the loss did not use: the same memory, or one copy of all."""
-    leaves = {feature: value.values if isinstance(value, Sequence) else value for feature, value in embeddings.items()}
-    grads = {feature: leaf.grad for feature, leaf in leaves.items() if leaf.grad is not None}
-    if not grads:
-        raise errors.Closed(
-            "no embedding has a gradient", feature=", ".join(leaves), remedy="call loss.backward() before apply()"
-        )
-    if any(grad.device.type != "cpu" for grad in grads.values()):
-        grads = dict(zip(grads, to_host(list(grads.values())), strict=True))
-    return {feature: grad.numpy() for feature, grad in grads.items()}
-
-
-class Step:
+class Step(Updating):
     """One batch, padded to the batch size, with its rows at hand.
 
     Attributes
@@ -92,26 +80,47 @@ class Step:
         What connects the ranks; None where the tables are not shared between them.
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, device: torch.device | None) -> None:
+    def __init__(
+        self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, held: list[Forward], device: torch.device | None
+    ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
-        self._train, self._staged = train, staged
+        self._staged = staged
         outputs = staged.outputs()
         self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
         make = tensor if device is None else in_one_copy(inputs, outputs, device)
         self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)
         self.embeddings = leaves(outputs, train, make)
+        self._forwards = [*held, Forward(staged, self.embeddings if train else {})]
 
-    def apply(self) -> None:
+    def apply(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Update the tables by the gradients of ``embeddings``, once, after ``backward()``.
 
         A feature that the loss did not use has no gradient, and its rows stay as they are.
+
+        Parameters
+        ----------
+        scaler : torch.amp.GradScaler, optional
+            That scaled the loss; call its ``update()`` afterwards. Gradients are unscaled, unless
+            ``scaler.unscale_(step)`` did so already, and where one is not finite no row changes.
 
         Raises
         ------
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no backward came before.
         """
-        self._staged.apply(gradients(self.embeddings) if self._train else {})
+        self.update(scaler)
+        self._forwards = self._forwards[-1:]
+
+    def accumulate(self) -> None:
+        """Keep the gradients for the ``apply`` of a later step, which makes one update of both batches.
+
+        Raises
+        ------
+        Closed
+            As ``apply`` raises.
+        """
+        self._forwards[-1].check()
+        self._staged.hold()
 
     def close(self) -> None:
         """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
@@ -167,9 +176,7 @@ def pipeline(
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a forward that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     place = target(device)
@@ -184,9 +191,11 @@ def pipeline(
     )
 
     def steps() -> Generator[Step]:
+        held: list[Forward] = []
         with ahead:
             for inputs, staged in ahead:
                 with closing(staged):
-                    yield Step(inputs, staged, train, place)
+                    yield (step := Step(inputs, staged, train, held, place))
+                held = [forward for forward in step._forwards if forward.staged.state == "held"]
 
     return Pipeline(steps())

@@ -18,7 +18,7 @@ enum {
     NO_SCALE = 0x7F000000, /* bits of the magnitude from which on there is none: 2^127, infinity, NaN */
     LEAST = 0x0080,        /* the least scale, 2^-126: its inverse is finite */
     NO_NUMBER = 0x7FC0,    /* scale of a row that has none */
-    PAST_CACHE = 1 << 22,  /* values from which on rows are written past the cache */
+    PAST_CACHE = 1 << 24,  /* values from which on rows are written past the cache */
     POINT = 15,            /* bits behind the point of what is rounded at random */
 };
 
@@ -336,7 +336,7 @@ static void pack(const hb_packing *p, uint8_t *out) {
         pack_plain(p, out);
         return;
     }
-    int64_t dim = p->dim, blocks = (dim + 7) / 8, together = blocks <= 16 ? 16 / blocks : 1; /* rows drawn for at once */
+    int64_t dim = p->dim, blocks = (dim + 7) / 8, together = blocks <= 16 ? 16 / blocks : 1; /* rows drawn at once */
     int64_t size = p->wire == HB_INT8 ? dim : p->wire == HB_FLOAT32 ? 4 * dim : 2 * dim;
     float *sum = p->scratch, *back = sum + dim;
     uint16_t *half = (uint16_t *)(back + dim), *noise = half + dim;

@@ -15,8 +15,18 @@ from hbkit.cli.console import note
 from hbkit.data import Dataset, Field
 from hbkit.embedding import Collection, Normal, Table
 from hbkit.errors import InvalidArgument, Unsupported
+from hbkit.shuffle import Transport
 
-__all__ = ["build", "check_label", "choose_columns", "columns_of", "dataset", "group_field", "settings_of", "weighed"]
+__all__ = [
+    "adapter",
+    "build",
+    "check_label",
+    "choose_columns",
+    "columns_of",
+    "dataset",
+    "group_field",
+    "settings_of",
+]
 
 MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
 BACKENDS = ("torch", "tensorflow")
@@ -32,7 +42,6 @@ OPTIMIZERS = {
 }
 SHUFFLE_ROWS = 1 << 20
 INITIAL_STD = 0.01
-WEIGHT = "weight of the class"
 
 
 def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
@@ -47,7 +56,13 @@ def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list
 
 def columns_of(settings: dict[str, Any]) -> Columns:
     """The columns that `settings_of` took."""
-    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
+    return Columns(
+        settings["label"],
+        settings["dense"],
+        settings["sparse"],
+        [Field(**f) for f in settings["fields"]],
+        newest=settings.get("newest", {}),
+    )
 
 
 def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
@@ -58,18 +73,26 @@ def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
         "dense": columns.dense,
         "sparse": columns.sparse,
         "fields": [_to_json(f) for f in columns.fields],
+        "newest": columns.newest,
     }
 
 
-def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Collection]:
+def adapter(backend: str) -> ModuleType:
+    """``hbkit.torch`` or ``hbkit.tensorflow``."""
+    try:
+        return importlib.import_module(f"hbkit.{backend}")
+    except ImportError as e:
+        raise Unsupported(f"backend {backend} cannot be loaded", remedy=str(e)) from e
+
+
+def build(
+    settings: dict[str, Any], transport: Transport | None = None, wire: str = "float32", **trained: Any
+) -> tuple[ModuleType, Any, Collection]:
     """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values.
 
-    What else is `trained` goes to the trainer.
+    The tables are sharded where there is a `transport`. What else is `trained` goes to the trainer.
     """
-    try:
-        hb = importlib.import_module(f"hbkit.{settings['backend']}")
-    except ImportError as e:
-        raise Unsupported(f"backend {settings['backend']} cannot be loaded", remedy=str(e)) from e
+    hb = adapter(settings["backend"])
     rows, dense_optimizer = OPTIMIZERS[settings["optimizer"]]
     make = hb.models.MODELS[settings["model"]]
     past = settings.get("sequences", {})
@@ -85,7 +108,9 @@ def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Co
         for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in single)
     ]
     features = {name: past.get(name, name) for name in settings["sparse"]}
-    collection = Collection(tables, features, {name: None if name in past else "mean" for name in features})
+    embeddings: Any = Collection(tables, features, {name: None if name in past else "mean" for name in features})
+    if transport is not None:
+        embeddings = hb.distributed.shard(embeddings, transport, wire)
     hb.training.seed(settings["seed"])
     options: dict[str, Any] = {"features": single, "dim": settings["dim"], "n_dense": len(settings["dense"])}
     if settings["model"] == "mmoe":
@@ -93,22 +118,17 @@ def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Co
     if settings["model"] == "din":
         options["sequences"] = past
     trainer = hb.training.Trainer(
-        make(**options), collection, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
+        make(**options), embeddings, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
     )
-    return hb, trainer, collection
+    if transport is not None and transport.rank:
+        hb.training.seed(settings["seed"] + transport.rank)  # of dropout, which is not to drop the same everywhere
+    return hb, trainer, trainer.collection
 
 
-def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
+def dataset(data: str, columns: Columns, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Dataset:
     """The rows of the columns, in batches."""
-    return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
-
-
-def weighed(ds: Dataset, positive: float | None) -> Dataset:
-    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
-    if positive is None:
-        return ds
-    label = str(ds.label)
-    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
+    ds = Dataset.from_parquet(data, columns.fields, shard).supervised(columns.label).batch(batch_size)
+    return ds.map(columns.cut) if columns.newest else ds
 
 
 def group_field(name: str | None, whole: Dataset) -> dict[str, Any] | None:
@@ -123,9 +143,9 @@ def group_field(name: str | None, whole: Dataset) -> dict[str, Any] | None:
     return _to_json(key_field(name, kind))
 
 
-def check_label(data: str, columns: Columns) -> None:
+def check_label(data: str, columns: Columns, shard: tuple[int, int] = (0, 1)) -> None:
     """Nulls and values other than 0..1 in the labels, before anything is trained."""
-    for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)]).batch(SHUFFLE_ROWS):
+    for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)], shard).batch(SHUFFLE_ROWS):
         for name in columns.labels:
             values = np.asarray(batch[name])
             wrong = (values < 0) | (values > 1) | ~np.isfinite(values)

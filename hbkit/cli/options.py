@@ -22,6 +22,7 @@ class Options:
     dense: list[str]
     sparse: list[str]
     sequence: list[str]
+    sequence_length: int
     model: str
     backend: str
     dim: int
@@ -32,7 +33,7 @@ class Options:
     dense_lr: float
     eval_data: str | None
     group: str | None
-    positive_weight: float | None
+    positive_weight: list[float]
     patience: int | None
     log_dir: str | None
     compile: bool
@@ -42,6 +43,8 @@ class Options:
     resume: bool
     publish_every: Every
     idle_exit: float | None
+    wire: str
+    timeout: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -61,7 +64,7 @@ class Options:
                 raise InvalidArgument(
                     "--epochs, --eval-data or --save-every with --follow", remedy="leave them out; see --publish-every"
                 )
-            if self.sequence or self.positive_weight is not None or self.log_dir or self.compile or self.amp:
+            if self.sequence or self.positive_weight or self.log_dir or self.compile or self.amp:
                 raise InvalidArgument(
                     "--sequence, --positive-weight, --log-dir, --compile or --amp with --follow",
                     remedy="leave them out",
@@ -78,10 +81,11 @@ class Options:
             )
         if self.eval_data is None and (self.group is not None or self.patience is not None):
             raise InvalidArgument("--group and --patience need figures to look at", remedy="give --eval-data")
-        weight = self.positive_weight
-        if weight is not None and (len(self.label) > 1 or not 0 <= weight < math.inf):
+        weights = self.positive_weight
+        if len(weights) not in (0, 1, len(self.label)) or not all(0 <= w < math.inf for w in weights):
             raise InvalidArgument(
-                f"--positive-weight {weight:g} of {len(self.label)} labels", remedy="give 0 or more, of one label"
+                f"--positive-weight {','.join(f'{w:g}' for w in weights)} of {len(self.label)} labels",
+                remedy="give 0 or more, once or for each label",
             )
         if self.patience is not None and (self.save_every is not None or self.resume):
             raise InvalidArgument(

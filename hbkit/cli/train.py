@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from hbkit.cli.console import note, summary
 from hbkit.cli.evaluation import measure, show
 from hbkit.cli.follow import follow
 from hbkit.cli.options import Options
+from hbkit.cli.ranks import ranks, shard_of
 from hbkit.cli.training import Training
 from hbkit.data import Dataset
-from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch
+from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
+from hbkit.shuffle import WIRES, Transport
 from hbkit.snapshot.place import place_of
 
 __all__ = ["evaluate", "train"]
@@ -38,6 +41,14 @@ __all__ = ["evaluate", "train"]
 def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
     """``a,b`` as names."""
     return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
+def _numbers(_: click.Context, option: click.Parameter, value: Any) -> list[float]:
+    """``1,2.5`` as numbers."""
+    try:
+        return [float(part) for part in str(value or "").split(",") if part]
+    except ValueError:
+        raise InvalidArgument(f"{option.opts[0]} {value!r}", remedy="give numbers, as in 5 or 5,20") from None
 
 
 def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
@@ -74,6 +85,13 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--sequence", callback=_names, help="For --model din: lists of past keys and what they are weighed by, c:d."
 )
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Keys of a --sequence to keep, the newest, which are its last.",
+)
 @click.option("--model", type=click.Choice(MODELS), default="deepfm", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
 @click.option("--dim", type=click.IntRange(1), default=16, show_default=True, help="Width of the embeddings.")
@@ -84,7 +102,9 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
 @click.option("--group", help="Column to evaluate GAUC by, such as the user.")
-@click.option("--positive-weight", type=float, help="Weight in training of rows with label 1; those with 0 weigh 1.")
+@click.option(
+    "--positive-weight", callback=_numbers, help="Factor of the loss of label 1, of all labels or a,b of each."
+)
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better AUC after which to stop.")
 @click.option("--log-dir", help="Directory of TensorBoard logs: the loss of each step, and the figures.")
 @click.option("--compile", is_flag=True, help="Compile the model: torch.compile, XLA.")
@@ -105,6 +125,20 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--idle-exit", type=float, metavar="SECONDS", help="With --follow: end when no new file came for so long."
 )
+@click.option(
+    "--wire",
+    type=click.Choice(WIRES),
+    default="float32",
+    show_default=True,
+    help="How embeddings travel between ranks: see below.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which ranks give up on one that does not answer.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
 @click.argument("extra", nargs=-1, metavar="")
 def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
@@ -115,6 +149,10 @@ def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
     With --follow, files are taken once each, in order of (time of change, name), as soon as they are complete; what was
     learnt is committed to --save as deltas. SIGINT or SIGTERM ends it after a last commit. The same command goes on
     with the rows that no commit has.
+
+    Started by torchrun, or in a cluster that TF_CONFIG names (--backend tensorflow), the processes train one model
+    together: each reads its shard of the data, in batches of --batch-size, and holds its shard of the tables. Any
+    number of them can --resume what any other number has saved.
     """
     if extra:
         raise InvalidArgument(
@@ -122,24 +160,29 @@ def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
             remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
         )
     options = Options(**given)
-    if options.follow is not None:
-        follow(options)
-    else:
-        _train(options)
+    with ranks(options.backend, options.timeout) as transport:
+        if options.follow is None:
+            _train(options, transport)
+        elif transport is None:
+            follow(options)
+        else:
+            raise Unsupported("--follow with several ranks", remedy="start one process, or train on --data")
 
 
-def _train(o: Options) -> None:
+def _train(o: Options, transport: Transport | None) -> None:
     """On --data. What is wrong with any file or place must be said before hours of training, not after."""
     assert o.data is not None
     whole = Dataset.from_parquet(o.data)
     columns = choose_columns(whole, o.label, o.dense, o.sparse)
     past = sequences(columns, o.sequence)
-    check_label(o.data, columns)
+    columns = replace(columns, newest=dict.fromkeys(past, o.sequence_length))
+    check_label(o.data, columns, shard_of(transport))
     if o.eval_data is not None:
         dataset(o.eval_data, columns, o.batch_size)
-    if o.save is not None:
+    if o.save is not None and (transport is None or transport.rank == 0):
         place_of(o.save).prepare()
-    training = Training(o, columns, settings_of(columns, sequences=past, group=group_field(o.group, whole), **o.kept))
+    settings = settings_of(columns, sequences=past, group=group_field(o.group, whole), **o.kept)
+    training = Training(o, columns, settings, transport)
     training.run()
     summary("trained", training.report())
     if o.save is None:

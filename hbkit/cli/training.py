@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import hbkit
-from hbkit.cli.building import SHUFFLE_ROWS, build, dataset, weighed
+from hbkit.cli.building import SHUFFLE_ROWS, build, dataset
 from hbkit.cli.columns import Columns
 from hbkit.cli.commits import Commits, committed
 from hbkit.cli.console import note, progress
 from hbkit.cli.evaluation import mean_auc, measure, show
 from hbkit.cli.events import EventWriter
 from hbkit.cli.options import Options
+from hbkit.cli.ranks import gathered, shard_of
 from hbkit.embedding import Collection, Table
 from hbkit.errors import InvalidArgument
+from hbkit.shuffle import Transport
 
 __all__ = ["Smoothed", "Training", "reporter"]
 
@@ -31,13 +33,26 @@ class Training:
         Of its data.
     settings
         What to build.
+    transport : optional
+        To the ranks that train with this one: all make and run theirs together.
     """
 
-    def __init__(self, options: Options, columns: Columns, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, options: Options, columns: Columns, settings: dict[str, Any], transport: Transport | None = None
+    ) -> None:
+        self._transport, self._shard = transport, shard_of(transport)
         self._options, self._columns, self._settings = options, columns, settings
-        self._hb, self._trainer, self.collection = build(settings, compile=options.compile, amp=options.amp)
+        weights = options.positive_weight
+        self._hb, self._trainer, self.collection = build(
+            settings,
+            transport,
+            options.wire,
+            compile=options.compile,
+            amp=options.amp,
+            positive_weight=(weights[0] if len(weights) == 1 else weights) or None,
+        )
         assert options.data is not None
-        self._ds = weighed(dataset(options.data, columns, options.batch_size), options.positive_weight)
+        self._ds = dataset(options.data, columns, options.batch_size, self._shard)
         self._ds = self._ds.shuffle(options.seed, SHUFFLE_ROWS)
         self._commits = self._open_save()
         self._losses, self._n_rows, self._seconds = Smoothed(), 0, 0.0
@@ -63,7 +78,7 @@ class Training:
         """Train all epochs, or until --patience ends; evaluate and save."""
         o = self._options
         self._n_epochs = self._ds.state_dict()["epoch"]  # that are over: not 0 where it goes on
-        with EventWriter(o.log_dir) as log:
+        with EventWriter(None if self._shard[0] else o.log_dir) as log:
             while self._n_epochs < o.epochs and (o.patience is None or self._stale < o.patience):
                 self._epoch(log)
                 if o.patience is not None:
@@ -92,7 +107,7 @@ class Training:
     def _evaluated(self, log: EventWriter) -> dict[str, float]:
         data = self._options.eval_data
         assert data is not None
-        ds = dataset(data, self._columns, self._options.batch_size)
+        ds = dataset(data, self._columns, self._options.batch_size, self._shard)
         found = measure(self._hb, self._trainer, ds, data, self._settings["group"])
         log.scalars(self.collection.step, {f"evaluation/{name}": value for name, value in found.items()})
         return found
@@ -107,23 +122,27 @@ class Training:
     def _keep(self) -> None:
         if self._commits is not None:
             save, commit = str(self._options.save), self._commits.commit()
-            hbkit.snapshot.verify(save)
+            if self._shard[0] == 0:
+                hbkit.snapshot.verify(save)
             self._saved = f"{save} (commit {commit}, verified)"
 
     def report(self) -> dict[str, Any]:
-        """What the training was and came to: for people."""
+        """What the training was and came to, on all ranks: for people."""
         o, n_epochs = self._options, self._n_epochs
+        n_keys = {name: len(table) for name, table in self.collection.tables.items()}
+        every = gathered(self._transport, [self._n_rows, self._seconds, n_keys])
+        n_rows, seconds = sum(n for n, _, _ in every), max(s for _, s, _ in every)
         result: dict[str, Any] = {
             "model": f"{o.model} ({o.backend}), dim {o.dim}",
-            "rows": f"{self._n_rows:,}" + (f" ({n_epochs} epochs)" if n_epochs > 1 else ""),
-            "samples/s": f"{self._n_rows / max(self._seconds, 1e-9):,.0f}",
+            "rows": f"{n_rows:,}" + (f" ({n_epochs} epochs)" if n_epochs > 1 else ""),
+            "samples/s": f"{n_rows / max(seconds, 1e-9):,.0f}",
             "training loss": f"{self._losses.value:.4f}",
         }
         if self._stale:
             result["best epoch"] = f"{n_epochs - self._stale}, whose figures these are"
         if self._figures is not None:
             result |= show(self._figures)
-        result |= {f"keys in {name}": f"{len(table):,}" for name, table in self.collection.tables.items()}
+        result |= {f"keys in {name}": f"{sum(keys[name] for _, _, keys in every):,}" for name in n_keys}
         return result if self._saved is None else {**result, "saved": self._saved}
 
 

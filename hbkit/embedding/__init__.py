@@ -1,8 +1,10 @@
 """Tables of embedding rows, the features over them, and look-ahead."""
 
 from hbkit.embedding.admission import BloomAdmission, CountAdmission
+from hbkit.embedding.checkpoint import Checkpoint
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged
 from hbkit.embedding.columns import Column
+from hbkit.embedding.description import build, describe
 from hbkit.embedding.eviction import IdleSteps, L2Below, MaxRows
 from hbkit.embedding.initializers import Constant, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.lookahead import Lookahead, Pipeline, lookahead
@@ -30,6 +32,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BloomAdmission",
+    "Checkpoint",
     "Collection",
     "Column",
     "Constant",
@@ -53,6 +56,8 @@ __all__ = [
     "TruncatedNormal",
     "Uniform",
     "Warmup",
+    "build",
+    "describe",
     "lookahead",
     "random_arrays",
     "set_random_arrays",

@@ -321,7 +321,19 @@ class Staged:
         divisor = lengths if how == "mean" else np.sqrt(lengths)
         return np.divide(np.float32(1), divisor, dtype=np.float32)
 
-    def apply(self, grads: Mapping[str, Any]) -> None:
+    def hold(self) -> None:
+        """Let go of the rows, and let the next batch be read before this one's update, which comes with a later one's.
+
+        Raises
+        ------
+        Closed
+            ``outputs`` was not called, or the batch is closed, or was staged with ``train=False``.
+        """
+        self._check_read("read")
+        self.close()
+        self._state = "held"
+
+    def apply(self, grads: Mapping[str, Any], held: Sequence[tuple[Staged, Mapping[str, Any]]] = ()) -> None:
         """Sum gradients per key and update every table once; then the batch is closed.
 
         Parameters
@@ -329,40 +341,57 @@ class Staged:
         grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
             Or, for a table of named columns, a mapping of their names to such arrays.
             A feature left out had no part in the loss.
+        held : sequence of (Staged, its gradients)
+            Earlier batches, which `hold` was called on: one update for all, as if they and this, which may be held too,
+            were one batch.
 
         Raises
         ------
         Closed
-            ``outputs`` was not called, or the batch is closed, or was staged with ``train=False``.
+            ``outputs`` was not called, or the batch is closed, or was staged with ``train=False``; or one of `held` is
+            not held.
         InvalidArgument
             A gradient has another shape than its output; or holds NaN or infinities and its table's policy is to raise:
             then no table was updated.
         """
         c = self._collection
-        if self._state != "read" or not self._train:
-            state = self._state if self._train else "staged for reading only"
-            raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
-        step = c.step + 1
-        self._update(grads, step)
+        self._check_read("read", "held")
+        for batch, _ in held:
+            if batch._state != "held" or batch._collection is not c:
+                raise Closed(f"an earlier batch was {batch._state}", remedy="hold() it, and apply it once")
+        step, batches = c.step + 1, [*held, (self, grads)]
+        self._update(batches, step)
         self.close()
-        self._state = "applied"
+        for batch, _ in batches:
+            batch._state = "applied"
         for table in c.tables.values():
             table.advance(step)
 
-    def _update(self, grads: Mapping[str, Any], step: int) -> None:
+    def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
         c = self._collection
         checked = len(c.tables) > 1  # where one table would refuse, none may be updated
-        parts = self._parts(grads, checked)
+        given = [(batch, batch._parts(grads, checked)) for batch, grads in batches]
         for name, request in self._requests.items():
-            used = [f for f in c._by_table[name] if f in parts]
+            used = [(batch, f, parts[f]) for batch, parts in given for f in c._by_table[name] if f in parts]
             if used:
+                table = c.tables[name]
                 # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
-                touched = request if used == c._by_table[name] else self._request(c.tables[name], used)
-                touched.update(*_join([parts[f] for f in used]), step, finite=checked)
+                whole = [(self, f) for f in c._by_table[name]] == [(batch, f) for batch, f, _ in used]
+                touched = (
+                    request
+                    if whole and self._state == "read"
+                    else Request(table, [batch._keys(table, f) for batch, f, _ in used])
+                )
+                touched.update(*_join([part for _, _, part in used]), step, finite=checked)
                 touched.close()
 
+    def _check_read(self, *states: str) -> None:
+        if self._state not in states or not self._train:
+            state = self._state if self._train else "staged for reading only"
+            raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
+
     def _parts(self, grads: Mapping[str, Any], check: bool) -> dict[str, _Gradient]:
-        """Each feature's gradient; with `check`, those are finite whose table asks for it."""
+        """`_gradient` of each feature that has one; with `check`, it is finite where its table asks for that."""
         c = self._collection
         for feature in grads:
             if feature not in c.features:
@@ -401,9 +430,14 @@ class Staged:
             per_key = per_key * weight
         return g, rows, weight if per_key is None else per_key
 
+    @property
+    def state(self) -> str:
+        """Where the batch is on its way: "staged", "read", "held", "applied" or "closed"."""
+        return self._state
+
     def close(self) -> None:
         """Let go of the batch's rows; without ``apply`` it updates nothing. Idempotent."""
-        if self._state not in ("applied", "closed"):
+        if self._state not in ("applied", "closed", "held"):
             self._state = "closed"
             if self._collection._training is self:
                 self._collection._training = None

@@ -63,9 +63,11 @@ class Lookahead:
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if isinstance(exception, Exception):
-            self._collection.abort(exception)
-        self.close()
+        try:
+            if exception is not None and not isinstance(exception, GeneratorExit):
+                self._collection.abort(exception)
+        finally:
+            self.close()
 
     def __del__(self) -> None:
         self.close()
@@ -96,7 +98,7 @@ class Pipeline(Generic[Step]):
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if isinstance(exception, Exception):
+        if exception is not None and not isinstance(exception, GeneratorExit):
             with suppress(BaseException):  # so that what the steps hold learns of it, too
                 self._steps.throw(exception)
         self.close()

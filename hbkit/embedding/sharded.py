@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hbkit._ext.hash import hash_bytes
+from hbkit._ext.index import Index
 from hbkit._ext.segment import Segments, expand, pool, retained
 from hbkit.embedding.collection import Collection, SequenceOutput, Staged, _Gradient, _join
 from hbkit.embedding.table import Request, Table, distinct
@@ -35,7 +37,9 @@ from hbkit.shuffle.partition import partition
 from hbkit.shuffle.quantize import WIRES, Noise, pack, row_nbytes, unpack
 from hbkit.store.base import Float32s, Int64s
 
-__all__ = ["Sharded"]
+__all__ = ["Placement", "Sharded"]
+
+Placement = int | str | Int64s  # a rank; "replicate"; keys that are replicated
 
 
 class Sharded(Collection):
@@ -52,8 +56,10 @@ class Sharded(Collection):
         Of this object from now on, for the calling thread; the exchange of keys has channels that are split from it.
     wire : "float32", "float16", "bfloat16" or "int8"
         How rows and gradients travel. What a rank has of its own is not rounded.
-    placement : mapping of table to rank, optional
-        Tables that one rank holds whole; the others are spread by key.
+    placement : mapping of table to placement, optional
+        Where a table's rows are; one that is not named is spread by key. A rank (int) holds the table whole.
+        "replicate": every rank does, and all make the same updates. int64[n]: it is spread by key, but these keys, that
+        most batches hold, are replicated. See `hbkit.embedding.placement.plan`.
 
     Attributes
     ----------
@@ -70,7 +76,7 @@ class Sharded(Collection):
         collection: Collection,
         transport: Transport,
         wire: str = "float32",
-        placement: Mapping[str, int] | None = None,
+        placement: Mapping[str, Placement] | None = None,
     ) -> None:
         if wire not in WIRES:
             raise InvalidArgument(f"no wire {wire!r}", remedy=f"use one of {', '.join(WIRES)}")
@@ -78,15 +84,48 @@ class Sharded(Collection):
         self._by_table = collection._by_table
         self._training = None
         self.transport, self.wire, self.placement = transport, wire, dict(placement or {})
-        for name, rank in self.placement.items():
-            if name not in self.tables or not 0 <= rank < transport.size:
-                raise InvalidArgument(f"placement of {name!r} on rank {rank}", remedy="name tables and ranks there are")
+        self._hot: dict[str, Index] = {}
+        for name, where in self.placement.items():
+            self._place(name, where)
         self._step = Channel(transport, 0)
         self._ahead: list[Channel] = []  # all that were split, by their number less 1
         self._free: set[int] = set()
         self._sent: dict[str, Counter[str]] = {name: Counter() for name in self.tables}
         self._counting = threading.Lock()
         agree(self._step, _settings(self), "tables")
+
+    def _place(self, name: str, where: Placement) -> None:
+        size = self.transport.size
+        if name not in self.tables or not (
+            where == "replicate"
+            if isinstance(where, str)
+            else where.dtype == np.int64 and where.ndim == 1
+            if isinstance(where, np.ndarray)
+            else 0 <= where < size
+        ):
+            raise InvalidArgument(
+                f"placement of {name!r}: {where}",
+                remedy=f"name a table, and a rank from 0 to {size - 1}, 'replicate', or int64[n] of keys",
+            )
+        table = self.tables[name]
+        if not isinstance(where, int) and (
+            table.admission is not None or (table.eviction and not isinstance(where, str))
+        ):
+            raise InvalidArgument(
+                f"replicated keys of table {name} with admission or eviction",
+                remedy="place it by key or on one rank: these rules count keys where they are owned",
+            )
+        if isinstance(where, np.ndarray):
+            self._hot[name] = Index()
+            self._hot[name].find_or_insert(np.unique(where))
+        table.placement = where
+
+    def replicated(self, table: str, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Which keys of a table every rank holds: bool[n]."""
+        if table in self._hot:
+            held: npt.NDArray[np.bool_] = self._hot[table].find(keys) >= 0
+            return held
+        return np.full(len(keys), table in self.placement and not isinstance(self.placement[table], int))
 
     def stage(
         self,
@@ -294,7 +333,7 @@ class _Rounds:
 
 
 class _Part:
-    """One table's part of a batch: its keys, in the order of the ranks that own them, and what of them came here.
+    """One table's part of a batch: its keys, those that all ranks hold before those that one does, and what came here.
 
     Attributes
     ----------
@@ -302,10 +341,16 @@ class _Part:
         This rank's distinct keys, and how often each occurs.
     inverse : int64[n]
         Which of them each position of the batch holds.
+    shared : slice
+        Those that all ranks hold: they go to all in training, and their rows to none.
+    to : slice for each rank
+        Those that the rank alone holds.
     sizes, came : int64[ranks]
-        How many keys each rank owns of these, and sent here of its own.
-    here : int64[sum of came]
-        The keys that were sent here, in the order of the ranks.
+        How many keys each rank alone holds of these, and sent here of such as this one alone holds.
+    here : int64[h]
+        The keys that were sent here, in the order of the ranks, of each the shared ones first.
+    of, of_shared : slice for each rank
+        Which of those it sent, of such as this one alone holds and of shared ones.
     owned : Request
         Of those.
     """
@@ -315,21 +360,42 @@ class _Part:
     here: Int64s
     rows: Float32s
 
-    def __init__(self, table: Table, parts: Sequence[Any], n_ranks: int, rank: int | None) -> None:
-        self.table = table
+    def __init__(self, table: Table, parts: Sequence[Any], sharded: Sharded) -> None:
+        self.table, n_ranks = table, sharded.transport.size
+        where = sharded.placement.get(table.name)
         self.keys, self.inverse, self.counts = distinct(parts)
-        if n_ranks == 1 or rank is not None:
+        self.sharing = n_ranks > 1 and where is not None and not isinstance(where, int)
+        n_shared = 0
+        if n_ranks == 1 or isinstance(where, int):
             self.sizes = np.zeros(n_ranks, np.int64)
-            self.sizes[rank or 0] = len(self.keys)
+            self.sizes[where if isinstance(where, int) else 0] = len(self.keys)
         else:
             order, place, self.sizes = partition(self.keys, n_ranks)
+            if self.sharing:
+                alone = ~sharded.replicated(table.name, self.keys[order])
+                n_shared = len(order) - int(np.count_nonzero(alone))
+                ends = np.concatenate([[0], np.cumsum(self.sizes)])
+                self.sizes = np.diff(np.concatenate([[0], np.cumsum(alone)])[ends])
+                order = order[np.argsort(alone, kind="stable")]
+                place[order] = np.arange(len(order))
             self.keys, self.counts, self.inverse = self.keys[order], self.counts[order], place[self.inverse]
-        self.to, self.of = _slices(self.sizes), _slices(self.sizes)
+        self.shared = slice(0, n_shared)
+        self.to = self.of = _slices(self.sizes, n_shared)
 
-    def own(self, keys: Sequence[Int64s], counts: Sequence[npt.NDArray[Any]] | None, ahead: bool) -> None:
-        """Reserve the rows of the keys that each rank sent; `counts` in training."""
-        self.came = np.array([len(k) for k in keys], np.int64)
-        self.of = _slices(self.came)
+    def sent(self, array: npt.NDArray[Any], rank: int, shared: bool = True) -> npt.NDArray[Any]:
+        """Of an array over `keys`, what goes to a rank with them."""
+        own = array[self.to[rank]]
+        return np.concatenate([array[self.shared], own]) if shared and self.shared.stop else own
+
+    def own(
+        self, keys: Sequence[Int64s], counts: Sequence[npt.NDArray[Any]] | None, n_shared: Sequence[int], ahead: bool
+    ) -> None:
+        """Reserve the rows of the keys that each rank sent, the first n_shared of them shared; `counts` in training."""
+        ends = np.cumsum([len(k) for k in keys]).tolist()
+        firsts = [end - len(k) for end, k in zip(ends, keys, strict=True)]
+        self.of_shared = [slice(a, a + s) for a, s in zip(firsts, n_shared, strict=True)]
+        self.of = [slice(s.stop, end) for s, end in zip(self.of_shared, ends, strict=True)]
+        self.came = np.array([s.stop - s.start for s in self.of], np.int64)
         self.here = np.concatenate(keys)
         total = None if counts is None else np.concatenate([c.astype(np.int64, copy=False) for c in counts])
         self.owned = Request(self.table, [self.here], ahead, total)
@@ -393,10 +459,10 @@ class _Between(Staged):
         super().__init__(sharded, batch, train, size, weights, ahead)
 
     def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Any:
-        rank = self._sharded.placement.get(table.name)
-        return _Part(table, [self._keys(table, f) for f in features], self._n_ranks, rank)
+        return _Part(table, [self._keys(table, f) for f in features], self._sharded)
 
-    # --- keys: how many of each table u32, the keys i64, in training their counts u8 or u32 ------------------
+    # --- keys: how many of each table u32, and of its shared ones u32 where it may have such; the keys i64; in training
+    # --- their counts u8 or u32. Shared keys go out in training alone ----------------------------------------
 
     def key_blocks(self) -> list[Bytes]:
         """What each rank is to know: uint8[n] a rank, nothing for this one."""
@@ -406,16 +472,19 @@ class _Between(Staged):
             if r == self._rank:
                 blocks.append(_NO_BYTES)
                 continue
-            arrays: list[npt.NDArray[Any]] = [np.array([p.sizes[r] for p in parts], np.uint32)]
-            arrays += [p.keys[p.to[r]] for p in parts]
+            n_shared = [p.shared.stop * self._train for p in parts]
+            n_keys = [p.sizes[r] + s for p, s in zip(parts, n_shared, strict=True)]
+            lengths = [*n_keys, *(s for p, s in zip(parts, n_shared, strict=True) if p.sharing)]
+            arrays: list[npt.NDArray[Any]] = [np.array(lengths, np.uint32)]
+            arrays += [p.sent(p.keys, r, self._train) for p in parts]
             width = 0
             if self._train:
-                counts = np.concatenate([_NO_KEYS, *(p.counts[p.to[r]] for p in parts)])
+                counts = np.concatenate([_NO_KEYS, *(p.sent(p.counts, r) for p in parts)])
                 arrays.append(counts.astype(np.uint8 if counts.max(initial=0) < 256 else np.uint32))
                 width = arrays[-1].itemsize
             blocks.append(np.concatenate([a.view(np.uint8) for a in arrays]))
-            for p in parts:
-                self._sharded.count(p.table.name, "keys", int(p.sizes[r]) * (8 + width))
+            for p, n in zip(parts, n_keys, strict=True):
+                self._sharded.count(p.table.name, "keys", int(n) * (8 + width))
         return blocks
 
     def own(self, stamp: Stamp, messages: Sequence[Message]) -> None:
@@ -423,23 +492,27 @@ class _Between(Staged):
         parts = list(self._requests.values())
         keys: list[list[Int64s]] = [[] for _ in parts]
         counts: list[list[npt.NDArray[Any]]] = [[] for _ in parts]
+        shared: list[list[int]] = [[] for _ in parts]
         for r, message in enumerate(messages):
             if r == self._rank:
                 for i, p in enumerate(parts):
-                    keys[i].append(p.keys[p.to[r]])
-                    counts[i].append(p.counts[p.to[r]])
+                    keys[i].append(p.sent(p.keys, r))
+                    counts[i].append(p.sent(p.counts, r))
+                    shared[i].append(p.shared.stop)
                 continue
             cursor = _Cursor(message.payload)
             sizes = cursor.take(4 * len(parts)).view(np.uint32).astype(np.int64)
             n = int(sizes.sum())
+            for i, p in enumerate(parts):
+                shared[i].append(int(cursor.take(4).view(np.uint32)[0]) if p.sharing else 0)
             came = cursor.take(8 * n).view(np.int64)
             width = len(cursor.rest) // n if n else 1
             counted = cursor.rest.view(np.uint32 if width == 4 else np.uint8)
             for i, some in enumerate(_slices(sizes)):
                 keys[i].append(came[some])
                 counts[i].append(counted[some])
-        for p, k, c in zip(parts, keys, counts, strict=True):
-            p.own(k, c if self._train else None, self._looks_ahead)
+        for p, k, c, n_shared in zip(parts, keys, counts, shared, strict=True):
+            p.own(k, c if self._train else None, n_shared, self._looks_ahead)
         self._stamp = stamp
         total = sum(m.weight for m in messages)
         self.share = messages[self._rank].weight / total if total > 0 else 0.0
@@ -469,6 +542,7 @@ class _Between(Staged):
                 p.request.take(slice(None), here)
                 p.rows = retained((len(p.keys), p.table.dim))
                 p.rows[p.to[self._rank]] = here[p.of[self._rank]]
+                p.rows[p.shared] = here[p.of_shared[self._rank]]
                 self._pack("rows", p, here, p.of, cursors, lambda some: None)
 
         size = [row_nbytes(p.table.dim, wire) for p in parts]
@@ -495,57 +569,76 @@ class _Between(Staged):
         noise: Callable[[slice], Noise | None],
     ) -> None:
         """Rows of a table that go to each other rank."""
-        wire, dim, name = self._sharded.wire, p.table.dim, p.table.name
+        wire, dim = self._sharded.wire, p.table.dim
         for r, (some, cursor) in enumerate(zip(to, cursors, strict=True)):
             if r != self._rank:
                 n = some.stop - some.start
-                pack(rows[some], wire, cursor.take(n * row_nbytes(dim, wire)), noise(some))
-                self._sharded.count(name, what, n * row_nbytes(dim, wire))
-                if wire == "int8":
-                    self._sharded.count(name, "scales", n * (row_nbytes(dim, wire) - dim))
+                if n:
+                    pack(rows[some], wire, cursor.take(n * row_nbytes(dim, wire)), noise(some))
+                self._count(what, p, n)
+
+    def _count(self, what: str, p: _Part, n: int) -> None:
+        """Count rows that are sent."""
+        wire, dim = self._sharded.wire, p.table.dim
+        self._sharded.count(p.table.name, what, n * row_nbytes(dim, wire))
+        if wire == "int8":
+            self._sharded.count(p.table.name, "scales", n * (row_nbytes(dim, wire) - dim))
 
     def _unpack(self, p: _Part, out: Float32s, of: Sequence[slice], cursors: Sequence[_Cursor]) -> None:
         """Rows of a table that came from each other rank."""
         wire, dim = self._sharded.wire, p.table.dim
         for r, (some, cursor) in enumerate(zip(of, cursors, strict=True)):
-            if r != self._rank:
+            if r != self._rank and some.stop > some.start:
                 unpack(cursor.take((some.stop - some.start) * row_nbytes(dim, wire)), dim, wire, out[some])
 
     # --- gradients: of each table a bit for each key that no used feature reads, then a row for each key ------
 
-    def _update(self, grads: Mapping[str, Any], step: int) -> None:
-        wire, parts = self._sharded.wire, list(self._requests.values())
-        sums: dict[str, Float32s] = {}
-        idle: dict[str, npt.NDArray[np.bool_]] = {}
+    def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
+        given = [(batch, grads) for batch, grads in batches if isinstance(batch, _Between)]
+        parts = [p for batch, _ in given for p in batch._requests.values()]
+        summed: list[tuple[Float32s, npt.NDArray[np.bool_]]] = []
+        shared: list[Bytes] = []
 
         def fill(payloads: list[Bytes]) -> None:
-            given = self._parts(grads, check=self.share > 0)
+            for batch, grads in given:
+                of = batch._parts(grads, check=batch.share > 0)
+                summed.extend(batch._sum(p, of) for p in batch._requests.values())
             cursors = [_Cursor(payload) for payload in payloads]
-            for p in parts:
-                name = p.table.name
-                sums[name], idle[name] = self._sum(p, given)
+            for p, (sums, idle) in zip(parts, summed, strict=True):
+                shared.append(pack(sums[p.shared], self._sharded.wire, noise=self._noise(p, step, p.shared)))
+                block = shared[-1]
                 for r, cursor in enumerate(cursors):
                     if r != self._rank:
-                        bits = np.packbits(idle[name][p.to[r]])
+                        bits = np.packbits(p.sent(idle, r))
                         cursor.take(len(bits))[:] = bits
-                self._pack("gradients", p, sums[name], p.to, cursors, partial(self._noise, p, step))
+                        cursor.take(len(block))[:] = block
+                self._count("gradients", p, p.shared.stop * (self._n_ranks - 1))
+                self._pack("gradients", p, sums, p.to, cursors, partial(self._noise, p, step))
 
-        size = [row_nbytes(p.table.dim, wire) for p in parts]
-        sizes = sum((n * p.sizes + (p.sizes + 7) // 8 for n, p in zip(size, parts, strict=True)), self._none)
-        expected = sum((n * p.came + (p.came + 7) // 8 for n, p in zip(size, parts, strict=True)), self._none)
+        size = [row_nbytes(p.table.dim, self._sharded.wire) for p in parts]
+        to = [p.sizes + p.shared.stop for p in parts]
+        of = [p.came + [s.stop - s.start for s in p.of_shared] for p in parts]
+        sizes = sum((n * m + (m + 7) // 8 for n, m in zip(size, to, strict=True)), self._none)
+        expected = sum((n * m + (m + 7) // 8 for n, m in zip(size, of, strict=True)), self._none)
         messages = self._sharded.exchange("gradients", self._stamp, step, sizes, fill, expected)
         with self._sharded.telling():
             cursors = [_Cursor(m.payload) for m in messages]
-            for p in parts:
-                mine = p.to[self._rank]
+            came: dict[str, list[tuple[_Part, Float32s, npt.NDArray[np.bool_]]]] = {}
+            for p, n_keys, (sums, idle), block in zip(parts, of, summed, shared, strict=True):
+                me = self._rank
                 unused = [
-                    idle[p.table.name][mine] if r == self._rank else _bits(cursor, n)
-                    for r, (cursor, n) in enumerate(zip(cursors, p.came.tolist(), strict=True))
+                    p.sent(idle, r) if r == me else _bits(cursor, n)
+                    for r, (cursor, n) in enumerate(zip(cursors, n_keys.tolist(), strict=True))
                 ]
                 here: Float32s = retained((len(p.here), p.table.dim))
-                here[p.of[self._rank]] = sums[p.table.name][mine]
-                self._unpack(p, here, p.of, cursors)
-                self._apply(p, here, np.concatenate(unused), step)
+                here[p.of[me]] = sums[p.to[me]]
+                # What this rank sent of shared keys, not what it had: so all add the same.
+                unpack(block, p.table.dim, self._sharded.wire, here[p.of_shared[me]])
+                for some in (p.of_shared, p.of):
+                    self._unpack(p, here, some, cursors)
+                came.setdefault(p.table.name, []).append((p, here, np.concatenate(unused)))
+            for name, grads_of in came.items():
+                self._apply(self._requests[name], grads_of, step)
 
     def _sum(self, p: _Part, given: Mapping[str, _Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_]]:
         """The gradient of each key of a table, and which have none since all features that read them were left out."""
@@ -564,14 +657,16 @@ class _Between(Staged):
     def _noise(self, p: _Part, step: int, some: slice) -> Noise:
         return Noise(0, p.table.name, self._rank, step, p.keys[some])
 
-    def _apply(self, p: _Part, grads: Float32s, idle: npt.NDArray[np.bool_], step: int) -> None:
-        """Sum what came for each key in the order of the ranks, and update."""
+    def _apply(self, p: _Part, came: Sequence[tuple[_Part, Float32s, npt.NDArray[np.bool_]]], step: int) -> None:
+        """Sum what came for each key, batch by batch and in the order of the ranks, and update."""
         finite = self._sharded.wire == "float32"  # else a sender cannot know what becomes of a large value
-        if not idle.any():
-            p.request.update(grads, None, None, step, finite)
-        elif not idle.all():
-            request = Request(p.table, [p.here[~idle]])
-            request.update(grads[~idle], None, None, step, finite)
+        if len(came) == 1 and self._state == "read" and not came[0][2].any():
+            p.request.update(came[0][1], None, None, step, finite)
+            return
+        keys = np.concatenate([of.here[~idle] for of, _, idle in came])
+        if len(keys):
+            request = Request(p.table, [keys])
+            request.update(np.concatenate([grads[~idle] for _, grads, idle in came]), None, None, step, finite)
             request.close()
 
 
@@ -587,10 +682,10 @@ class _Cursor:
         return some
 
 
-def _slices(sizes: Int64s) -> list[slice]:
-    """Of so many items each, end to end."""
-    ends = np.cumsum(sizes).tolist()
-    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+def _slices(sizes: Int64s, first: int = 0) -> list[slice]:
+    """Of so many items each, end to end from `first` on."""
+    ends = (np.cumsum(sizes) + first).tolist()
+    return [slice(a, b) for a, b in zip([first, *ends], ends, strict=False)]
 
 
 def _bits(cursor: _Cursor, n: int) -> npt.NDArray[np.bool_]:
@@ -599,7 +694,13 @@ def _bits(cursor: _Cursor, n: int) -> npt.NDArray[np.bool_]:
 
 def _settings(sharded: Sharded) -> dict[str, object]:
     """What has to be equal on all ranks."""
-    settings: dict[str, object] = {"wire": sharded.wire, "placement": sharded.placement}
+    settings: dict[str, object] = {"wire": sharded.wire}
+    for name, where in sharded.placement.items():
+        if isinstance(where, np.ndarray):
+            hot = np.unique(where)
+            mark = hash_bytes(hot.view(np.uint8), np.array([0, hot.nbytes]))[0]
+            where = f"by key, {len(hot)} keys replicated (hash {mark})"
+        settings[f"placement of table {name}"] = where
     for name, t in sharded.tables.items():
         settings |= {f"{what} of table {name}": value for what, value in t.settings().items()}
     for feature, table in sharded.features.items():

@@ -130,6 +130,7 @@ class Table:
                 )
         self.name, self.dim, self.dtype, self.key_dtype = name, int(dim), dtype, key_dtype
         self.eviction = tuple(eviction)
+        self.placement: Any = None  # where a `Sharded` has its rows, which saves and loads go by
         self.padding_key = padding_key
         self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
         self.default = _checked(default, name, self.dim)

@@ -115,7 +115,11 @@ class Channel:
         counts = np.where(others, np.maximum(sizes, least) + HEADER.itemsize, 0)
         if expected is not None:
             expected = np.where(others, np.maximum(expected, least) + HEADER.itemsize, 0)
-        data: Bytes = retained((int(counts.sum()),), np.uint8)
+        try:
+            data: Bytes = retained((int(counts.sum()),), np.uint8)
+        except MemoryError as e:
+            t.abort(f"{type(e).__name__}: {e}")
+            raise
         failure: Exception | None = None
         try:
             blocks = np.split(data, np.cumsum(counts)[:-1])

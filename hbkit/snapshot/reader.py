@@ -15,7 +15,7 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.place import place_of
-from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget
+from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget, held, saved
 from hbkit.store.base import Chunk, Part
 
 N_SHARDS = 1024  # of keys, by the leading bits of their mix
@@ -111,7 +111,6 @@ def load(
     named = named_tables(tables)
     if not 0 <= shard[0] < shard[1]:
         raise InvalidArgument(f"shard {shard}", remedy="give (i, n) with 0 <= i < n")
-    part = Part.share(*shard, bits=10)
     notes: list[str] = []
     for name, table in named.items():
         if table.pending is not None:
@@ -123,13 +122,13 @@ def load(
     held = [name for name, table in named.items() if len(table.store)]
     for name in held:
         history.check_rows(chains[name], name)
-    counts = _admission(history, manifest, named, part)
+    counts = _admission(history, manifest, named, shard)
     changed: list[str] = []
 
     def replace(names: Iterable[str]) -> None:
         for name in names:
             changed.append(name)
-            _replace(name, named[name], history, chains[name], part)
+            _replace(name, named[name], history, chains[name], shard)
 
     try:
         replace(name for name in named if name not in held)
@@ -213,13 +212,13 @@ def _keeps_state(table: TableLike, entry: TableEntry) -> bool:
 
 
 def _admission(
-    history: History, manifest: Manifest, tables: dict[str, TableLike], part: Part
+    history: History, manifest: Manifest, tables: dict[str, TableLike], shard: tuple[int, int]
 ) -> list[tuple[Any, rows.Columns, rows.Columns]]:
     """Filters, and their counts as they were and as they are to be. Raises Corrupt."""
-    filters = [(t.admission, manifest.tables[n].admission_files) for n, t in tables.items() if t.admission is not None]
-    read = [(f, [rows.read_columns(history.place, file) for file in files]) for f, files in filters if files]
-    old = [(f, {name: column.copy() for name, column in f.state().items()}) for f, _ in read]
-    for (_, parts), (_, like) in zip(read, old, strict=True):
+    filters = [(t, manifest.tables[n].admission_files) for n, t in tables.items() if t.admission is not None]
+    read = [(t, [rows.read_columns(history.place, file) for file in files]) for t, files in filters if files]
+    old = [{name: column.copy() for name, column in t.admission.state().items()} for t, _ in read]
+    for (_, parts), like in zip(read, old, strict=True):
         for columns in parts:
             if {n: c.dtype for n, c in columns.items()} != {n: c.dtype for n, c in like.items()}:
                 raise Corrupt(
@@ -227,7 +226,9 @@ def _admission(
                     file=history.place.where(f"{manifest.commit}.json"),
                     remedy="load another commit",
                 )
-    return [(f, like, _counts(parts, like, part)) for (f, parts), (_, like) in zip(read, old, strict=True)]
+    return [
+        (t.admission, like, _counts(parts, like, saved(t, *shard))) for (t, parts), like in zip(read, old, strict=True)
+    ]
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def _counts(files: list[rows.Columns], like: rows.Columns, part: Part) -> rows.C
     return counts
 
 
-def _replace(name: str, table: TableLike, history: History, chain: list[Manifest], part: Part) -> None:
+def _replace(name: str, table: TableLike, history: History, chain: list[Manifest], shard: tuple[int, int]) -> None:
     entry = chain[-1].tables[name]
     keeps = _keeps_state(table, entry)
     initial = np.asarray(table.optimizer.initial_state(table.dim), np.float32)
@@ -271,13 +272,13 @@ def _replace(name: str, table: TableLike, history: History, chain: list[Manifest
             if lines is None:
                 table.store.erase(erased)
                 continue
-            if part != EVERYTHING:
-                own = part.has(lines.key)
+            if shard != (0, 1):
+                own = held(table, *shard, lines.key)
                 lines = Chunk._make(column[own] for column in lines)
             table.store.put(lines if keeps else lines._replace(state=np.tile(initial, (len(lines.key), 1))))
         if descends:
             for digest in history.same(link):
-                descend(table, digest, part)
+                descend(table, digest, saved(table, *shard))
 
 
 def _clear(table: TableLike) -> None:

@@ -7,8 +7,9 @@ import math
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from hbkit.store.base import Part, Rule, Store
+from hbkit.store.base import Int64s, Part, Rule, Store
 
 
 class TableLike(Protocol):
@@ -90,7 +91,24 @@ def _plain(value: Any) -> Any:
     return value if finite or value is None or isinstance(value, int | str) else repr(value)
 
 
-EVERYTHING = Part()
+EVERYTHING, NOTHING = Part(), Part(0, 0)
+
+
+def saved(table: TableLike, rank: int, size: int) -> Part:
+    """Of which keys a rank writes the rows: its own, but all or none of a table that is not spread by key."""
+    where = getattr(table, "placement", None)
+    if size == 1 or where is None or isinstance(where, np.ndarray):
+        return Part.share(rank, size, bits=10)
+    return EVERYTHING if rank == (where if isinstance(where, int) else 0) else NOTHING
+
+
+def held(table: TableLike, rank: int, size: int, keys: Int64s) -> npt.NDArray[np.bool_]:
+    """Which keys a rank is to hold, those that are replicated among them: bool[n]."""
+    where = getattr(table, "placement", None)
+    if isinstance(where, str):
+        return np.ones(len(keys), np.bool_)
+    own = saved(table, rank, size).has(keys)
+    return own | np.isin(keys, where) if isinstance(where, np.ndarray) else own
 
 
 def mark(digest: str, part: Part = EVERYTHING) -> str:

@@ -31,7 +31,7 @@ from hbkit.snapshot.manifest import (
 from hbkit.snapshot.place import Draft, Place, place_of
 from hbkit.snapshot.ranks import Group, Ranks
 from hbkit.snapshot.saving import Saving
-from hbkit.snapshot.table import TableLike, config, default_config, mark
+from hbkit.snapshot.table import EVERYTHING, TableLike, config, default_config, held, mark, saved
 from hbkit.store.base import Chunk, Part
 from hbkit.store.keys import KEY_DTYPES
 from hbkit.store.point import Point
@@ -208,7 +208,7 @@ class _Save:
         parent = self._history.manifest(onto) if onto is not None else None
         for table in sorted(self._tables, key=id):  # points are waited for: all in one order
             if table.name in names:
-                entry, point, note = _take(self._draft, table, self._history, parent, self._ranks.part)
+                entry, point, note = _take(self._draft, table, self._history, parent, self._part(table))
                 self._stack.callback(point.close)
                 self._taken[table.name] = entry, point
                 self.notes.extend(filter(None, [note]))
@@ -220,13 +220,16 @@ class _Save:
         parts = self._ranks.gather(self._files)
         digest = self._ranks.gather(lambda: self._publish(parts))[0]
         for table in self._tables:
-            table.store.changes.name(self._taken[table.name][1].mark, mark(digest, self._ranks.part))
+            table.store.changes.name(self._taken[table.name][1].mark, mark(digest, self._part(table)))
         return str(self._commit)
+
+    def _part(self, table: TableLike) -> Part:
+        return saved(table, self._ranks.rank, self._ranks.size)
 
     def _files(self) -> dict[str, Any]:
         draft, blobs = self._draft, self._blobs
         assert draft is not None
-        entries = [_write_table(draft, t.name, *self._taken[t.name], self.saving, self._ranks) for t in self._tables]
+        entries = [_write_table(draft, t, *self._taken[t.name], self.saving, self._ranks) for t in self._tables]
         return {
             "tables": {t.name: asdict(entry) for t, entry in zip(self._tables, entries, strict=True)},
             "state": self._values,
@@ -339,7 +342,7 @@ def _take(
         initializer=config(table.initializer),
         step=point.kept[0],
         since=base.step if base is not None and point.changed else None,
-        n_rows=point.n_rows,
+        n_rows=point.n_rows - _n_copies(table, part),
         rows=[],
         erased=[],
         admission=None if admission is None else type(admission).__name__,
@@ -350,38 +353,51 @@ def _take(
     return entry, point, None if why is None else f"table {name} is written in full: {why}"
 
 
+def _n_copies(table: TableLike, part: Part) -> int:
+    """Rows that are there, but another rank's to write."""
+    where = getattr(table, "placement", None)
+    if isinstance(where, str):
+        return 0 if part == EVERYTHING else len(table.store)
+    if not isinstance(where, np.ndarray):
+        return 0
+    keys = np.unique(where)
+    return int(np.count_nonzero(table.store.has(keys[~part.has(keys)])))
+
+
 def _write_table(
-    draft: Draft, name: str, entry: TableEntry, point: Point, saving: Saving | None, ranks: Ranks
+    draft: Draft, table: TableLike, entry: TableEntry, point: Point, saving: Saving | None, ranks: Ranks
 ) -> TableEntry:
     """Write the files of a rank's part of a table; its entry with them."""
+    name, part = table.name, saved(table, ranks.rank, ranks.size)
     directory, key_dtype = table_directory(draft.directory, name), entry.key_dtype
     path = f"{directory}/rows-{ranks.rank:05d}.parquet"
     chunks = point.scan() if saving is None else saving.paced(point.scan())
     if ranks.size > 1:
-        chunks = _own(chunks, name, ranks)
+        chunks = _own(chunks, table, part, ranks)
     file = rows.write_rows(draft, path, chunks, name, key_dtype, entry.dim, entry.n_state)
     erased, admission = [], []
-    if len(point.erased):
+    if len(gone := point.erased[part.has(point.erased)]):
         path = f"{directory}/erased-{ranks.rank:05d}.parquet"
-        erased.append(rows.write_keys(draft, path, point.erased, name, key_dtype))
+        erased.append(rows.write_keys(draft, path, gone, name, key_dtype))
     if entry.admission is not None:
         path = f"{directory}/admission-{ranks.rank:05d}.parquet"
         admission.append(rows.write_columns(draft, path, point.kept[1]))
     return dataclasses.replace(entry, rows=[file], erased=erased, admission_files=admission)
 
 
-def _own(chunks: Iterable[Chunk], name: str, ranks: Ranks) -> Iterator[Chunk]:
-    """The same, if its keys are the rank's own."""
+def _own(chunks: Iterable[Chunk], table: TableLike, part: Part, ranks: Ranks) -> Iterator[Chunk]:
+    """What is the rank's to write; all of it but copies of replicated rows."""
     for chunk in chunks:
-        own = ranks.part.has(chunk.key)
-        if not own.all():
+        own = part.has(chunk.key)
+        lost = ~held(table, ranks.rank, ranks.size, chunk.key)
+        if lost.any():
             raise InvalidArgument(
-                f"rank {ranks.rank} of {ranks.size} holds key {chunk.key[~own][0]}, which another owns",
-                table=name,
+                f"rank {ranks.rank} of {ranks.size} holds key {chunk.key[lost][0]}, which another owns",
+                table=table.name,
                 remedy="give each rank the rows of its own keys, as load(shard=(rank, size)) does; "
                 "where all ranks hold all rows, let one of them save",
             )
-        yield chunk
+        yield chunk if own.all() else Chunk._make(column[own] for column in chunk)
 
 
 def _write_bytes(draft: Draft, path: str, data: bytes) -> FileEntry:

@@ -711,3 +711,4 @@ def test_a_batch_without_rows_has_the_columns_of_batches(tmp_path):
         joined = {name: ragged.concat([first[name], nothing[name]]) for name in first}
         assert all(type(joined[name]) is type(first[name]) for name in first)
         assert nothing.cursor == first.cursor
+        assert ds.inputs(nothing, "lsn").dense.shape == (3, 5)

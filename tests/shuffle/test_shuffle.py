@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from hbkit.errors import InvalidArgument
 from hbkit.shuffle import dedupe, owner, partition, vshard
+from hbkit.shuffle.residuals import Residuals
 
 KEYS = hnp.arrays(np.int64, st.integers(0, 200))
 
@@ -42,3 +43,18 @@ def test_dedupe_restores_keys(keys):
     unique, inverse, counts = dedupe(keys)
     assert np.array_equal(unique[inverse], keys) and len(set(unique.tolist())) == len(unique)
     assert np.array_equal(np.bincount(inverse, minlength=len(unique)), counts)
+
+
+@given(st.lists(hnp.arrays(np.int64, st.integers(0, 12), elements=st.integers(0, 20), unique=True)))
+def test_residuals_remember_the_keys_that_came_first(batches):
+    residuals, held = Residuals(7, 2), {}
+    for i, keys in enumerate(batches):
+        slots, rows = residuals.take(keys)
+        for k in keys.tolist():
+            if k not in held and len(held) < 7:
+                held[k] = np.zeros(2)
+        assert rows.tolist() == [held.get(k, np.zeros(2)).tolist() for k in keys.tolist()]
+        assert (slots >= 0).tolist() == [k in held for k in keys.tolist()] and len(residuals) == len(held)
+        rows += np.float32(i + 1)
+        residuals.put(slots, rows)
+        held |= {k: row for k, row in zip(keys.tolist(), rows, strict=True) if k in held}

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import wire_oracle as oracle
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import wire_oracle as oracle
 from hbkit._ext import isa
 from hbkit.errors import InvalidArgument
 from hbkit.shuffle import WIRES, Noise, pack, row_nbytes, unpack

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from faults import run_ranks
 
 from hbkit import errors
 from hbkit.embedding import (
@@ -24,9 +25,12 @@ from hbkit.embedding import (
     MaxRows,
     RowWiseAdagrad,
     RowWiseAdam,
+    Sharded,
     Table,
+    lookahead,
 )
 from hbkit.ragged import Ragged
+from hbkit.shuffle import Loopback
 from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store.base import Chunk
 
@@ -288,3 +292,18 @@ def test_auto_without_a_device_is_the_store_below_and_says_so_once(caplog):
 @on_device
 def test_auto_with_a_device_is_the_device():
     assert Table("t", 4, store=device_cached(host_memory(), "4KiB", device="auto")).stats()["device"] == "cuda:0"
+
+
+@on_device
+def test_device_tier_of_a_sharded_table_gives_what_memory_gives():
+    def act(transport, on_device):
+        store = device_cached(host_memory(), cache_budget="64KiB") if on_device else host_memory()
+        c = Sharded(Collection([Table("t", 4, optimizer=Adam(lr=0.1), store=store)]), transport, "int8")
+        rng = np.random.default_rng(transport.rank)
+        for _, staged in lookahead([{"t": rng.integers(0, 90, 20)} for _ in range(4)], c, 2):
+            staged.apply({"t": np.cos(staged.outputs()["t"])})
+        return contents(c.tables["t"].store)
+
+    want = run_ranks(lambda t: act(t, False), Loopback.group(2, 60))
+    # One of the ranks alone: Numba's simulator is not made for several threads.
+    assert run_ranks(lambda t: act(t, t.rank == 1), Loopback.group(2, 60)) == want

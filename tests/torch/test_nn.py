@@ -73,9 +73,9 @@ def test_embeddings_and_gradients_share_the_memory_of_the_core(collection, monke
         seen["outputs"] = outputs(self)
         return seen["outputs"]
 
-    def spy_apply(self, grads):
+    def spy_apply(self, grads, held):
         seen["grads"] = grads
-        apply(self, grads)
+        apply(self, grads, held)
 
     monkeypatch.setattr(Staged, "outputs", spy_outputs)
     monkeypatch.setattr(Staged, "apply", spy_apply)
@@ -105,19 +105,17 @@ def test_embeddings_without_pooling_give_rows_and_a_mask(collection):
     assert changed.tolist() == [[False, True, False, False], [False] * 4, [False] * 4]
 
 
-def test_embeddings_drop_a_forward_that_was_never_applied(collection):
+def test_embeddings_drop_forgets_forwards_and_gradients(collection):
     c = collection(4)
     module = hb.nn.EmbeddingCollection(c)
     first = module(keys())
     before = {f: t.detach().clone() for f, t in first.items()}
     sum(t.sum() for t in first.values()).backward()
-    second = module(keys())
-    assert c.step == 0 and all(torch.equal(before[f], second[f]) for f in before)
-    sum(t.sum() for t in second.values()).backward()
-    module.apply()
-    assert c.step == 1
+    module.zero_grad()
     with pytest.raises(errors.Closed, match="no forward to apply"):
         module.apply()
+    second = module(keys())
+    assert c.step == 0 and all(torch.equal(before[f], second[f]) for f in before)
 
 
 def test_embeddings_apply_before_backward_is_refused_and_can_be_mended(collection):
@@ -192,6 +190,34 @@ def test_attach_is_the_model_over_the_embeddings_of_a_batch(clicks, collection, 
     embeddings.apply()
     assert embeddings.collection.step == 1
     assert {id(p) for p in whole.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"amount": Jagged(torch.zeros(3), (torch.arange(4),))}, errors.InvalidArgument, "Ragged.*amount"),
+        ({"amount": torch.zeros(3, device="meta")}, errors.InvalidArgument, "meta.*amount"),
+        ({"amount": np.array(["a", "b", "c"])}, errors.InvalidArgument, "amount"),
+        ({"item": Jagged(torch.zeros(3, dtype=torch.int64), (torch.arange(4),))}, errors.InvalidArgument, "item"),
+        ({"user": torch.zeros(3)}, errors.InvalidArgument, "float32.*user"),
+    ],
+)
+def test_attach_refuses_by_column(collection, dlrm, change, error, says):
+    how = {"item": None}
+    whole = hb.nn.attach(dlrm(8), hb.nn.EmbeddingCollection(collection(8, pooling=how)))
+    batch = {"amount": torch.ones(3), "age": torch.ones(3), **keys()}
+    whole(batch)
+    with pytest.raises(error, match=says):
+        whole({**batch, **change})
+    whole.embeddings.close()
+    with pytest.raises(errors.Closed, match="user, item, tags"):
+        whole(batch)
+
+
+def test_model_of_a_feature_without_a_table_is_refused(collection):
+    module = hb.nn.EmbeddingCollection(collection(8))
+    with pytest.raises(errors.UnknownColumn, match=r"no table.*city"):
+        hb.nn.attach(hb.models.DLRM(["user", "city"], 8), module)({**keys(), "city": np.zeros(3, np.int64)})
 
 
 def test_signed_log_is_odd_and_logarithmic():

@@ -1,0 +1,85 @@
+"""From the gradients of forwards to one update of the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbkit import errors
+from hbkit.embedding import Staged
+from hbkit_torch.data import Array
+from hbkit_torch.transfer import to_host
+
+__all__ = ["Forward", "Updating"]
+
+
+class Forward(NamedTuple):
+    """A batch that was read, and the tensors that the model saw of it.
+
+    Attributes
+    ----------
+    staged : Staged
+    embeddings : dict of feature to leaf Tensor or `Sequence`
+    """
+
+    staged: Staged
+    embeddings: Mapping[str, Any]
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What takes gradients: the tensor of each feature, the values of a sequence."""
+        return {f: value if isinstance(value, Tensor) else value.values for f, value in self.embeddings.items()}
+
+    def check(self) -> None:
+        """Raise Closed where something takes gradients and nothing has one."""
+        if self.embeddings and all(leaf.grad is None for leaf in self.leaves.values()):
+            raise errors.Closed(
+                "no embedding has a gradient", feature=", ".join(self.embeddings), remedy="call loss.backward() first"
+            )
+
+    def gradients(self) -> dict[str, Array]:
+        """Gradients of the leaves that have one: over the same memory, or of a device in one copy."""
+        grads = {feature: leaf.grad for feature, leaf in self.leaves.items() if leaf.grad is not None}
+        if any(grad.device.type != "cpu" for grad in grads.values()):
+            grads = dict(zip(grads, to_host(list(grads.values())), strict=True))
+        return {feature: grad.float().numpy() for feature, grad in grads.items()}
+
+
+class Updating:
+    """What `torch.amp.GradScaler` takes for an optimizer, and `clip_grad_norm_` for parameters.
+
+    ``scaler.unscale_(this)``, ``clip_grad_norm_([*model.parameters(), *this.leaves], max_norm)``.
+    """
+
+    _forwards: list[Forward]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors whose gradients the next update takes: after ``backward()``, ``clip_grad_norm_`` may clip them.
+
+        A key's gradients in several rows count one by one in the norm: they are summed at the update.
+        """
+        return [leaf for forward in self._forwards for leaf in forward.leaves.values() if leaf.requires_grad]
+
+    @property
+    def param_groups(self) -> list[dict[str, list[Tensor]]]:
+        """The leaves, as an optimizer has its parameters."""
+        return [{"params": self.leaves}]
+
+    def step(self) -> None:
+        """One update by the gradients that are there, of all forwards: what ``scaler.step`` calls."""
+        grads = [forward.gradients() for forward in self._forwards]
+        *held, last = self._forwards
+        last.staged.apply(grads.pop(), [(f.staged, g) for f, g in zip(held, grads, strict=True) if g])
+
+    def update(self, scaler: torch.amp.GradScaler | None) -> None:
+        """``step``, by way of the scaler if there is one."""
+        if not any(leaf.grad is not None for leaf in self.leaves):
+            self._forwards[-1].check()
+        if scaler is None:
+            self.step()
+        else:
+            scaler.step(self)  # type: ignore[arg-type]  # of an optimizer it uses what this has
