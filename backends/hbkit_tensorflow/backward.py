@@ -1,7 +1,7 @@
 """Updates in backward, and the refusal of what needs the gradients after it, or scales them unseen.
 
-A scaled loss gives gradients like any other. So Keras's LossScaleOptimizer counts its losses here, and while updates in
-backward go on, Keras's optimizers ask here before they apply theirs.
+A scaled loss gives gradients like any other. So Keras's optimizers count here the losses that they scale, and while
+updates in backward go on, they ask here before they apply gradients.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def refused(what: str) -> errors.Unsupported:
 
 
 def n_scaled() -> int:
-    """Losses that a LossScaleOptimizer scaled so far, from the first call on."""
-    _guard()
+    """Losses that an optimizer of Keras scaled so far, from the first call on."""
+    _count_scaled_losses()
     return _scaled[0]
 
 
@@ -41,7 +41,7 @@ def refuse_scaled(before: int) -> None:
     """Raise where a loss was scaled since `n_scaled` gave `before`: its factor is not known, nor stays what it was."""
     if _scaled[0] != before:
         raise errors.Unsupported(
-            "gradients of a loss that LossScaleOptimizer scaled",
+            "gradients of a loss that LossScaleOptimizer or loss_scale_factor scaled",
             remedy="attach the model and call fit, which unscales them; or train in bfloat16, without that optimizer",
         )
 
@@ -59,7 +59,8 @@ class Watch:
     def __init__(self) -> None:
         self.end()
         self._anchor = tf.Variable(0.0, name="anchor")  # every tape watches it, and so what depends on it
-        _guard()
+        _count_scaled_losses()
+        _ask_before_applying()
         _watches.add(self)
 
     def end(self) -> None:
@@ -90,19 +91,31 @@ class Watch:
 
 
 @functools.cache
-def _guard() -> None:
-    """Count scaled losses, and ask the watches where gradients are applied, from now on."""
-    scale_loss, apply = keras.optimizers.LossScaleOptimizer.scale_loss, keras.optimizers.Optimizer.apply
+def _count_scaled_losses() -> None:
+    """Have Keras's optimizers count the losses that they scale, from now on, and ask the watches."""
 
-    @functools.wraps(scale_loss)
-    def asked_scale_loss(self: Any, loss: Any) -> Any:
-        _scaled[0] += 1
-        if any(watch.waiting for watch in _watches):
-            raise refused("LossScaleOptimizer")
-        return scale_loss(self, loss)
+    def counting(scale_loss: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(scale_loss)
+        def counted(self: Any, loss: Any) -> Any:
+            if isinstance(self, keras.optimizers.LossScaleOptimizer) or self.loss_scale_factor is not None:
+                _scaled[0] += 1
+                if any(watch.waiting for watch in _watches):
+                    raise refused("LossScaleOptimizer")
+            return scale_loss(self, loss)
+
+        return counted
+
+    for kind in keras.optimizers.LossScaleOptimizer, keras.optimizers.Optimizer:
+        kind.scale_loss = counting(kind.scale_loss)
+
+
+@functools.cache
+def _ask_before_applying() -> None:
+    """Have Keras's optimizers ask the watches before they apply gradients, from now on."""
+    apply = keras.optimizers.Optimizer.apply
 
     @functools.wraps(apply)
-    def asked_apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
+    def asked(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         counts = [watch.n_updates for watch in _watches]
         for watch in _watches:
             watch.n_updates = 0
@@ -112,5 +125,4 @@ def _guard() -> None:
             raise refused("Accumulation of gradients over several backwards")
         return apply(self, grads, trainable_variables)
 
-    keras.optimizers.LossScaleOptimizer.scale_loss = asked_scale_loss
-    keras.optimizers.Optimizer.apply = asked_apply
+    keras.optimizers.Optimizer.apply = asked

@@ -396,16 +396,21 @@ PAIRS = {"user": "user", "item": "item"}
 @pytest.mark.parametrize(("jit", "limit"), [(False, None), (True, 0.05)])
 def test_fit_with_a_loss_scale_is_fit_without(clicks, collection, rows_of, jit, limit):
     """Powers of two scale exactly; a clipped norm is that of weights and rows together."""
+    scaling = (
+        lambda **options: keras.optimizers.SGD(0.5, **options),
+        lambda **options: keras.optimizers.SGD(0.5, loss_scale_factor=8.0, **options),
+        lambda **options: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5, **options), 2.0**10),
+    )
     runs = []
-    for wrap in lambda o: o, lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=2.0**10):
-        optimizer = wrap(keras.optimizers.SGD(0.5, global_clipnorm=limit))
+    for make in scaling:
         c = collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5))
-        model = hb.nn.attach(compiled(small(), optimizer, jit), c)
+        model = hb.nn.attach(compiled(small(), make(global_clipnorm=limit), jit), c)
         losses = model.fit(pairs(clicks), verbose=0).history["loss"]
         runs.append((losses, rows_of(c), *[w.numpy() for w in model.weights]))
         assert c.step == 8
-    for found, expected in zip(*runs, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for run in runs[1:]:
+        for found, expected in zip(run, runs[0], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_global_clipnorm_is_of_weights_and_rows(clicks, collection, rows_of):

@@ -132,8 +132,11 @@ def test_sequences_in_a_graph_are_those_of_eager_mode(collection, rows_of):
     np.testing.assert_allclose(runs[0][1], runs[1][1], atol=1e-6)
 
 
-def test_scaled_loss_is_refused_in_a_loop_of_ones_own(clicks, collection):
-    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+@pytest.mark.parametrize(
+    "optimizer",
+    [keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), keras.optimizers.SGD(loss_scale_factor=8.0)],
+)
+def test_scaled_loss_is_refused_in_a_loop_of_ones_own(clicks, collection, optimizer):
     layer = hb.nn.EmbeddingCollection(collection())
     with tf.GradientTape() as tape:
         rows = layer(batch(4, 0), training=True)
@@ -149,6 +152,9 @@ def test_scaled_loss_is_refused_in_a_loop_of_ones_own(clicks, collection):
             loss = optimizer.scale_loss(tf.reduce_sum(s.embeddings["user"]))
         with pytest.raises(errors.Unsupported, match=r"LossScaleOptimizer.*attach"):
             s.apply(tape.gradient(loss, s.embeddings))
+    for s in hb.pipeline(clicks(64), layer):
+        assert keras.optimizers.SGD().scale_loss(1.0) == 1.0  # scales nothing
+        s.apply({"user": tf.ones_like(s.embeddings["user"])})
 
 
 # ------------------------------------------------------------------------------------------------ in backward
