@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import hbkit
-from hbkit.cli import train as cli
+from hbkit.cli import building as cli
 from hbkit.cli.columns import choose
 from hbkit.data import Dataset
 

@@ -28,7 +28,7 @@ from accuracy import BATCH, SETS, intervals
 import hbkit
 from hbkit import Ragged
 from hbkit._ext.hash import hash_ints
-from hbkit.cli import train as cli
+from hbkit.cli import building as cli
 from hbkit.cli.columns import Columns, choose
 from hbkit.data import Dataset
 from hbkit.embedding import Adagrad, Collection, CountAdmission, MaxRows, Normal, Table

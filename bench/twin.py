@@ -2,12 +2,13 @@
 
 ``python bench/twin.py TRAIN.parquet TEST.parquet [--backend torch] [--model deepfm] [--optimizer adagrad] [--seed 0]``
 
-Takes files as `hbkit convert --format movielens` writes them. The twin knows every key of both files beforehand, starts
-from the same rows and dense weights, sees the same batches, and is trained by the framework's dense optimizer: rows in
-`torch.nn.functional.embedding_bag` or `tf.gather` of a `tf.Variable`. DIN's past behaviour are the last 20 items that
-the user clicked in earlier rows of the training file; MMoE predicts the one label.
+Takes files as `hbkit convert --format movielens` writes them, or others whose columns `hbkit train` can choose by
+itself. The twin knows every key of both files beforehand, starts from the same rows and dense weights, sees the same
+batches, and is trained by the framework's dense optimizer: rows in `torch.nn.functional.embedding_bag` or `tf.gather` of
+a `tf.Variable`. DIN's past behaviour are the last 20 items that the user clicked in earlier rows of the training file;
+MMoE predicts the one label. The interval of the AUCs' difference is over test rows resampled alike, 1,000 times.
 
-A third training is the twin's again with the rows of each batch in the other order: what rounding alone does.
+The twin's first 100 steps are trained again with the rows of each batch in other orders: what rounding alone does.
 Caveat: Adagrad's first step divides a gradient by its own size, so where a gradient is next to nothing, its rounding
 becomes a whole step; SGD's steps do not amplify rounding.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import tempfile
@@ -30,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import hbkit
-from hbkit.cli import train as cli
+from hbkit.cli import building as cli
 from hbkit.cli.columns import choose
 from hbkit.data import Batch, Dataset
 from hbkit.metrics import AUC
@@ -67,10 +69,11 @@ class TorchTwin:
                 starts = np.arange(len(flat)) if flat is column else column.row_splits[0][:-1]
                 bag = torch.nn.functional.embedding_bag
                 out[f] = bag(torch.from_numpy(flat), rows, torch.from_numpy(starts), mode="mean")
-        return self.model(torch.zeros(batch.n_rows, 0), out)
+        return self.model(torch.from_numpy(dense(batch, self.settings)), out)
 
     def step(self, batch: Batch, codes: Mapping[str, Any]) -> float:
         """Train on one batch; its loss."""
+        self.model.train()
         label = self.torch.from_numpy(batch["label"])
         loss = self.torch.nn.functional.binary_cross_entropy_with_logits(self.logits(batch, codes), label)
         self.optimizer.zero_grad()
@@ -80,6 +83,7 @@ class TorchTwin:
 
     def predict(self, batch: Batch, codes: Mapping[str, Any]) -> Array:
         """Logits of one batch."""
+        self.model.eval()
         with self.torch.no_grad():
             found: Array = self.logits(batch, codes).numpy()
         return found
@@ -99,7 +103,7 @@ class TensorflowTwin:
         self.rows = {name: keras.Variable(rows) for name, rows in first.items()}
         self.optimizers = [OPTIMIZERS[settings["optimizer"]](settings[lr]) for lr in ("dense_lr", "lr")]
 
-    def logits(self, batch: Batch, codes: Mapping[str, Any]) -> Any:
+    def logits(self, batch: Batch, codes: Mapping[str, Any], training: bool) -> Any:
         """Of one batch."""
         tf, out = self.tf, {}
         for f, column in codes.items():
@@ -115,13 +119,14 @@ class TensorflowTwin:
             else:
                 segments = np.repeat(np.arange(batch.n_rows), column.lengths())
                 out[f] = tf.math.unsorted_segment_mean(tf.gather(rows, column.values), segments, batch.n_rows)
-        return self.model(tf.zeros((batch.n_rows, 0)), out)
+        mode = {"training": training} if self.model._call_has_training_arg else {}
+        return self.model(tf.constant(dense(batch, self.settings)), out, **mode)
 
     def step(self, batch: Batch, codes: Mapping[str, Any]) -> float:
         """Train on one batch; its loss."""
         tf, variables = self.tf, (self.model.trainable_variables, list(self.rows.values()))
         with tf.GradientTape() as tape:
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(batch["label"], self.logits(batch, codes))
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(batch["label"], self.logits(batch, codes, True))
             loss = tf.reduce_mean(losses)
         grads = tape.gradient(loss, [[v.value for v in part] for part in variables])
         for optimizer, part, grad in zip(self.optimizers, variables, grads, strict=True):
@@ -130,8 +135,14 @@ class TensorflowTwin:
 
     def predict(self, batch: Batch, codes: Mapping[str, Any]) -> Array:
         """Logits of one batch."""
-        found: Array = self.logits(batch, codes).numpy()
+        found: Array = self.logits(batch, codes, False).numpy()
         return found
+
+
+def dense(batch: Batch, settings: Mapping[str, Any]) -> Array:
+    """The dense inputs: float32[B, n_dense]."""
+    columns = [batch[name] for name in settings["dense"]]
+    return np.stack(columns, 1) if columns else np.zeros((batch.n_rows, 0), np.float32)
 
 
 def with_past(train: str, test: str, to: str) -> tuple[str, str]:
@@ -148,13 +159,27 @@ def with_past(train: str, test: str, to: str) -> tuple[str, str]:
     return f"{to}/True", f"{to}/False"
 
 
-def backwards(batch: Batch) -> Batch:
-    """The batch with its rows in the other order: what it gives is apart by rounding alone."""
-    order = np.arange(batch.n_rows)[::-1].copy()
+def reordered(batch: Batch, rng: np.random.Generator) -> Batch:
+    """The batch with its rows in another order: what it gives is apart by rounding alone."""
+    order = rng.permutation(batch.n_rows)
     columns = {
         name: column[order] if isinstance(column, np.ndarray) else column.take(order) for name, column in batch.items()
     }
     return Batch(columns, batch.n_rows, batch.cursor)
+
+
+def difference(label: Array, score: Array, other: Array, n: int = 1000) -> tuple[float, float, list[float]]:
+    """AUC of both scores, and the 2.5% and 97.5% quantiles of their difference over rows resampled alike."""
+    rng, found = np.random.default_rng(0), []
+    for k in range(n + 1):
+        weight = np.ones(len(label)) if k == 0 else rng.poisson(1.0, len(label)).astype(np.float64)
+        pair = AUC(), AUC()
+        for auc, scores in zip(pair, (score, other), strict=True):
+            auc.update(label, scores, weight)
+        found.append([auc.result() for auc in pair])
+    first, second = found[0]
+    apart = np.diff(np.array(found[1:]))[:, 0]
+    return first, second, np.quantile(-apart, [0.025, 0.975]).round(5).tolist()
 
 
 def main() -> None:
@@ -169,6 +194,7 @@ def main() -> None:
     ap.add_argument("--batch-size", type=int, default=1024)
     ap.add_argument("--lr", type=float, default=0.05)
     ap.add_argument("--dense-lr", type=float, default=0.01)
+    ap.add_argument("--orders", type=int, default=3, help="Other orders of the rows.")
     a = ap.parse_args()
     if a.backend == "torch":
         import torch
@@ -208,28 +234,35 @@ def compare(a: argparse.Namespace, train: str, test: str, past: dict[str, str]) 
         return out
 
     first = {name: table.initializer(name, known[name], table.dim) for name, table in collection.tables.items()}
-    make = {"torch": TorchTwin, "tensorflow": TensorflowTwin}[a.backend]
-    twin, reverse = (make(trainer.model, {n: rows.copy() for n, rows in first.items()}, settings) for _ in range(2))
-    ours: list[float] = []
+
+    def twin() -> Any:
+        make = {"torch": TorchTwin, "tensorflow": TensorflowTwin}[a.backend]
+        return make(start, {name: rows.copy() for name, rows in first.items()}, settings)
+
+    start = copy.deepcopy(trainer.model) if a.backend == "torch" else None
+    whole, ours = twin(), []
     shuffled = dataset(train).shuffle(a.seed, cli.SHUFFLE_ROWS)
     trainer.fit(shuffled, on_step=lambda n_rows, loss: ours.append(loss))
-    theirs = [twin.step(batch, codes(batch)) for batch in shuffled]
-    again = [reverse.step(batch, codes(batch)) for batch in map(backwards, shuffled)]
-    auc, twin_auc = AUC(), AUC()
-    for label, score, _ in trainer.predict(dataset(test)):
-        auc.update(label, score)
-    for batch in dataset(test):
-        twin_auc.update(batch["label"], twin.predict(batch, codes(batch)))
-    apart, rounding = (np.abs(np.array(losses) - theirs) for losses in (ours, again))
+    theirs = [whole.step(batch, codes(batch)) for batch in shuffled]
+    rounding = []
+    for seed in range(a.orders):
+        again, rng = twin(), np.random.default_rng(seed)
+        batches = (reordered(batch, rng) for batch in itertools.islice(shuffled, 100))
+        losses = [again.step(batch, codes(batch)) for batch in batches]
+        rounding.append(float(np.abs(np.array(losses) - theirs[: len(losses)]).max()))
+    label, score, _ = (np.concatenate(part) for part in zip(*trainer.predict(dataset(test)), strict=True))
+    other = np.concatenate([whole.predict(batch, codes(batch)) for batch in dataset(test)])
+    auc, twin_auc, interval = difference(label, score, 1 / (1 + np.exp(-other)))
+    apart = np.abs(np.array(ours) - theirs)
     return {
         "model": f"{a.model} ({a.backend}, {a.optimizer})",
         "steps": len(ours),
         "largest loss difference, first 100 steps": float(apart[:100].max()),
         "all steps": float(apart.max()),
-        "twin's own, rows backwards, first 100 steps": float(rounding[:100].max()),
-        "twin's own, all steps": float(rounding.max()),
-        "test AUC": round(float(auc.result()), 5),
-        "twin's test AUC": round(float(twin_auc.result()), 5),
+        "twin's own, rows in other orders, first 100 steps": sorted(rounding),
+        "test AUC": round(auc, 5),
+        "twin's test AUC": round(twin_auc, 5),
+        "difference, 95% interval": interval,
     }
 
 

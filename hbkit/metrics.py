@@ -9,6 +9,7 @@ rows at all, or for AUC only one class.
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit import errors
+from hbkit.shuffle import partition
 
 if TYPE_CHECKING:
     from hbkit.shuffle import Transport
@@ -62,13 +64,17 @@ def _bins(score: Array) -> Array:
     return (order + (1 << 31)) >> DROPPED_BITS
 
 
-def _gather(ranks: Transport, arrays: Sequence[Array]) -> list[list[Array]]:
-    """The arrays of each rank, in rank order."""
+def _packed(arrays: Sequence[Array]) -> Array:
+    """The arrays as bytes."""
     file = io.BytesIO()
     for array in arrays:
         np.lib.format.write_array(file, array, allow_pickle=False)
-    data = np.frombuffer(file.getvalue(), np.uint8)
-    received, counts = ranks.all_to_all(np.tile(data, ranks.size), np.full(ranks.size, len(data)))
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def _exchange(ranks: Transport, parts: Sequence[Array]) -> list[list[Array]]:
+    """Send packed arrays to each rank; those that came from each, in rank order."""
+    received, counts = ranks.all_to_all(np.concatenate(parts), np.array([len(part) for part in parts]))
     out: list[list[Array]] = []
     for part in np.split(received, np.cumsum(counts)[:-1]):
         file = io.BytesIO(part.tobytes())
@@ -76,6 +82,19 @@ def _gather(ranks: Transport, arrays: Sequence[Array]) -> list[list[Array]]:
         while file.tell() < len(part):
             out[-1].append(np.lib.format.read_array(file, allow_pickle=False))
     return out
+
+
+def _gather(ranks: Transport, arrays: Sequence[Array]) -> list[list[Array]]:
+    """The arrays of each rank, in rank order."""
+    return _exchange(ranks, [_packed(arrays)] * ranks.size)
+
+
+def _keys(group: Array) -> npt.NDArray[np.int64]:
+    """Keys of groups, equal for equal ones, whatever their width: to find the rank that owns a group."""
+    if group.dtype.kind in "iu":
+        return group.astype(np.uint64).view(np.int64)
+    names, index = np.unique(group, return_inverse=True)
+    return np.array([zlib.crc32(str(name).encode()) for name in names], np.int64)[index]
 
 
 class AUC:
@@ -165,6 +184,7 @@ class GAUC:
 
     def __init__(self) -> None:
         self._parts: list[tuple[Array, Array, Array, Array]] = []
+        self._reduced: Array | None = None  # the sums of all ranks' groups, once they are made
 
     def update(self, label: Any, score: Any, weight: Any = None, group: Any = None) -> None:
         """Take one batch.
@@ -178,8 +198,9 @@ class GAUC:
         Raises
         ------
         InvalidArgument
-            As in `AUC.update`; or there is no group, or groups of another length or kind.
+            As in `AUC.update`; or there is no group, or groups of another length or kind; or `reduce` gave this metric.
         """
+        self._check_not_reduced()
         clicked, score, weight = _rows(label, score, weight)
         group = np.asarray(group).reshape(-1)
         if group.dtype.kind not in "iuSU" or len(group) != len(clicked):
@@ -195,32 +216,65 @@ class GAUC:
         self._parts.append((group.copy(), score, clicked, weight))
 
     def merge(self, other: GAUC) -> Self:
-        """Add the rows that ``other`` has taken; gives this metric. A group may have rows in both."""
+        """Add the rows that ``other`` has taken; gives this metric. A group may have rows in both.
+
+        Raises
+        ------
+        InvalidArgument
+            One of them is what `reduce` gave.
+        """
+        self._check_not_reduced()
+        other._check_not_reduced()
         self._parts += other._parts
         return self
 
-    def reduce(self, ranks: Transport) -> Self:
-        """A new metric of the rows that all ranks have taken, the same on each: each rank gets them all.
+    def _check_not_reduced(self) -> None:
+        if self._reduced is not None:
+            raise errors.InvalidArgument(
+                "a reduced GAUC has no rows and takes none", remedy="update the metrics of the ranks, and reduce them"
+            )
 
-        Every rank must call it.
+    def reduce(self, ranks: Transport) -> Self:
+        """A new metric of the rows that all ranks have taken, the same on each, which takes no more rows.
+
+        Every rank must call it. The rows of a group go to the rank that owns it; what returns is sums.
         """
-        out = type(self)()
-        own = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
-        for part in _gather(ranks, own):
-            if part:  # a rank without rows does not know the type of the groups
-                group, score, clicked, weight = part
-                out._parts.append((group, score, clicked, weight))
+        own, parts = self._rows(), [_packed([])] * ranks.size
+        if own is not None:
+            order, _, counts = partition(_keys(own[0]), ranks.size)
+            parts = [_packed([c[rows] for c in own]) for rows in np.split(order, np.cumsum(counts)[:-1])]
+        owned, out = GAUC(), type(self)()
+        owned._parts = [
+            (group, score, clicked, weight)
+            for group, score, clicked, weight in filter(None, _exchange(ranks, parts))
+            if len(group)
+        ]
+        out._reduced = np.sum([sums for (sums,) in _gather(ranks, [owned._sums()])], axis=0)
         return out
+
+    def _rows(self) -> tuple[Array, Array, Array, Array] | None:
+        """Groups, scores, labels and weights of all rows; None where there are none."""
+        if not self._parts:
+            return None
+        # One part from now on: asking for three figures should not sort apart what was joined already.
+        group, score, label, weight = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        self._parts = [(group, score, label, weight)]
+        return self._parts[0]
+
+    def _sums(self) -> Array:
+        """Of the groups: AUC times impressions, impressions, how many, and how many that have one class only."""
+        if self._reduced is not None:
+            return self._reduced
+        auc, impressions = self._groups()
+        one = np.isnan(auc)
+        return np.array([(auc * impressions)[~one].sum(), impressions[~one].sum(), len(auc), one.sum()])
 
     def _groups(self) -> tuple[Array, Array]:
         """AUC (nan: one class only) and impressions of each group."""
-        if self._parts:
-            # One part from now on: asking for three figures should not sort apart what was joined already.
-            group, score, label, weight = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-            self._parts = [(group, score, label, weight)]
-        if not self._parts or not len(self._parts[0][0]):
+        rows = self._rows()
+        if rows is None or not len(rows[0]):
             return np.empty(0), np.empty(0)
-        group, score, clicked, weight = self._parts[0]
+        group, score, clicked, weight = rows
         order = np.lexsort((score, group))
         group, score = group[order], score[order]
         positive = np.where(clicked, weight, 0.0)[order]
@@ -241,18 +295,17 @@ class GAUC:
     @property
     def n_groups(self) -> int:
         """Groups seen so far, those with one class too."""
-        return len(self._groups()[0])
+        return int(self._sums()[2])
 
     @property
     def n_left_out(self) -> int:
         """Groups that have rows of one class only, which ``result`` leaves out."""
-        return int(np.isnan(self._groups()[0]).sum())
+        return int(self._sums()[3])
 
     def result(self) -> float:
         """Impression-weighted mean of the groups' AUC; nan while no group has both classes."""
-        auc, impressions = self._groups()
-        both = ~np.isnan(auc)
-        return float(np.average(auc[both], weights=impressions[both])) if both.any() else float("nan")
+        weighted, impressions, _, _ = self._sums()
+        return float(weighted / impressions) if impressions else float("nan")
 
 
 class LogLoss:

@@ -4,7 +4,7 @@ Thin on purpose: reading, looking up and updating rows happen in the core, in Nu
 TensorFlow, and compiles whole.
 """
 
-from hbkit_tensorflow import data, metrics, models, nn, training
+from hbkit_tensorflow import data, distributed, metrics, models, nn, training
 from hbkit_tensorflow.pipeline import pipeline
 
-__all__ = ["data", "metrics", "models", "nn", "pipeline", "training"]
+__all__ = ["data", "distributed", "metrics", "models", "nn", "pipeline", "training"]

@@ -10,11 +10,13 @@ from contextlib import closing
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import hbkit
 from hbkit import errors
-from hbkit_tensorflow.pipeline import Feed, Step, leaves
+from hbkit_tensorflow.pipeline import Feed, Step
+from hbkit_tensorflow.update import gradients, leaves
 
 __all__ = ["attach"]
 
@@ -39,7 +41,8 @@ def attach(model: keras.Model, embeddings: Any, lookahead: int = 8) -> keras.Mod
     Raises
     ------
     Unsupported
-        On ``compile(steps_per_execution=2)`` or more, ``class_weight``, loss scaling and `tf.distribute`.
+        On ``compile(steps_per_execution=2)`` or more, ``class_weight``, an optimizer's ``gradient_accumulation_steps``
+        and `tf.distribute`.
     InvalidArgument
         On data that is no hbkit dataset, or has no batch size, or no label for ``fit`` and ``evaluate``.
 
@@ -51,6 +54,10 @@ def attach(model: keras.Model, embeddings: Any, lookahead: int = 8) -> keras.Mod
     The last batch is padded, so that every step has one shape and XLA compiles once. Padded rows take no part: the loss
     has them masked as Keras masks, metrics and ``predict`` do not see them. But a ``compute_loss`` of your own must
     heed that mask, and a layer that mixes rows (batch normalisation) sees zeros there.
+
+    Of the model's optimizer, ``global_clipnorm`` is taken of weights and rows together, and a `LossScaleOptimizer`
+    unscales both; where one of their gradients is not finite, neither changes. ``clipnorm`` and ``clipvalue`` are the
+    weights' own, as `hbkit.embedding`'s optimizers have theirs for the rows. Saving the model saves `embeddings` too.
 
     In each step: a Python call takes the staged rows of the batch, one compiled function gives the loss, updates the
     dense weights and returns the gradients of the rows, a Python call updates the rows, and a second function, which
@@ -66,6 +73,9 @@ class _Attached:
     def __init__(self, model: keras.Model, embeddings: Any, lookahead: int) -> None:
         self.model, self.embeddings, self.lookahead = model, embeddings, lookahead
         self.feeds: list[Feed] = []
+        if isinstance(embeddings, keras.layers.Layer):
+            # Saving finds it there; Keras's own assignment refuses layers in a model that is built.
+            object.__setattr__(model, "attached_embeddings", embeddings)
         model.make_train_function = self._maker("train_function", self._train_function)
         model.make_test_function = self._maker("test_function", self._test_function)
         model.make_predict_function = self._maker("predict_function", self._predict_function)
@@ -123,9 +133,12 @@ class _Attached:
             raise errors.Unsupported(
                 "class_weight with attached embeddings", remedy="name a weight column: .supervised(label, weight)"
             )
-        if isinstance(getattr(model, "optimizer", None), keras.optimizers.LossScaleOptimizer):
+        optimizer = getattr(model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if steps := getattr(optimizer, "gradient_accumulation_steps", None):
             raise errors.Unsupported(
-                "loss scaling with attached embeddings", remedy="compile with auto_scale_loss=False, or use bfloat16"
+                f"gradient_accumulation_steps={steps} with attached embeddings",
+                remedy="give the dataset larger batches, or accumulate in a loop over hb.pipeline",
             )
         if model.distribute_strategy.num_replicas_in_sync > 1:
             raise errors.Unsupported("several replicas with attached embeddings", remedy="train in one replica")
@@ -175,7 +188,7 @@ class _Attached:
         return made
 
     def _step_function(self, graph: Callable[..., Any], train: bool) -> Callable[[Iterator[Any]], dict[str, Any]]:
-        """A step over ``graph(dense, embeddings, label, weight, valid) -> (pred, gradients of the rows)``."""
+        """A step over ``graph(dense, embeddings, label, weight, valid) -> (pred, gradients of rows, all finite)``."""
 
         def logs(label: Any, pred: Any, weight: Any, n_rows: Any) -> Any:
             pred = tf.nest.map_structure(lambda p: p[:n_rows], pred)
@@ -189,9 +202,9 @@ class _Attached:
             step, inputs = self._take(next(iterator))
             with closing(step):
                 self._build(train, *inputs[:2])
-                pred, rows = compiled(*inputs)
-                if train:
-                    step.apply(rows)
+                pred, rows, finite = compiled(*inputs)
+                if train and finite:
+                    step.update(step._staged, gradients(rows))
             found: dict[str, Any] = logs(inputs[2], pred, inputs[3], tf.constant(step.n_rows))
             return found
 
@@ -207,24 +220,47 @@ class _Attached:
     def _train_function(self) -> Callable[..., Any]:
         model = self.model
 
-        def graph(dense: Any, embeddings: Any, label: Any, weight: Any, valid: Any) -> tuple[Any, dict[str, Any]]:
+        def graph(dense: Any, embeddings: Any, label: Any, weight: Any, valid: Any) -> tuple[Any, ...]:
             inputs = leaves(embeddings)
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 pred = self._forward(dense, embeddings, valid, training=True)
                 loss = self._loss(dense, label, weight, valid, pred, training=True)
+                loss = model.optimizer.scale_loss(loss)
             grads, rows = tape.gradient(loss, (model.trainable_variables, inputs))
+            rows = {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+            grads, rows, finite = self._together(grads, rows)
             if grads:
                 model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
-            return pred, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+            return pred, rows, finite
 
         return self._step_function(graph, train=True)
 
+    def _together(self, grads: list[Any], rows: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Any]:
+        """Gradients of weights, for the optimizer, and of rows, unscaled; clipped as one; and if all are finite."""
+        optimizer = self.model.optimizer
+        scale = optimizer.scale_loss(tf.constant(1.0))
+        limit = getattr(optimizer, "inner_optimizer", optimizer).global_clipnorm
+        dynamic = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        finite: Any = True
+        if limit or dynamic:
+            grads = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]
+        parts = [grad for grad in (*grads, *rows.values()) if grad is not None]
+        if dynamic:
+            # It skips the step and lowers its scale where a gradient of a weight is not finite: let it see the rows'.
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in parts])
+            grads = [None if grad is None else tf.where(finite, grad, np.nan) for grad in grads]
+        factor = 1.0
+        if limit:
+            factor = limit / tf.maximum(limit, tf.linalg.global_norm(parts) / scale)
+            grads = [None if grad is None else grad * factor for grad in grads]
+        return grads, {feature: grad * (factor / scale) for feature, grad in rows.items()}, finite
+
     def _test_function(self) -> Callable[..., Any]:
-        def graph(dense: Any, embeddings: Any, label: Any, weight: Any, valid: Any) -> tuple[Any, dict[str, Any]]:
+        def graph(dense: Any, embeddings: Any, label: Any, weight: Any, valid: Any) -> tuple[Any, ...]:
             pred = self._forward(dense, embeddings, valid, training=False)
             self._loss(dense, label, weight, valid, pred, training=False)
-            return pred, {}
+            return pred, {}, True
 
         return self._step_function(graph, train=False)
 

@@ -5,7 +5,8 @@ Every dense layer starts with Glorot-uniform weights, drawn from Keras's generat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,30 +16,52 @@ __all__ = [
     "MLP",
     "CompressedInteraction",
     "CrossNetwork",
+    "Dice",
     "DotInteraction",
     "FactorizationMachine",
     "MixtureOfExperts",
-    "PReLU",
     "ProductLayer",
     "SignedLog",
     "TargetAttention",
 ]
 
+MOMENTUM = 0.1  # of the last batch, among the moments that `Dice` keeps
 
-class PReLU(keras.layers.Layer):
-    """x where it is positive, else slope * x; a learned slope for each column of the last axis, 0.25 at first.
 
-    Source: He et al., Delving Deep into Rectifiers, ICCV 2015.
+class Dice(keras.layers.Layer):
+    """x by its gate p, else slope * x by 1 - p: p is the sigmoid of x as it stands among its column's values.
+
+    p = sigmoid((x - mean) / sqrt(var + 1e-8)); the slopes are learned, 0 at first. When training, mean and variance are
+    those of the batch's valid elements; else those of the last batches, an element's output depends on nothing but it.
+
+    Source: Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
     """
 
     def build(self, input_shape: Sequence[Any]) -> None:
-        """Make the slopes (not before: until then, weights do not know what they are a part of)."""
-        start = keras.initializers.Constant(0.25)
-        self.slope = self.add_weight(shape=(input_shape[-1],), initializer=start, name="slope")
+        """Make the slopes (not before: until then, weights do not know what they are a part of) and the moments."""
+        width = input_shape[-1]
+        self.slope = self.add_weight(shape=(width,), initializer="zeros", name="slope")
+        # Mean, variance, and their weight: 1 in the end.
+        self.moments = self.add_weight(
+            shape=(3, width), initializer="zeros", trainable=False, autocast=False, name="moments"
+        )
 
-    def call(self, x: Any) -> Any:
-        """float32[..., width] to the same shape."""
-        return keras.ops.where(x > 0, x, self.slope * x)
+    def call(self, x: Any, valid: Any = None, training: bool = False) -> Any:
+        """float32[..., width] to the same shape; `valid`, bool[...], says what counts."""
+        ops = keras.ops
+        x = ops.cast(x, "float32")  # in mixed precision too: sums
+        if training:
+            weight = ops.ones_like(x[..., :1]) if valid is None else ops.cast(valid, "float32")[..., None]
+            axes, n = tuple(range(len(x.shape) - 1)), ops.sum(weight)
+            mean = ops.sum(x * weight, axes) / ops.maximum(n, 1)
+            var = ops.sum(ops.square(x - mean) * weight, axes) / ops.maximum(n, 1)
+            last = ops.stack([mean, var, ops.ones_like(mean)])
+            rate = MOMENTUM * ops.cast(n > 0, "float32")
+            self.moments.assign(self.moments + rate * (ops.stop_gradient(last) - self.moments))
+        else:
+            mean, var = ops.unstack(self.moments[:2] / ops.maximum(self.moments[2], np.finfo(np.float32).tiny))
+        p = ops.sigmoid((x - mean) * ops.rsqrt(var + 1e-8))
+        return x * (p + (1 - p) * ops.cast(self.slope, "float32"))
 
 
 class MLP(keras.layers.Layer):
@@ -50,24 +73,24 @@ class MLP(keras.layers.Layer):
         Outputs of each layer.
     last_relu : bool
         Whether a ReLU follows the last layer too.
-    prelu : bool
-        Whether each ReLU is a `PReLU`.
+    dice : bool
+        Whether `Dice` takes the place of each ReLU.
     """
 
     def __init__(
-        self, widths: Sequence[int], last_relu: bool = False, prelu: bool = False, name: str | None = None
+        self, widths: Sequence[int], last_relu: bool = False, dice: bool = False, name: str | None = None
     ) -> None:
         super().__init__(name=name)
         layers: list[keras.layers.Layer] = []
         for i, width in enumerate(widths):
-            relu = PReLU(name=f"relu_{i}") if prelu else keras.layers.ReLU(name=f"relu_{i}")
+            relu = Dice(name=f"dice_{i}") if dice else keras.layers.ReLU(name=f"relu_{i}")
             layers += [keras.layers.Dense(width, name=f"dense_{i}"), relu]
         self.layers = layers if last_relu else layers[:-1]
 
-    def call(self, x: Any) -> Any:
-        """float32[..., n] to float32[..., widths[-1]]."""
+    def call(self, x: Any, valid: Any = None, training: bool = False) -> Any:
+        """float32[..., n] to float32[..., widths[-1]]; `valid`, bool[...], for `Dice`."""
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, valid, training=training) if isinstance(layer, Dice) else layer(x)
         return x
 
 
@@ -195,25 +218,56 @@ class MixtureOfExperts(keras.layers.Layer):
 class TargetAttention(keras.layers.Layer):
     """DIN's pooling: a sum of the sequence's vectors, each weighed by how it goes with the target.
 
-    target [B, D], values [B, L, D] and mask bool[B, L] to [B, D]. The weight is an `MLP` with `PReLU` of target, value,
+    target [B, D], values [B, L, D] and mask bool[B, L] to [B, D]. The weight is an `MLP` with `Dice` of target, value,
     their difference and their product; as in the paper, the weights of a row need not sum to 1, and a row without keys
     gives zeros.
-
-    Notes
-    -----
-    Dice, the paper's other activation, takes means over the batch, and so over padding: a row's output would depend on
-    what else stands in its batch.
 
     Source: Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
     """
 
     def __init__(self, hidden: Sequence[int], name: str | None = None) -> None:
         super().__init__(name=name)
-        self.score = MLP([*hidden, 1], prelu=True, name="score")
+        self.score = MLP([*hidden, 1], dice=True, name="score")
 
-    def call(self, target: Any, values: Any, mask: Any) -> Any:
+    def call(self, target: Any, values: Any, mask: Any, training: bool = False) -> Any:
         """float32[B, D], float32[B, L, D] and bool[B, L] to float32[B, D]."""
         target = keras.ops.broadcast_to(target[:, None], keras.ops.shape(values))
         pairs = [target, values, target - values, target * values]
-        score = self.score(keras.ops.concatenate(pairs, axis=2))
+        score = self.score(keras.ops.concatenate(pairs, axis=2), mask, training=training)
         return keras.ops.sum(keras.ops.where(mask[:, :, None], score * values, 0.0), axis=1)
+
+
+def serializable(kind: type[keras.layers.Layer]) -> None:
+    """Let Keras save and load layers of a kind, by the arguments of its ``__init__`` and its dtype policy."""
+    keras.saving.register_keras_serializable("hbkit")(kind)
+    if "__init__" not in vars(kind):
+        return  # Keras's own arguments
+    new, get_config, signature = kind.__new__, kind.get_config, inspect.signature(kind)
+
+    def recording_new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = new(cls, *args, **kwargs)
+        if cls is kind:  # not by Keras's own assignment, which makes lists and dicts of its own
+            object.__setattr__(made, "_arguments", signature.bind(*args, **kwargs).arguments)
+        return made
+
+    def config(self: Any) -> dict[str, Any]:
+        if type(self) is not kind:
+            return get_config(self)  # a class of the user's, with arguments of its own
+        name = {"name": self.name} if "name" in signature.parameters else {}
+        return {**self._arguments, **name, "dtype": keras.dtype_policies.serialize(self.dtype_policy)}
+
+    def from_config(cls: Any, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(keras.dtype_policies.get(config["dtype"]))
+        try:
+            return cls(**{name: value for name, value in config.items() if name != "dtype"})
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    patched: Any = kind
+    patched.__new__ = staticmethod(recording_new)
+    patched.get_config, patched.from_config = config, classmethod(from_config)
+
+
+for _name in __all__:
+    serializable(globals()[_name])

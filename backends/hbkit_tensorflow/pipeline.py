@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import tensorflow as tf
 import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Lookahead, Pipeline, Staged
-from hbkit_tensorflow.data import Array, array, tensor
+from hbkit_tensorflow import backward
+from hbkit_tensorflow.data import Array, tensor
+from hbkit_tensorflow.transfer import target, to_device
+from hbkit_tensorflow.update import Forward, Updating, gradients
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
 
@@ -33,31 +37,25 @@ class Sequence(NamedTuple):
     mask: tf.Tensor
 
 
-def leaves(embeddings: Mapping[str, Any]) -> dict[str, tf.Tensor]:
-    """What takes gradients: the tensor of each feature, the values of a sequence."""
-    return {feature: value.values if isinstance(value, Sequence) else value for feature, value in embeddings.items()}
+Make = Callable[[Array], tf.Tensor]
 
 
-def from_outputs(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The core's outputs as tensors over the same memory."""
+def from_outputs(outputs: Mapping[str, Any], make: Make = tensor) -> dict[str, Any]:
+    """The core's outputs as tensors, by default over the same memory."""
     return {
-        feature: tensor(value) if isinstance(value, np.ndarray) else Sequence(tensor(value.values), tensor(value.mask))
+        feature: make(value) if isinstance(value, np.ndarray) else Sequence(make(value.values), make(value.mask))
         for feature, value in outputs.items()
     }
 
 
-def gradients(grads: Mapping[str, Any]) -> dict[str, Array]:
-    """Gradients as the core takes them, without the features that the loss did not use."""
-    found = {feature: grad for feature, grad in leaves(grads).items() if grad is not None}
-    if not found:
-        raise errors.Closed("no embedding has a gradient", remedy="watch s.embeddings with the tape before the loss")
-    return {
-        feature: grad if isinstance(grad, np.ndarray) else array(tf.convert_to_tensor(grad))
-        for feature, grad in found.items()
-    }
+def in_one_copy(inputs: hbkit.data.Inputs, outputs: Mapping[str, Any], device: str) -> Make:
+    """What gives tensors on the device for the arrays of a batch, asked for in the order in which they stand there."""
+    rows = [a for value in outputs.values() for a in ([value] if isinstance(value, np.ndarray) else value)]
+    copies = iter(to_device([inputs.dense, inputs.label, inputs.weight, *rows], device))
+    return lambda _: next(copies)
 
 
-class Step:
+class Step(Updating):
     """One batch, padded to the batch size, with its rows at hand.
 
     Attributes
@@ -73,13 +71,28 @@ class Step:
         Rows that are not padding.
     cursor : dict
         Where the dataset continues after this batch. (The dataset's own ``state_dict`` is ahead by the look-ahead.)
+    share : float
+        This rank's part of the global batch's weight; 1 where the tables are not shared between ranks.
+    transport : hbkit.shuffle.Transport or None
+        What connects the ranks; None where the tables are not shared between them.
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool) -> None:
-        self.dense, self.label, self.weight = tensor(inputs.dense), tensor(inputs.label), tensor(inputs.weight)
+    def __init__(
+        self,
+        inputs: hbkit.data.Inputs,
+        staged: Staged,
+        train: bool,
+        held: deque[Forward],
+        device: str | None = None,
+    ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
-        self._train, self._staged = train, staged
-        self.embeddings = from_outputs(staged.outputs())
+        self._train, self._staged, self._held = train, staged, held
+        outputs = staged.outputs()
+        self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
+        make = tensor if device is None else in_one_copy(inputs, outputs, device)
+        self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)
+        self.embeddings = from_outputs(outputs, make)
+        self._n_scaled = backward.n_scaled()
 
     def apply(self, grads: Mapping[str, Any]) -> None:
         """Update the tables, once.
@@ -94,8 +107,19 @@ class Step:
         ------
         Closed
             The step was applied already, has gone by, or only reads (``train=False``); or no feature has a gradient.
+        Unsupported
+            A `keras.optimizers.LossScaleOptimizer` scaled the loss.
         """
-        self._staged.apply(gradients(grads) if self._train else {})
+        backward.refuse_scaled(self._n_scaled)
+        self.update(self._staged, gradients(grads) if self._train else {})
+
+    def accumulate(self, grads: Mapping[str, Any]) -> None:
+        """Keep gradients for the ``apply`` of a later step, which makes one update of both batches.
+
+        Takes and raises what ``apply`` does.
+        """
+        backward.refuse_scaled(self._n_scaled)
+        self.hold(self._staged, gradients(grads) if self._train else {})
 
     def close(self) -> None:
         """Let go of the rows; without ``apply`` they stay as they are. Idempotent."""
@@ -104,17 +128,23 @@ class Step:
 
 def ahead(ds: hbkit.data.Dataset, embeddings: Any, depth: int, train: bool) -> Lookahead:
     """Pairs of what a model takes and a `Staged`, up to ``depth`` batches ahead."""
-    collection: Collection = getattr(embeddings, "collection", embeddings)
-    if collection is not embeddings:
-        embeddings.drop()  # a call that was never applied would stand in the way of the first step
+    collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
     return hbkit.embedding.lookahead(
-        ds.batches(), collection, depth, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+        ds.batches(),
+        collection,
+        depth,
+        train,
+        ds.batch_size,
+        lambda batch: ds.inputs(batch, collection.features),
+        ds.no_rows,
     )
 
 
-def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline[Step]:
+def pipeline(
+    ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True, device: str | None = None
+) -> Pipeline[Step]:
     """Staged steps over one pass of a dataset, decoded and fetched ``lookahead`` batches ahead.
 
     A step's rows are gathered when the step is reached, after the update before it, so the results are those of no
@@ -138,6 +168,9 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
         0 does everything in the foreground.
     train : bool
         False only reads: no row is created, and there is nothing to apply.
+    device : optional
+        Where the tensors of a step are to be: all of them come in one copy, and the gradients go back in one.
+        (TensorFlow can neither use memory that was pinned for it nor say when it has read it: the copy blocks.)
 
     Returns
     -------
@@ -149,17 +182,21 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     Raises
     ------
     InvalidArgument
-        The dataset is not batched, or ``lookahead`` is negative.
+        The dataset is not batched, ``lookahead`` is negative, or TensorFlow knows no such device.
+    DeviceUnavailable
+        There is no such device here.
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
+    place = target(device)
     pairs = ahead(ds, embeddings, lookahead, train)
 
     def steps() -> Generator[Step]:
+        held: deque[Forward] = deque()
         with pairs:
             for inputs, staged in pairs:
-                with closing(Step(inputs, staged, train)) as step:
-                    yield step
+                with closing(staged):
+                    yield Step(inputs, staged, train, held, place)
 
     return Pipeline(steps())
 
@@ -213,7 +250,7 @@ class Feed:
         found = self._held.pop(ticket, None)
         if isinstance(found, Exception):
             raise found
-        return found and Step(*found, self._train)
+        return found and Step(*found, self._train, deque())
 
     def close(self) -> None:
         """End the threads, and let go of the batches that nobody took."""

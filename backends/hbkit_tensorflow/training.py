@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,26 @@ import tensorflow as tf
 from hbkit import errors
 from hbkit.embedding import Resumable, random_arrays, set_random_arrays
 from hbkit_tensorflow.data import Array, array
-from hbkit_tensorflow.pipeline import leaves, pipeline
+from hbkit_tensorflow.distributed import broadcast, reduce_gradients
+from hbkit_tensorflow.pipeline import Step, pipeline
+from hbkit_tensorflow.update import leaves
 
 __all__ = ["Trainer", "seed"]
 
-# PyTorch's defaults, so that a name means the same in both adapters. Adagrad divides by sqrt(sum + epsilon) in Keras
-# and by sqrt(sum) + epsilon in PyTorch, hence the square: with 1e-10, gradients below 1e-5 would hardly move a weight.
+
+class Adagrad(keras.optimizers.Adagrad):
+    """Divides by sqrt(sum) + epsilon, as PyTorch and hbkit's rows do, not by sqrt(sum + epsilon)."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        total = self._accumulators[self._get_variable_index(variable)]
+        self.assign_add(total, keras.ops.square(gradient))
+        root = keras.ops.sqrt(total) + self.epsilon
+        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * gradient / root)
+
+
+# PyTorch's defaults, so that a name means the same in both adapters.
 OPTIMIZERS: dict[str, Callable[[float], keras.optimizers.Optimizer]] = {
-    "adagrad": lambda lr: keras.optimizers.Adagrad(lr, initial_accumulator_value=0.0, epsilon=1e-10**2),
+    "adagrad": lambda lr: Adagrad(lr, initial_accumulator_value=0.0, epsilon=1e-10),
     "adam": lambda lr: keras.optimizers.Adam(lr, epsilon=1e-8),
     "adamw": lambda lr: keras.optimizers.AdamW(lr, weight_decay=0.01, epsilon=1e-8),
     "sgd": lambda lr: keras.optimizers.SGD(lr),
@@ -49,6 +61,8 @@ class Trainer(Resumable):
     amp : bool
         Whether the model computes in bfloat16; its weights, logits and loss stay float32. The model's layers get this
         policy for good.
+    positive_weight : float, or sequence of n_labels, optional
+        Factor of the loss of label 1, for classes that are out of balance.
 
     Raises
     ------
@@ -70,6 +84,7 @@ class Trainer(Resumable):
         lr: float = 0.01,
         compile: bool = False,
         amp: bool = False,
+        positive_weight: float | Sequence[float] | None = None,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise errors.InvalidArgument(
@@ -82,11 +97,14 @@ class Trainer(Resumable):
                 layer.dtype_policy = "mixed_bfloat16"
         self.model = model
         self.embeddings = embeddings
+        self._positive_weight = None if positive_weight is None else np.asarray(positive_weight, np.float32)
         self._optimizer_name = optimizer
         self._optimizer = OPTIMIZERS[optimizer](lr)
         self._optimizer.build(model.trainable_variables)
         function = partial(tf.function, jit_compile=compile, autograph=False, reduce_retracing=True)
         self._train, self._predict = function(self._train_graph), function(self._predict_graph)
+        self._gradients, self._update = function(self._gradients_graph), function(self._update_graph)
+        broadcast(model, embeddings)
 
     def fit(self, ds: Any, on_step: Callable[[int, float], None] | None = None, lookahead: int = 8) -> None:
         """Train on one pass of the dataset: binary cross-entropy, the mean over the valid rows by their weight.
@@ -98,7 +116,8 @@ class Trainer(Resumable):
         ds : Dataset
             Batched, with a label (``supervised``).
         on_step : function of (n_rows, loss), optional
-            Called after each step; it may ``save``.
+            Called after each step; it may ``save``. Over sharded embeddings, the rows are this rank's own, and the loss
+            is that of all ranks.
         lookahead : int, batches
             See `pipeline`.
 
@@ -108,24 +127,50 @@ class Trainer(Resumable):
             The dataset has no label or is not batched.
         """
         _need_label(ds)
-        for step in pipeline(ds, self.embeddings, lookahead):
-            loss, rows = self._train(step.dense, step.embeddings, step.label, step.weight)
-            step.apply(rows)
-            self.cursor = step.cursor
-            if on_step is not None:
-                on_step(step.n_rows, float(loss))
+        with pipeline(ds, self.embeddings, lookahead) as steps:
+            for step in steps:
+                loss, rows = self._trained(step)
+                step.apply(rows)
+                self.cursor = step.cursor
+                if on_step is not None:
+                    on_step(step.n_rows, float(loss))
+
+    def _trained(self, step: Step) -> tuple[Any, Any]:
+        """Update the dense weights; the loss, and the gradients of the rows."""
+        inputs = step.dense, step.embeddings, step.label, step.weight
+        if step.transport is None:
+            return self._train(*inputs)
+        loss, grads, rows = self._gradients(*inputs)
+        moving = self.model.non_trainable_weights  # moments of a rank's own batches
+        reduced = reduce_gradients([loss, *grads, *moving], step)
+        self._update(reduced[1 : 1 + len(grads)])
+        for weight, mean in zip(moving, reduced[1 + len(grads) :], strict=True):
+            weight.assign(mean)
+        return reduced[0], rows
 
     def _train_graph(self, dense: Any, embeddings: Any, label: Any, weight: Any) -> tuple[Any, Any]:
+        loss, grads, rows = self._gradients_graph(dense, embeddings, label, weight)
+        self._update_graph(grads)
+        return loss, rows
+
+    def _update_graph(self, grads: Any) -> None:
+        self._optimizer.apply_gradients(zip(grads, self.model.trainable_variables, strict=True))
+
+    def _gradients_graph(self, dense: Any, embeddings: Any, label: Any, weight: Any) -> tuple[Any, Any, Any]:
         inputs, variables = leaves(embeddings), self.model.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(label, self._logits(dense, embeddings, training=True))
+            losses = self._losses(label, self._logits(dense, embeddings, training=True))
             losses = tf.reduce_mean(losses, 1) if losses.shape.rank == 2 else losses
             total = tf.maximum(tf.reduce_sum(weight), np.finfo(np.float32).tiny)  # a batch may weigh nothing
             loss = tf.reduce_sum(losses * weight) / total
         grads, rows = tape.gradient(loss, (variables, inputs))
-        self._optimizer.apply_gradients(zip(grads, variables, strict=True))
-        return loss, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+        return loss, grads, {feature: tf.convert_to_tensor(grad) for feature, grad in rows.items() if grad is not None}
+
+    def _losses(self, label: Any, logits: Any) -> Any:
+        if self._positive_weight is None:
+            return tf.nn.sigmoid_cross_entropy_with_logits(label, logits)
+        return tf.nn.weighted_cross_entropy_with_logits(label, logits, self._positive_weight)
 
     def predict(self, ds: Any, lookahead: int = 8) -> Iterator[tuple[Array, Array, Array]]:
         """Predictions over one pass of the dataset; creates no rows.

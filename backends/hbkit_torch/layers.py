@@ -15,14 +15,16 @@ __all__ = [
     "MLP",
     "CompressedInteraction",
     "CrossNetwork",
+    "Dice",
     "DotInteraction",
     "FactorizationMachine",
     "MixtureOfExperts",
-    "PReLU",
     "ProductLayer",
     "SignedLog",
     "TargetAttention",
 ]
+
+MOMENTUM = 0.1  # of the last batch, among the moments that `Dice` keeps
 
 
 def linear(n_in: int, n_out: int, bias: bool = True) -> torch.nn.Linear:
@@ -34,18 +36,42 @@ def linear(n_in: int, n_out: int, bias: bool = True) -> torch.nn.Linear:
     return layer
 
 
-class PReLU(torch.nn.Module):
-    """x where it is positive, else slope * x; a learned slope for each column of the last axis, 0.25 at first.
+class Dice(torch.nn.Module):
+    """x by its gate p, else slope * x by 1 - p: p is the sigmoid of x as it stands among its column's values.
 
-    Source: He et al., Delving Deep into Rectifiers, ICCV 2015.
+    p = sigmoid((x - mean) / sqrt(var + 1e-8)); the slopes are learned, 0 at first. When training, mean and variance are
+    those of the batch's valid elements; else those of the last batches, an element's output depends on nothing but it.
+
+    Parameters
+    ----------
+    width : int
+        Columns of the last axis.
+
+    Source: Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
     """
+
+    moments: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.slope = torch.nn.Parameter(torch.full((width,), 0.25))
+        self.slope = torch.nn.Parameter(torch.zeros(width))
+        self.register_buffer("moments", torch.zeros(3, width))  # mean, variance, and their weight: 1 in the end
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.slope * x)
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """float32[..., width] to the same shape; `valid`, bool[...], says what counts."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast too: sums
+        if self.training:
+            weight = torch.ones_like(x[..., :1]) if valid is None else valid.unsqueeze(-1).to(x.dtype)
+            axes, n = tuple(range(x.ndim - 1)), weight.sum()
+            mean = (x * weight).sum(axes) / n.clamp_min(1)
+            var = ((x - mean).square() * weight).sum(axes) / n.clamp_min(1)
+            with torch.no_grad():
+                last = torch.stack([mean, var, torch.ones_like(mean)]).to(self.moments.dtype)
+                self.moments.lerp_(last, MOMENTUM * (n > 0))
+        else:
+            mean, var = self.moments[:2] / self.moments[2].clamp_min(torch.finfo(torch.float32).tiny)
+        p = torch.sigmoid((x - mean) * torch.rsqrt(var + 1e-8))
+        return x * (p + (1 - p) * self.slope)
 
 
 class MLP(torch.nn.Sequential):
@@ -58,16 +84,22 @@ class MLP(torch.nn.Sequential):
         Outputs of each layer.
     last_relu : bool
         Whether a ReLU follows the last layer too.
-    prelu : bool
-        Whether each ReLU is a `PReLU`.
+    dice : bool
+        Whether `Dice` takes the place of each ReLU.
     """
 
-    def __init__(self, n_in: int, widths: Sequence[int], last_relu: bool = False, prelu: bool = False) -> None:
+    def __init__(self, n_in: int, widths: Sequence[int], last_relu: bool = False, dice: bool = False) -> None:
         layers: list[torch.nn.Module] = []
         for width in widths:
-            layers += [linear(n_in, width), PReLU(width) if prelu else torch.nn.ReLU()]
+            layers += [linear(n_in, width), Dice(width) if dice else torch.nn.ReLU()]
             n_in = width
         super().__init__(*(layers if last_relu else layers[:-1]))
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """float32[..., n_in] to float32[..., widths[-1]]; `valid`, bool[...], for `Dice`."""
+        for layer in self:
+            x = layer(x, valid) if isinstance(layer, Dice) else layer(x)
+        return x
 
 
 class SignedLog(torch.nn.Module):
@@ -183,23 +215,18 @@ class MixtureOfExperts(torch.nn.Module):
 class TargetAttention(torch.nn.Module):
     """DIN's pooling: a sum of the sequence's vectors, each weighed by how it goes with the target.
 
-    target [B, D], values [B, L, D] and mask bool[B, L] to [B, D]. The weight is an `MLP` with `PReLU` of target, value,
+    target [B, D], values [B, L, D] and mask bool[B, L] to [B, D]. The weight is an `MLP` with `Dice` of target, value,
     their difference and their product; as in the paper, the weights of a row need not sum to 1, and a row without keys
     gives zeros.
-
-    Notes
-    -----
-    Dice, the paper's other activation, takes means over the batch, and so over padding: a row's output would depend on
-    what else stands in its batch.
 
     Source: Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018.
     """
 
     def __init__(self, dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.score = MLP(4 * dim, [*hidden, 1], prelu=True)
+        self.score = MLP(4 * dim, [*hidden, 1], dice=True)
 
     def forward(self, target: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         target = target.unsqueeze(1).expand_as(values)
-        score = self.score(torch.cat([target, values, target - values, target * values], dim=2))
+        score = self.score(torch.cat([target, values, target - values, target * values], dim=2), mask)
         return torch.where(mask.unsqueeze(2), score * values, 0.0).sum(1)

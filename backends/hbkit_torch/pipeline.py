@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Pipeline, Staged
-from hbkit_torch.data import tensor
+from hbkit_torch.data import Array, tensor
+from hbkit_torch.transfer import target, to_device
 from hbkit_torch.update import Forward, Updating
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
@@ -34,15 +35,26 @@ class Sequence(NamedTuple):
     mask: Tensor
 
 
-def leaves(outputs: Mapping[str, Any], train: bool) -> dict[str, Any]:
-    """The core's outputs as tensors over the same memory, which take gradients when training."""
+Make = Callable[[Array], Tensor]
+
+
+def leaves(outputs: Mapping[str, Any], train: bool, make: Make = tensor) -> dict[str, Any]:
+    """The core's outputs as tensors, by default over the same memory, which take gradients when training."""
     out: dict[str, Any] = {}
     for feature, value in outputs.items():
         if isinstance(value, np.ndarray):
-            out[feature] = tensor(value).requires_grad_(train)
+            out[feature] = make(value).requires_grad_(train)
         else:
-            out[feature] = Sequence(tensor(value.values).requires_grad_(train), tensor(value.mask))
+            out[feature] = Sequence(make(value.values).requires_grad_(train), make(value.mask))
     return out
+
+
+def in_one_copy(inputs: hbkit.data.Inputs, outputs: Mapping[str, Any], device: torch.device) -> Make:
+    """What gives tensors on the device for the arrays of a batch, asked for in the order in which they stand there."""
+    rows = [a for value in outputs.values() for a in ([value] if isinstance(value, np.ndarray) else value)]
+    arrays = [inputs.dense, inputs.label, inputs.weight, *rows]
+    copies = iter(to_device([tensor(a) for a in arrays], device))
+    return lambda _: next(copies)
 
 
 class Step(Updating):
@@ -62,13 +74,22 @@ class Step(Updating):
         Rows that are not padding.
     cursor : dict
         Where the dataset continues after this batch. (The dataset's own ``state_dict`` is ahead by the look-ahead.)
+    share : float
+        This rank's part of the global batch's weight; 1 where the tables are not shared between ranks.
+    transport : hbkit.shuffle.Transport or None
+        What connects the ranks; None where the tables are not shared between them.
     """
 
-    def __init__(self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, held: list[Forward]) -> None:
-        self.dense, self.label, self.weight = tensor(inputs.dense), tensor(inputs.label), tensor(inputs.weight)
+    def __init__(
+        self, inputs: hbkit.data.Inputs, staged: Staged, train: bool, held: list[Forward], device: torch.device | None
+    ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
         self._staged = staged
-        self.embeddings = leaves(staged.outputs(), train)
+        outputs = staged.outputs()
+        self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
+        make = tensor if device is None else in_one_copy(inputs, outputs, device)
+        self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)
+        self.embeddings = leaves(outputs, train, make)
         self._forwards = [*held, Forward(staged, self.embeddings if train else {})]
 
     def apply(self, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -106,7 +127,13 @@ class Step(Updating):
         self._staged.close()
 
 
-def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train: bool = True) -> Pipeline[Step]:
+def pipeline(
+    ds: hbkit.data.Dataset,
+    embeddings: Any,
+    lookahead: int = 8,
+    train: bool = True,
+    device: torch.device | str | int | None = None,
+) -> Pipeline[Step]:
     """Staged steps over one pass of a dataset, decoded and fetched ``lookahead`` batches ahead.
 
     A step's rows are gathered when the step is reached, after the update before it, so the results are those of no
@@ -129,6 +156,9 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
         0 does everything in the foreground.
     train : bool
         False only reads: no row is created, and there is nothing to apply.
+    device : optional
+        Where the tensors of a step are to be: all of them come in one copy, from pinned memory and without blocking
+        where that is a GPU; the gradients go back in one.
 
     Returns
     -------
@@ -140,23 +170,32 @@ def pipeline(ds: hbkit.data.Dataset, embeddings: Any, lookahead: int = 8, train:
     Raises
     ------
     InvalidArgument
-        The dataset is not batched, or ``lookahead`` is negative.
+        The dataset is not batched, ``lookahead`` is negative, or PyTorch knows no such device.
+    DeviceUnavailable
+        The device cannot be used here.
     Exception
         Whatever reading or staging raised in the background, as it is, from the step that it would have become.
     """
     collection: Collection = embeddings.lend() if hasattr(embeddings, "lend") else embeddings
     if ds.batch_size is None:
         raise errors.InvalidArgument("the dataset is not batched", remedy="call .batch(n) on it")
+    place = target(device)
     ahead = hbkit.embedding.lookahead(
-        ds.batches(), collection, lookahead, train, ds.batch_size, lambda batch: ds.inputs(batch, collection.features)
+        ds.batches(),
+        collection,
+        lookahead,
+        train,
+        ds.batch_size,
+        lambda batch: ds.inputs(batch, collection.features),
+        ds.no_rows,
     )
 
     def steps() -> Generator[Step]:
         held: list[Forward] = []
         with ahead:
             for inputs, staged in ahead:
-                with closing(Step(inputs, staged, train, held)) as step:
-                    yield step
+                with closing(staged):
+                    yield (step := Step(inputs, staged, train, held, place))
                 held = [forward for forward in step._forwards if forward.staged.state == "held"]
 
     return Pipeline(steps())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import safetensors
@@ -13,8 +13,9 @@ import hbkit
 from hbkit import errors
 from hbkit.embedding import Collection, Resumable, random_arrays, set_random_arrays
 from hbkit_torch.data import Array, Dataset
+from hbkit_torch.distributed import broadcast, reduce_gradients
 from hbkit_torch.nn import EmbeddingCollection
-from hbkit_torch.pipeline import pipeline
+from hbkit_torch.pipeline import Step, pipeline
 
 __all__ = ["Trainer", "seed"]
 
@@ -44,6 +45,8 @@ class Trainer(Resumable):
         Whether to compile the model, whole, with ``torch.compile``.
     amp : bool
         Whether the model computes in bfloat16 where that is safe; its parameters, logits and loss stay float32.
+    positive_weight : float, or sequence of n_labels, optional
+        Factor of the loss of label 1, for classes that are out of balance.
 
     Raises
     ------
@@ -64,6 +67,7 @@ class Trainer(Resumable):
         lr: float = 0.01,
         compile: bool = False,
         amp: bool = False,
+        positive_weight: float | Sequence[float] | None = None,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise errors.InvalidArgument(f"no optimizer {optimizer!r}", remedy=f"one of {', '.join(OPTIMIZERS)}")
@@ -73,6 +77,8 @@ class Trainer(Resumable):
         self._optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]  # the base class's
         self._graph: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
         self._amp = amp
+        self._positive_weight = None if positive_weight is None else torch.tensor(positive_weight)
+        broadcast(model, embeddings)
 
     def fit(
         self,
@@ -89,7 +95,8 @@ class Trainer(Resumable):
         ds : Dataset
             Batched, with a label (``supervised``).
         on_step : function of (n_rows, loss), optional
-            Called after each step; it may ``save``.
+            Called after each step; it may ``save``. Over sharded embeddings, the rows are this rank's own, and the loss
+            is that of all ranks.
         lookahead : int, batches
             See `pipeline`.
 
@@ -100,19 +107,38 @@ class Trainer(Resumable):
         """
         _need_label(ds)
         self.model.train()
-        for step in pipeline(ds, self.embeddings, lookahead):
-            logits = self._forward(step.dense, step.embeddings)
-            losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, step.label, reduction="none")
-            losses = losses.mean(1) if losses.ndim == 2 else losses
-            total = step.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)  # a batch may weigh nothing
-            loss = (losses * step.weight).sum() / total
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
-            step.apply()
-            self.cursor = step.cursor
-            if on_step is not None:
-                on_step(step.n_rows, loss.item())
+        with pipeline(ds, self.embeddings, lookahead) as steps:
+            for step in steps:
+                logits = self._forward(step.dense, step.embeddings)
+                heavier = None if self._positive_weight is None else self._positive_weight.to(logits.device)
+                losses = torch.nn.functional.binary_cross_entropy_with_logits(
+                    logits, step.label, reduction="none", pos_weight=heavier
+                )
+                losses = losses.mean(1) if losses.ndim == 2 else losses
+                total = step.weight.sum().clamp_min(torch.finfo(torch.float32).tiny)  # a batch may weigh nothing
+                loss = (losses * step.weight).sum() / total
+                self._optimizer.zero_grad()
+                loss.backward()
+                loss = self._reduced(loss.detach(), step)
+                self._optimizer.step()
+                step.apply()
+                self.cursor = step.cursor
+                if on_step is not None:
+                    on_step(step.n_rows, loss.item())
+
+    def _reduced(self, loss: torch.Tensor, step: Step) -> torch.Tensor:
+        """The loss of all ranks, whose gradients and moments of batches each gets."""
+        if step.transport is None:
+            return loss
+        moving = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        carried = [torch.nn.Parameter(torch.empty_like(value)) for value in (loss, *moving)]
+        for carrier, value in zip(carried, (loss, *moving), strict=True):
+            carrier.grad = value
+        reduce_gradients([*self.model.parameters(), *carried], step)
+        loss, *means = (torch.as_tensor(carrier.grad) for carrier in carried)
+        for buffer, mean in zip(moving, means, strict=True):
+            buffer.copy_(mean)
+        return loss
 
     def _forward(self, dense: torch.Tensor, embeddings: Any) -> torch.Tensor:
         with torch.autocast(dense.device.type, torch.bfloat16, enabled=self._amp):

@@ -11,6 +11,7 @@ from torch import Tensor
 from hbkit import errors
 from hbkit.embedding import Staged
 from hbkit_torch.data import Array
+from hbkit_torch.transfer import to_host
 
 __all__ = ["Forward", "Updating"]
 
@@ -34,13 +35,17 @@ class Forward(NamedTuple):
 
     def check(self) -> None:
         """Raise Closed where something takes gradients and nothing has one."""
-        if self.embeddings and not self.gradients():
-            raise errors.Closed("no embedding has a gradient", remedy="call loss.backward() first")
+        if self.embeddings and all(leaf.grad is None for leaf in self.leaves.values()):
+            raise errors.Closed(
+                "no embedding has a gradient", feature=", ".join(self.embeddings), remedy="call loss.backward() first"
+            )
 
     def gradients(self) -> dict[str, Array]:
-        """Gradient of each leaf over the same memory, without the features that the loss did not use."""
-        grads = {feature: leaf.grad for feature, leaf in self.leaves.items()}
-        return {feature: grad.float().numpy() for feature, grad in grads.items() if grad is not None}
+        """Gradients of the leaves that have one: over the same memory, or of a device in one copy."""
+        grads = {feature: leaf.grad for feature, leaf in self.leaves.items() if leaf.grad is not None}
+        if any(grad.device.type != "cpu" for grad in grads.values()):
+            grads = dict(zip(grads, to_host(list(grads.values())), strict=True))
+        return {feature: grad.float().numpy() for feature, grad in grads.items()}
 
 
 class Updating:
@@ -72,7 +77,7 @@ class Updating:
 
     def update(self, scaler: torch.amp.GradScaler | None) -> None:
         """``step``, by way of the scaler if there is one."""
-        if not any(forward.gradients() for forward in self._forwards):
+        if not any(leaf.grad is not None for leaf in self.leaves):
             self._forwards[-1].check()
         if scaler is None:
             self.step()

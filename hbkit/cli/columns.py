@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from hbkit.data import Field
 from hbkit.errors import InvalidArgument, UnknownColumn
 from hbkit.parquet import ColumnType
+from hbkit.ragged import Ragged
 
 __all__ = ["Columns", "choose"]
 
@@ -25,6 +28,8 @@ class Columns:
         How to read them all.
     left_out : dict of str to str
         Column to why it is not used.
+    newest : dict of str to int
+        List column to how many of its keys are used, the last ones.
     """
 
     label: str | list[str]
@@ -32,11 +37,16 @@ class Columns:
     sparse: list[str]
     fields: list[Field]
     left_out: dict[str, str] = field(default_factory=dict)
+    newest: dict[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
         """The label, or all of them."""
         return [self.label] if isinstance(self.label, str) else self.label
+
+    def cut(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a batch, those of `newest` as long as they may be."""
+        return columns | {name: _last(columns[name], n) for name, n in self.newest.items()}
 
     def describe(self) -> dict[str, str]:
         """What was chosen, in words: for people."""
@@ -158,6 +168,14 @@ def sequences(columns: Columns, pairs: Sequence[str]) -> dict[str, str]:
             )
         found[name] = target
     return found
+
+
+def _last(lists: Ragged, n: int) -> Ragged:
+    """The last n values of each list, or all where there are no more."""
+    splits, values = lists.row_splits[0], np.asarray(lists.values)
+    lengths = np.minimum(np.diff(splits), n)
+    new = np.append(0, np.cumsum(lengths))
+    return Ragged(values[np.repeat(splits[1:] - new[1:], lengths) + np.arange(new[-1])], new)
 
 
 def _type(kind: ColumnType) -> str:

@@ -11,6 +11,7 @@ import click
 
 import hbkit
 from hbkit.cli.console import note
+from hbkit.cli.ranks import Agreed
 from hbkit.embedding import Resumable
 from hbkit.errors import InvalidArgument, Locked, NotFound, SchemaMismatch
 
@@ -62,6 +63,7 @@ class Commits:
         self._trainer, self._path, self._interval, self._state = trainer, path, interval, state
         self._base = base
         self._saving: hbkit.snapshot.Saving | None = None
+        self._agreed = Agreed(getattr(trainer.collection, "transport", None))
         self._step = trainer.collection.step  # of the last commit
         self._last = self._began = time.monotonic()  # when that was, and when what it lacks began
 
@@ -74,12 +76,10 @@ class Commits:
         """Commit if it is time, after a step; or, `resting`, where none is about to follow.
 
         A time is counted from the last commit, but a batch that comes after a pause does not bring on a commit by
-        itself: those that came with it go into the same one.
+        itself: those that came with it go into the same one. Ranks commit when rank 0 would, all at the same step.
         """
         if not self.behind or self._interval is None:
             return
-        if self._saving is not None and not self._saving.done and not resting:
-            return  # one is on its way
         now, n = time.monotonic(), self._trainer.collection.step - self._step
         if n == 1 and not resting:
             self._began = now
@@ -87,7 +87,8 @@ class Commits:
             due = n >= self._interval.steps
         else:
             due = now - (self._last if resting else max(self._last, self._began)) >= self._interval.seconds
-        if due:
+        busy = self._saving is not None and not self._saving.done and not resting  # one is on its way
+        if self._agreed(due and not busy, ask=self._interval.seconds is None and due):
             self._begin(resting)
 
     def commit(self) -> str:

@@ -14,9 +14,18 @@ from typing import Any, Protocol, TextIO
 
 import click
 
-__all__ = ["Progress", "count", "note", "progress", "size", "summary", "table"]
+__all__ = ["Progress", "count", "mute", "note", "progress", "size", "summary", "table"]
 
 SECONDS = 5.0  # between plain lines
+
+
+_muted = False
+
+
+def mute(muted: bool) -> None:
+    """Show nothing from now on, or all again."""
+    global _muted
+    _muted = muted
 
 
 class Progress(Protocol):
@@ -93,7 +102,8 @@ class _Lines:
 
     def show(self) -> None:
         self._last = time.monotonic()
-        click.echo(f"{self._task.description}: {self._task.words()}", err=True)
+        if not _muted:
+            click.echo(f"{self._task.description}: {self._task.words()}", err=True)
 
 
 class _Bar:
@@ -125,7 +135,7 @@ def progress(description: str, total: int | None = None, unit: str = "rows", **f
     """
     task = _Task(description, total, unit)
     task.add(0, fields)
-    if not _live(sys.stderr):
+    if _muted or not _live(sys.stderr):
         lines = _Lines(task)
         yield lines
         lines.show()
@@ -146,11 +156,14 @@ def progress(description: str, total: int | None = None, unit: str = "rows", **f
 
 def note(text: str) -> None:
     """Print one line of a result."""
-    click.echo(text)
+    if not _muted:
+        click.echo(text)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; numbers are aligned to the right."""
+    if _muted:
+        return
     cells = [[_text(value) for value in row] for row in rows]
     right = [
         any(isinstance(row[i], (int, float)) for row in rows)

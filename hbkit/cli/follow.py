@@ -12,10 +12,12 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from hbkit.cli.building import build, check_label, choose_columns, columns_of, dataset, settings_of
 from hbkit.cli.columns import Columns
-from hbkit.cli.commits import Commits, Every, committed
+from hbkit.cli.commits import Commits, committed
 from hbkit.cli.console import note, progress, summary
-from hbkit.cli.train import Smoothed, build, check_label, choose_columns, columns_of, dataset, reporter, settings_of
+from hbkit.cli.options import Options
+from hbkit.cli.training import Smoothed, reporter
 from hbkit.data import Dataset
 from hbkit.errors import Corrupt, HbkitError, InvalidArgument, NotFound, StorageError
 from hbkit.parquet import list_modified
@@ -27,45 +29,37 @@ POLL = 0.2  # seconds between two looks at the directory, at least
 REPORT = 30.0  # seconds after which a file that cannot be read is spoken of, again and again
 
 
-def follow(
-    directory: str,
-    label: list[str],
-    dense: list[str],
-    sparse: list[str],
-    save: str,
-    interval: Every,
-    idle_exit: float | None,
-    options: dict[str, Any],
-) -> None:
+def follow(o: Options) -> None:
     """Train on the files of a directory, each once, in order of (time of change, name), until told to stop.
 
     The state of each commit says which files are done and where the one in progress stood, so that a later call with
     the same arguments continues with exactly the rows that no commit has.
     """
-    place_of(save).prepare()
+    assert o.follow is not None and o.save is not None
+    place_of(o.save).prepare()
     with _Stop() as stop:
-        files = Files(directory)
-        loaded = committed(save, {**options, "label": label if len(label) > 1 else label[0]})
+        files = Files(o.follow)
+        loaded = committed(o.save, {**o.kept, "label": o.label if len(o.label) > 1 else o.label[0]})
         if loaded is None:
-            first = files.wait(stop, idle_exit)
+            first = files.wait(stop, o.idle_exit)
             if first is None:
-                note(f"no file came to {directory}")
+                note(f"no file came to {o.follow}")
                 return
-            columns = choose_columns(first[1], label, dense, sparse)
+            columns = choose_columns(first[1], o.label, o.dense, o.sparse)
         else:
             columns = columns_of(loaded.state["train"])
-            for option, given, saved in (("dense", dense, columns.dense), ("sparse", sparse, columns.sparse)):
+            for option, given, saved in (("dense", o.dense, columns.dense), ("sparse", o.sparse, columns.sparse)):
                 if given and [x.removesuffix(":ragged") for x in given] != saved:
                     raise InvalidArgument(
                         f"the model was trained with {option} {','.join(saved)}",
-                        file=save,
+                        file=o.save,
                         remedy=f"leave --{option} out",
                     )
-        settings = settings_of(columns, **options)
+        settings = settings_of(columns, **o.kept)
         _, trainer, collection = build(settings)
         current: str | None = None
         if loaded is not None:
-            trainer.load(save, commit=loaded.commit)
+            trainer.load(o.save, commit=loaded.commit)
             current = loaded.state.get("file")
             files.done = set(json.loads(loaded.state.get("done", b"[]")))
             note(f"continuing from commit {loaded.commit}, step {collection.step}")
@@ -77,7 +71,7 @@ def follow(
                 "done": json.dumps(sorted(files.done)).encode(),
             }
 
-        commits = Commits(trainer, save, interval, state, "latest" if loaded is not None else None)
+        commits = Commits(trainer, o.save, o.publish_every, state, "latest" if loaded is not None else None)
         losses, n_files, started, healthy = Smoothed(), 0, collection.step, True
         try:
             with progress("following", None, "rows") as bar:
@@ -95,13 +89,13 @@ def follow(
                 quiet = time.monotonic()
                 while not stop.asked:
                     name = wanted if wanted is not None else files.next()
-                    ds = None if name is None else files.open(name, partial(_ready, columns, options["batch_size"]))
+                    ds = None if name is None else files.open(name, partial(_ready, columns, o.batch_size))
                     if name is None or ds is None:
                         if wanted is not None and files.gone(wanted):
                             note(f"{wanted} is gone: rows of it that may be left are not trained on")
                             wanted = current = None
                         commits.step(resting=True)
-                        if idle_exit is not None and time.monotonic() - quiet >= idle_exit:
+                        if o.idle_exit is not None and time.monotonic() - quiet >= o.idle_exit:
                             break
                         files.sleep()
                         continue
@@ -126,7 +120,7 @@ def follow(
             "steps": collection.step - started,
             "training loss": losses.value,
             **{f"keys in {name}": len(table) for name, table in collection.tables.items()},
-            "saved": save,
+            "saved": o.save,
         },
     )
 

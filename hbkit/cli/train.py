@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-import importlib
-import math
-import time
 import tomllib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
-import numpy as np
 
 import hbkit
-from hbkit.cli.columns import Columns, choose, key_field, sequences
-from hbkit.cli.commits import Commits, Every, committed, every
-from hbkit.cli.console import note, progress, summary
-from hbkit.cli.evaluation import mean_auc, measure, show
-from hbkit.cli.events import EventWriter
-from hbkit.data import Dataset, Field
-from hbkit.embedding import Collection, Normal, Table
+from hbkit.cli.building import (
+    BACKENDS,
+    MODELS,
+    OPTIMIZERS,
+    build,
+    check_label,
+    choose_columns,
+    columns_of,
+    dataset,
+    group_field,
+    settings_of,
+)
+from hbkit.cli.columns import sequences
+from hbkit.cli.commits import every
+from hbkit.cli.console import note, summary
+from hbkit.cli.evaluation import measure, show
+from hbkit.cli.follow import follow
+from hbkit.cli.options import Options
+from hbkit.cli.ranks import ranks, shard_of
+from hbkit.cli.training import Training
+from hbkit.data import Dataset
 from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
+from hbkit.shuffle import WIRES, Transport
 from hbkit.snapshot.place import place_of
 
 __all__ = ["evaluate", "train"]
-
-MODELS = ("dlrm", "deepfm", "xdeepfm", "dcnv2", "pnn", "mmoe", "din")
-BACKENDS = ("torch", "tensorflow")
-# Rows' optimizers by name; the dense part takes the nearest one of the framework.
-OPTIMIZERS = {
-    "sgd": ("SGD", "sgd"),
-    "adagrad": ("Adagrad", "adagrad"),
-    "rowwise-adagrad": ("RowWiseAdagrad", "adagrad"),
-    "adam": ("Adam", "adam"),
-    "adamw": ("AdamW", "adamw"),
-    "rowwise-adam": ("RowWiseAdam", "adam"),
-    "ftrl": ("Ftrl", "adagrad"),
-}
-SHUFFLE_ROWS = 1 << 20
-INITIAL_STD = 0.01
-WEIGHT = "weight of the class"
 
 
 def _names(_: click.Context, __: click.Parameter, value: Any) -> list[str]:
     """``a,b`` as names."""
     return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
+def _numbers(_: click.Context, option: click.Parameter, value: Any) -> list[float]:
+    """``1,2.5`` as numbers."""
+    try:
+        return [float(part) for part in str(value or "").split(",") if part]
+    except ValueError:
+        raise InvalidArgument(f"{option.opts[0]} {value!r}", remedy="give numbers, as in 5 or 5,20") from None
 
 
 def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
@@ -84,6 +85,13 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--sequence", callback=_names, help="For --model din: lists of past keys and what they are weighed by, c:d."
 )
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Keys of a --sequence to keep, the newest, which are its last.",
+)
 @click.option("--model", type=click.Choice(MODELS), default="deepfm", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
 @click.option("--dim", type=click.IntRange(1), default=16, show_default=True, help="Width of the embeddings.")
@@ -94,7 +102,9 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option("--dense-lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense part.")
 @click.option("--eval-data", help="Parquet files to evaluate on afterwards.")
 @click.option("--group", help="Column to evaluate GAUC by, such as the user.")
-@click.option("--positive-weight", type=float, help="Weight in training of rows with label 1; those with 0 weigh 1.")
+@click.option(
+    "--positive-weight", callback=_numbers, help="Factor of the loss of label 1, of all labels or a,b of each."
+)
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better AUC after which to stop.")
 @click.option("--log-dir", help="Directory of TensorBoard logs: the loss of each step, and the figures.")
 @click.option("--compile", is_flag=True, help="Compile the model: torch.compile, XLA.")
@@ -115,39 +125,23 @@ def _config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | N
 @click.option(
     "--idle-exit", type=float, metavar="SECONDS", help="With --follow: end when no new file came for so long."
 )
+@click.option(
+    "--wire",
+    type=click.Choice(WIRES),
+    default="float32",
+    show_default=True,
+    help="How embeddings travel between ranks: see below.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which ranks give up on one that does not answer.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initial values and the order of rows.")
 @click.argument("extra", nargs=-1, metavar="")
-def train(
-    config: str | None,
-    data: str | None,
-    follow: str | None,
-    label: list[str],
-    dense: list[str],
-    sparse: list[str],
-    sequence: list[str],
-    model: str,
-    backend: str,
-    dim: int,
-    batch_size: int,
-    epochs: int,
-    optimizer: str,
-    lr: float,
-    dense_lr: float,
-    eval_data: str | None,
-    group: str | None,
-    positive_weight: float | None,
-    patience: int | None,
-    log_dir: str | None,
-    compile: bool,
-    amp: bool,
-    save: str | None,
-    save_every: Every | None,
-    resume: bool,
-    publish_every: Every,
-    idle_exit: float | None,
-    seed: int,
-    extra: tuple[str, ...],
-) -> None:
+def train(extra: tuple[str, ...], config: str | None, **given: Any) -> None:
     """Train a click model on Parquet files, evaluate it and save it.
 
     The exit status is 0 only if training, evaluation and saving succeeded.
@@ -155,136 +149,47 @@ def train(
     With --follow, files are taken once each, in order of (time of change, name), as soon as they are complete; what was
     learnt is committed to --save as deltas. SIGINT or SIGTERM ends it after a last commit. The same command goes on
     with the rows that no commit has.
+
+    Started by torchrun, or in a cluster that TF_CONFIG names (--backend tensorflow), the processes train one model
+    together: each reads its shard of the data, in batches of --batch-size, and holds its shard of the tables. Any
+    number of them can --resume what any other number has saved.
     """
     if extra:
         raise InvalidArgument(
             f"{len(extra)} arguments belong to no option, the first is {extra[0]}",
             remedy="put a glob in quotes, as in --data 'clicks/*.parquet'",
         )
-    options = {
-        "model": model,
-        "backend": backend,
-        "dim": dim,
-        "optimizer": optimizer,
-        "lr": lr,
-        "dense_lr": dense_lr,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    if (data is None) == (follow is None):
-        raise InvalidArgument("neither --data nor --follow, or both", remedy="name the files in one of them")
-    if save is None and (follow is not None or save_every is not None or resume):
-        raise InvalidArgument("no --save", remedy="name the directory of the snapshot")
-    if follow is not None:
-        if epochs != 1 or eval_data is not None or save_every is not None:
-            raise InvalidArgument(
-                "--epochs, --eval-data or --save-every with --follow", remedy="leave them out; see --publish-every"
-            )
-        if sequence or positive_weight is not None or log_dir is not None or compile or amp:
-            raise InvalidArgument(
-                "--sequence, --positive-weight, --log-dir, --compile or --amp with --follow", remedy="leave them out"
-            )
-        _check_model(model, label, {})
-        from hbkit.cli.follow import follow as follow_files
+    options = Options(**given)
+    with ranks(options.backend, options.timeout) as transport:
+        if options.follow is None:
+            _train(options, transport)
+        elif transport is None:
+            follow(options)
+        else:
+            raise Unsupported("--follow with several ranks", remedy="start one process, or train on --data")
 
-        assert save is not None
-        follow_files(follow, label, dense, sparse, save, publish_every, idle_exit, options)
-        return
-    assert data is not None
-    whole = Dataset.from_parquet(data)
-    columns = choose_columns(whole, label, dense, sparse)
-    past = sequences(columns, sequence)
-    _check_model(model, label, past)
-    _check_options(columns, eval_data, group, positive_weight, patience)
-    if patience is not None and (save_every is not None or resume):
-        raise InvalidArgument("--save-every or --resume with --patience", remedy="--patience commits the best epochs")
-    check_label(data, columns)
-    # What is wrong with the evaluation data or the place of the save must be said before hours of training, not after.
-    if eval_data is not None:
-        dataset(eval_data, columns, batch_size)
-    if save is not None:
-        place_of(save).prepare()
-    settings = settings_of(columns, sequences=past, group=_group(group, whole), **options)
-    hb, trainer, collection = build(settings, compile=compile, amp=amp)
-    ds = _weighed(dataset(data, columns, batch_size), positive_weight).shuffle(seed, SHUFFLE_ROWS)
-    figures: dict[str, float] | None = None
-    first, commits = 0, None
-    if save is not None:
-        loaded = committed(save, settings) if resume else None
-        if loaded is not None:
-            trainer.load(save, ds, loaded.commit)
-            first = ds.state_dict()["epoch"]
-            note(f"continuing from commit {loaded.commit}, step {collection.step}")
 
-        def state() -> dict[str, Any]:
-            return {"train": {**settings, "figures": figures}}
-
-        commits = Commits(trainer, save, save_every, state, "latest" if loaded is not None else None)
-    n_rows, losses, seconds, stale, epoch, saved = 0, Smoothed(), 0.0, 0, first - 1, None
-
-    def evaluated(log: EventWriter) -> dict[str, float]:
-        assert eval_data is not None
-        found = measure(hb, trainer, dataset(eval_data, columns, batch_size), eval_data, settings["group"])
-        log.scalars(collection.step, {f"evaluation/{name}": value for name, value in found.items()})
-        return found
-
-    def kept() -> str | None:
-        if save is None or commits is None:
-            return None
-        commit = commits.commit()
-        hbkit.snapshot.verify(save)
-        return f"{save} (commit {commit}, verified)"
-
-    with EventWriter(log_dir) as log:
-        for epoch in range(first, epochs):
-            title = "training" if epochs == 1 else f"epoch {epoch + 1}/{epochs}"
-            started = time.perf_counter()
-            with progress(title, ds.n_rows, "rows") as bar:
-                report = reporter(bar, losses, collection)
-
-                def on_step(n: int, loss: float, report: Callable[[int, float], None] = report) -> None:
-                    nonlocal n_rows
-                    n_rows += n
-                    report(n, loss)
-                    log.scalars(collection.step, {"training/loss": loss})
-                    if commits is not None:
-                        commits.step()
-
-                trainer.fit(ds.set_epoch(epoch), on_step=on_step)
-            seconds += time.perf_counter() - started
-            if patience is None:
-                continue
-            found = evaluated(log)
-            if figures is None or mean_auc(found) > mean_auc(figures):
-                figures, stale = found, 0
-                saved = kept()
-                continue
-            stale += 1
-            if stale == patience:
-                break
-        if patience is None:
-            figures = None if eval_data is None else evaluated(log)
-            saved = kept()
-    n_epochs = epoch + 1
-    result: dict[str, Any] = {
-        "model": f"{model} ({backend}), dim {dim}",
-        "rows": f"{n_rows:,}" + (f" ({n_epochs} epochs)" if n_epochs > 1 else ""),
-        "samples/s": f"{n_rows / max(seconds, 1e-9):,.0f}",
-        "training loss": f"{losses.value:.4f}",
-    }
-    if stale:
-        result["best epoch"] = f"{n_epochs - stale}, whose figures these are"
-    if figures is not None:
-        result |= show(figures)
-    result |= {f"keys in {name}": f"{len(table):,}" for name, table in collection.tables.items()}
-    if saved is not None:
-        result["saved"] = saved
-    summary("trained", result)
-    if save is not None:
-        again = eval_data or "'<parquet files>'"
-        note(f"next: hbkit evaluate {save} --data {again}")
-    else:
+def _train(o: Options, transport: Transport | None) -> None:
+    """On --data. What is wrong with any file or place must be said before hours of training, not after."""
+    assert o.data is not None
+    whole = Dataset.from_parquet(o.data)
+    columns = choose_columns(whole, o.label, o.dense, o.sparse)
+    past = sequences(columns, o.sequence)
+    columns = replace(columns, newest=dict.fromkeys(past, o.sequence_length))
+    check_label(o.data, columns, shard_of(transport))
+    if o.eval_data is not None:
+        dataset(o.eval_data, columns, o.batch_size)
+    if o.save is not None and (transport is None or transport.rank == 0):
+        place_of(o.save).prepare()
+    settings = settings_of(columns, sequences=past, group=group_field(o.group, whole), **o.kept)
+    training = Training(o, columns, settings, transport)
+    training.run()
+    summary("trained", training.report())
+    if o.save is None:
         note("next: add --save DIR to keep the model")
+    else:
+        parquet = o.eval_data or "'<parquet files>'"
+        note(f"next: hbkit evaluate {o.save} --data {parquet}")
 
 
 @click.command()
@@ -311,175 +216,3 @@ def evaluate(path: str, data: str, backend: str | None) -> None:
     result: dict[str, Any] = {"model": f"{settings['model']} ({settings['backend']}), commit {loaded.commit}"}
     result |= show(figures) | {f"keys in {n}": f"{len(t):,}" for n, t in collection.tables.items()}
     summary("evaluated", result)
-
-
-def choose_columns(ds: Dataset, label: list[str], dense: list[str], sparse: list[str]) -> Columns:
-    """`choose` of a data set's columns, and say what was chosen; there must be keys."""
-    columns = choose(ds.schema, ds.stats()["unsupported"], label, dense, sparse)
-    if not columns.sparse:
-        raise InvalidArgument("no column of keys", remedy="name integer, string or list columns in --sparse")
-    for what, text in columns.describe().items():
-        note(f"{what}: {text}")
-    return columns
-
-
-def columns_of(settings: dict[str, Any]) -> Columns:
-    """The columns that `settings_of` took."""
-    return Columns(settings["label"], settings["dense"], settings["sparse"], [Field(**f) for f in settings["fields"]])
-
-
-def settings_of(columns: Columns, **options: Any) -> dict[str, Any]:
-    """What `build` needs to make the same model again, as JSON keeps it: options and columns."""
-    return {
-        **options,
-        "label": columns.label,
-        "dense": columns.dense,
-        "sparse": columns.sparse,
-        "fields": [_to_json(f) for f in columns.fields],
-    }
-
-
-def build(settings: dict[str, Any], **trained: Any) -> tuple[ModuleType, Any, Collection]:
-    """The adapter, a trainer and its tables, as `settings` say; equal settings give equal initial values.
-
-    What else is `trained` goes to the trainer.
-    """
-    try:
-        hb = importlib.import_module(f"hbkit.{settings['backend']}")
-    except ImportError as e:
-        raise Unsupported(f"backend {settings['backend']} cannot be loaded", remedy=str(e)) from e
-    rows, dense_optimizer = OPTIMIZERS[settings["optimizer"]]
-    make = hb.models.MODELS[settings["model"]]
-    past = settings.get("sequences", {})
-    single = [name for name in settings["sparse"] if name not in past]
-    tables = [
-        Table(
-            name,
-            make.row_dim(settings["dim"]),
-            key_dtype="uint64" if field.get("dtype") is None and field.get("hash_to") is None else "int64",
-            initializer=Normal(0.0, INITIAL_STD, seed=settings["seed"]),
-            optimizer=getattr(hbkit.embedding, rows)(lr=settings["lr"]),
-        )
-        for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in single)
-    ]
-    features = {name: past.get(name, name) for name in settings["sparse"]}
-    collection = Collection(tables, features, {name: None if name in past else "mean" for name in features})
-    hb.training.seed(settings["seed"])
-    options: dict[str, Any] = {"features": single, "dim": settings["dim"], "n_dense": len(settings["dense"])}
-    if settings["model"] == "mmoe":
-        options["n_tasks"] = 1 if isinstance(settings["label"], str) else len(settings["label"])
-    if settings["model"] == "din":
-        options["sequences"] = past
-    trainer = hb.training.Trainer(
-        make(**options), collection, optimizer=dense_optimizer, lr=settings["dense_lr"], **trained
-    )
-    return hb, trainer, collection
-
-
-def dataset(data: str, columns: Columns, batch_size: int) -> Dataset:
-    """The rows of the columns, in batches."""
-    return Dataset.from_parquet(data, columns.fields).supervised(columns.label).batch(batch_size)
-
-
-def _weighed(ds: Dataset, positive: float | None) -> Dataset:
-    """The dataset with rows of label 1 weighing `positive`, of label 0 weighing 1, and between between."""
-    if positive is None:
-        return ds
-    label = str(ds.label)
-    return ds.map(lambda c: {**c, WEIGHT: 1 + (positive - 1) * np.asarray(c[label])}).supervised(label, WEIGHT)
-
-
-def _group(name: str | None, whole: Dataset) -> dict[str, Any] | None:
-    """How the column to group by is read."""
-    if name is None:
-        return None
-    kind = whole.schema.get(name)
-    if kind is None or kind.ragged_rank or kind.dtype.startswith("float"):
-        raise InvalidArgument(
-            f"{name!r} is no column of one key a row", remedy=f"group by one of {', '.join(whole.schema)}"
-        )
-    return _to_json(key_field(name, kind))
-
-
-def _check_model(model: str, labels: list[str], past: dict[str, str]) -> None:
-    """Whether the model takes what was chosen."""
-    if len(labels) > 1 and model != "mmoe":
-        raise InvalidArgument(
-            f"{model} predicts one label, not {len(labels)}", remedy="use --model mmoe, or name one --label"
-        )
-    if bool(past) != (model == "din"):
-        raise InvalidArgument(
-            "din needs a sequence" if model == "din" else f"{model} takes no sequence",
-            remedy="use --model din with --sequence BEHAVIOUR:TARGET, or neither",
-        )
-
-
-def _check_options(
-    columns: Columns, eval_data: str | None, group: str | None, positive_weight: float | None, patience: int | None
-) -> None:
-    """Whether the options of training go together."""
-    if eval_data is None and (group is not None or patience is not None):
-        raise InvalidArgument("--group and --patience need figures to look at", remedy="give --eval-data")
-    if positive_weight is not None and (len(columns.labels) > 1 or not 0 <= positive_weight < math.inf):
-        raise InvalidArgument(
-            f"--positive-weight {positive_weight:g} of {len(columns.labels)} labels",
-            remedy="give 0 or more, of one label",
-        )
-
-
-def check_label(data: str, columns: Columns) -> None:
-    """Nulls and values other than 0..1 in the labels, before anything is trained."""
-    for batch in Dataset.from_parquet(data, columns.fields[: len(columns.labels)]).batch(SHUFFLE_ROWS):
-        for name in columns.labels:
-            values = np.asarray(batch[name])
-            wrong = (values < 0) | (values > 1) | ~np.isfinite(values)
-            if wrong.any():
-                raise InvalidArgument(
-                    f"label {values[wrong][0]:g} is not a click probability",
-                    file=data,
-                    column=name,
-                    remedy="labels are 0 or 1 (or between); convert the column first",
-                )
-
-
-class Smoothed:
-    """A running mean that forgets: what a progress bar shows of a loss."""
-
-    def __init__(self, keep: float = 0.98) -> None:
-        self._keep, self._sum, self._weight = keep, 0.0, 0.0
-
-    def add(self, x: float) -> float:
-        """Take one more value; the mean now."""
-        self._sum = self._keep * self._sum + (1 - self._keep) * x
-        self._weight = self._keep * self._weight + (1 - self._keep)
-        return self.value
-
-    @property
-    def value(self) -> float:
-        """The mean, nan before the first value."""
-        return self._sum / self._weight if self._weight else float("nan")
-
-
-def reporter(bar: Any, losses: Smoothed, collection: Collection) -> Callable[[int, float], None]:
-    """What shows each step; raises where the training diverged."""
-
-    def on_step(n_rows: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise InvalidArgument(
-                f"training diverged: the loss is {loss}",
-                step=collection.step,
-                remedy="lower --lr or --dense-lr, or look for extreme values among the dense columns",
-            )
-        bar.update(n_rows, loss=f"{losses.add(loss):.4f}", keys=f"{_n_keys(collection.tables.values()):,}")
-
-    return on_step
-
-
-def _n_keys(tables: Iterable[Table]) -> int:
-    return sum(len(t) for t in tables)
-
-
-def _to_json(field: Field) -> dict[str, Any]:
-    """A Field as keyword arguments that JSON keeps."""
-    defaults = {f.name: f.default for f in fields(Field)}
-    return {k: v for k, v in asdict(field).items() if k == "name" or v != defaults[k]}

@@ -103,7 +103,7 @@ def dense_inputs(columns: Mapping[str, Any], n_rows: int, size: int) -> npt.NDAr
                 column=name,
                 remedy="dense inputs are numbers: give the column a table, or leave it out with select()",
             )
-    flat = [column[:n_rows].reshape(n_rows, -1) for column in columns.values()]
+    flat = [(c[:, None] if c.ndim == 1 else c)[:n_rows] for c in columns.values()]
     width = sum(part.shape[1] for part in flat)
     dense = np.frombuffer(_pool.take(4 * size * width), np.float32).reshape(size, width)
     if flat:

@@ -24,7 +24,7 @@ from hbkit.data.orc import OrcFile
 from hbkit.data.stream import Epoch, Shuffle, Stats, Unit
 from hbkit.parquet import ColumnType, Field, File, list_files
 from hbkit.parquet.source import SUFFIXES
-from hbkit.ragged import Column
+from hbkit.ragged import Column, Ragged, Strings
 
 if TYPE_CHECKING:
     import pyarrow.compute as pc
@@ -54,6 +54,7 @@ class _Plan:
     prefetch: int = 0
     n_passes: int | None = 1
     epoch: int = 0
+    reshuffle: bool | None = None  # whether each iteration is the next epoch; False: all epochs have one order
     ops: tuple[Callable[[dict[str, Column]], Mapping[str, Column]], ...] = ()
     label: str | tuple[str, ...] | None = None
     weight: str | None = None
@@ -87,6 +88,7 @@ class Dataset:
         self._stats = stats or Stats()
         self._resume = resume
         self._delivered: dict[str, Any] | None = None
+        self._n_epochs = 0  # that iterations were given, where each is the next one
 
     @classmethod
     def from_parquet(
@@ -274,12 +276,33 @@ class Dataset:
         _positive(buffer_rows=buffer_rows)
         return self._with(shuffle=Shuffle(seed, buffer_rows))
 
-    def batch(self, n: int, remainder: Literal["keep", "drop", "pad"] = "keep") -> Self:
+    def shuffle_batch(
+        self,
+        n: int,
+        drop_remainder: bool = False,
+        buffer_size: int | None = None,
+        seed: int | None = None,
+        reshuffle_each_iteration: bool = True,
+    ) -> Self:
+        """``shuffle`` and ``batch`` as HybridBackend calls them: rows shuffled within ``buffer_size``, n by default.
+
+        No seed means seed 0, so that all shards agree on the order. Each iteration is the next epoch, with an order of
+        its own; without ``reshuffle_each_iteration``, all epochs have one order. (Of worker processes each counts its
+        own iterations, and new ones begin anew: there, say ``set_epoch``.)
+        """
+        out = self.shuffle(0 if seed is None else seed, n if buffer_size is None else buffer_size)
+        return out.batch(n, drop_remainder=drop_remainder)._with(reshuffle=bool(reshuffle_each_iteration))
+
+    def batch(
+        self, n: int, remainder: Literal["keep", "drop", "pad"] = "keep", *, drop_remainder: bool = False
+    ) -> Self:
         """Batches of n rows; the last one of an epoch is kept shorter, dropped, or padded.
 
-        Padding rows are zeros or empty; ``Batch.n_rows`` says how many are real.
+        Padding rows are zeros or empty; ``Batch.n_rows`` says how many are real. ``drop_remainder=True`` is another
+        way to say "drop".
         """
         _positive(n=n)
+        remainder = "drop" if drop_remainder else remainder
         _require(remainder in ("keep", "drop", "pad"), f"remainder is {remainder!r}", "use 'keep', 'drop' or 'pad'")
         return self._with(batch_size=n, remainder=remainder)
 
@@ -305,7 +328,7 @@ class Dataset:
         for kept in (*self._plan.labels, self.weight):
             _require(kept is None or kept in wanted, f"{kept!r} is the label or weight", "select it too")
         if self._plan.ops:
-            return self._with(ops=(*self._plan.ops, lambda columns: {n: _named(columns, n) for n in wanted}))
+            return self._with(ops=(*self._plan.ops, partial(_selected, wanted)))
         by_name = {f.name: f for f in self._plan.fields}
         fields = tuple(_named(by_name, n) for n in wanted)
         return self._with(fields=fields, schema={n: self._plan.schema[n] for n in wanted})
@@ -368,14 +391,18 @@ class Dataset:
         With a filter, the filtered columns are read once to count. Row groups that turn out bad when they are decoded
         are counted all the same.
         """
-        epoch = replace(self._epoch(0, set()), stats=Stats())
-        total = sum(epoch.count(u) for u in self._plan.units)
+        total = self._n_rows(set())
         if self._plan.batch_size is None:
             return total
         n, (i, m) = self._plan.batch_size, self._plan.shard
         full, rest = divmod(total, n)
         mine = (full + m - 1 - i) // m * n
         return mine + (rest if full % m == i and self._plan.remainder != "drop" else 0)
+
+    def _n_rows(self, skipped: set[int]) -> int:
+        """Rows of an epoch of all shards, without the row groups that turned out bad."""
+        epoch = replace(self._epoch(0, skipped), stats=Stats())
+        return sum(epoch.count(u) for u in self._plan.units)
 
     def stats(self) -> dict[str, Any]:
         """Counts over all iterations of this dataset so far.
@@ -431,6 +458,15 @@ class Dataset:
             n,
             batch.cursor,
         )
+
+    def no_rows(self) -> Batch:
+        """A batch without rows, of the columns that batches have: what a rank gives that is out of data."""
+        plan = self._plan
+        size = plan.batch_size or 0 if plan.remainder == "pad" else 0
+        columns = {name: pad(_no_rows(kind), size) for name, kind in plan.schema.items()}
+        for op in plan.ops:
+            columns = _checked(op(columns), size)
+        return Batch(columns, 0, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Where to continue: the cursor of the batch delivered last, a small JSON dict."""
@@ -490,7 +526,7 @@ class Dataset:
             shard=plan.shard,
             filter=plan.filter,
             shuffle=plan.shuffle,
-            epoch=number,
+            epoch=0 if plan.reshuffle is False else number,
             n_reads=plan.n_reads,
             n_decodes=plan.n_decodes,
             skip_bad=plan.skip_bad,
@@ -502,15 +538,29 @@ class Dataset:
         """As `batches`; an adapter's dataset yields its framework's tensors instead."""
         return self.batches()
 
-    def batches(self) -> Iterator[Batch]:
-        """Batches of NumPy columns from the start of the epoch, or from where ``load_state_dict`` said, once."""
-        _require(self._plan.batch_size is not None, "the dataset has no batch size", "call .batch(n) first")
-        start = self._resume or self._cursor(self._plan.epoch, 0, 0, set())
-        self._resume, self._delivered = None, start
-        return self._deliver(start)
+    def batches(self, worker: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Batches of NumPy columns from the start of the epoch, or from where ``load_state_dict`` said, once.
 
-    def _deliver(self, cursor: dict[str, Any]) -> Iterator[Batch]:
-        batches = self._batches(cursor)
+        Parameters
+        ----------
+        worker : (int, int)
+            ``(k, w)``: only what worker k of w reads of this shard. Batches taken from the workers in turn, beginning
+            with worker 0, are those of one, in order, with the same cursors.
+        """
+        _require(self._plan.batch_size is not None, "the dataset has no batch size", "call .batch(n) first")
+        _require(0 <= worker[0] < worker[1], f"worker is {worker}", "use (k, w), 0 <= k < w")
+        return self._deliver(self._begin(), worker)
+
+    def _begin(self) -> dict[str, Any]:
+        """Where an iteration that begins now starts; the next one does not."""
+        start = self._resume or self._cursor(self._plan.epoch + self._n_epochs, 0, 0, set())
+        self._resume, self._delivered = None, start
+        if self._plan.reshuffle:
+            self._n_epochs = start["epoch"] + 1 - self._plan.epoch
+        return start
+
+    def _deliver(self, cursor: dict[str, Any], worker: tuple[int, int]) -> Iterator[Batch]:
+        batches = self._batches(cursor, *worker)
         if self._plan.prefetch:
             batches = prefetch(batches, self._plan.prefetch)
         try:
@@ -522,13 +572,16 @@ class Dataset:
         finally:
             batches.close()
 
-    def _batches(self, cursor: dict[str, Any]) -> Generator[Batch, None, None]:
-        plan, n, (_, m) = self._plan, self._plan.batch_size or 1, self._plan.shard
+    def _batches(self, cursor: dict[str, Any], k: int, w: int) -> Generator[Batch, None, None]:
+        plan, n, (i, m) = self._plan, self._plan.batch_size or 1, self._plan.shard
         number, done, row, skipped = cursor["epoch"], cursor["pass"], cursor["row"], set(cursor["skipped"])
         here = self._cursor(number, done, row, skipped)
+        turn = k  # whose batches of the pass these are: every w-th of the shard, from the one that is k's turn
         while plan.n_passes is None or done < plan.n_passes:
             empty = row == 0
-            for b, parts, n_rows in self._epoch(number, skipped).batches(row):
+            first = row // n // m
+            shard = i + m * ((first + turn) % w), m * w
+            for b, parts, n_rows in replace(self._epoch(number, skipped), shard=shard).batches(row):
                 if n_rows < n and plan.remainder == "drop":
                     continue
                 empty = False
@@ -540,6 +593,10 @@ class Dataset:
                 # the row after this round of all shards: then every shard's cursor is the same
                 after = {"epoch": number, "pass": done, "row": (b // m + 1) * m * n, "skipped": sorted(skipped)}
                 yield Batch(columns, n_rows, {**here, **after})
+            if w > 1 and plan.n_passes != 1:
+                full, rest = divmod(self._n_rows(skipped), n)
+                n_batches = (full + (rest > 0 and plan.remainder != "drop") + m - 1 - i) // m
+                turn, empty = (turn - max(n_batches - first, 0)) % w, n_batches == 0
             if empty and plan.n_passes is None:
                 return  # nothing for this shard: without this, repeat() would spin for ever
             number, done, row = number + 1, done + 1, 0
@@ -617,12 +674,23 @@ def _describe(kind: ColumnType) -> str:
     return "list " * kind.ragged_rank + (kind.logical or kind.dtype)
 
 
+def _no_rows(kind: ColumnType) -> Column:
+    values: Any = Strings.from_list([]) if kind.dtype == "string" else np.empty(0, kind.dtype)
+    if kind.pad_to is not None:
+        return np.empty((0, kind.pad_to), kind.dtype)
+    return Ragged(values, (np.zeros(1, np.int64),) * kind.ragged_rank) if kind.ragged_rank else values
+
+
 def _checked(columns: Mapping[str, Column], n_rows: int) -> dict[str, Column]:
     _require(isinstance(columns, Mapping), f"map's fn gave a {type(columns).__name__}", "return a dict of columns")
     for name, column in columns.items():
         have = ragged.n_rows(column)
         _require(have == n_rows, f"map's fn gave {name!r} {have} rows of {n_rows}", "keep the number of rows")
     return dict(columns)
+
+
+def _selected(names: Sequence[str], columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _named(columns, name) for name in names}
 
 
 def _named(columns: Mapping[str, Any], name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ class RowFilter:
         self._plans: dict[int, tuple[list[str], frozenset[int]]] = {}
         self._counts: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what is remembered belongs to this process's files
+        return RowFilter, (self.expr,)
 
     def __and__(self, other: RowFilter) -> RowFilter:
         return RowFilter(self.expr & other.expr)

@@ -72,6 +72,9 @@ class OrcFile(ArrowFile):
         except Exception as e:
             raise unreadable(e, "the footer", file=self.path) from e
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process opens the file anew
+        return OrcFile, (self.source,)
+
     def _reader(self) -> Any:
         """A reader of its own for every call: readers are not safe to share between threads."""
         from pyarrow import orc  # not every build of pyarrow has it

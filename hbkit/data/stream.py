@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -103,10 +103,10 @@ def random_order(n: int, *key: int) -> npt.NDArray[np.int64]:
 class Stats:
     """Counts, safe from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, files_skipped: Sequence[str] = ()) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self.skipped: list[str] = []
+        self._counts: Counter[str] = Counter(n_files_skipped=len(files_skipped))
+        self.skipped = list(files_skipped)
 
     def add(self, name: str, n: int = 1) -> None:
         with self._lock:
@@ -121,13 +121,17 @@ class Stats:
 
     def child(self) -> Stats:
         """Fresh counts that remember the files left out when the dataset was made."""
-        out = Stats()
-        out._counts["n_files_skipped"] = self._counts["n_files_skipped"]
-        out.skipped = self.skipped[: out._counts["n_files_skipped"]]
-        return out
+        return Stats(self._files_skipped)
+
+    @property
+    def _files_skipped(self) -> list[str]:  # the first: files are opened before row groups are
+        return self.skipped[: self._counts["n_files_skipped"]]
 
     def __getitem__(self, name: str) -> int:
         return self._counts[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process counts for itself
+        return Stats, (self._files_skipped,)
 
 
 @dataclass(frozen=True)

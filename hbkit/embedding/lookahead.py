@@ -44,7 +44,11 @@ class Lookahead:
         with self._lock:
             prepared, staged = next(self._pairs)
             self._waiting.discard(staged)
-        staged.wait(asked)
+        try:
+            staged.wait(asked)
+        except BaseException:
+            staged.close()
+            raise
         return prepared, staged
 
     def close(self) -> None:
@@ -59,9 +63,11 @@ class Lookahead:
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
-        if exception is not None and not isinstance(exception, GeneratorExit):
-            self._collection.abort(exception)
-        self.close()
+        try:
+            if exception is not None and not isinstance(exception, GeneratorExit):
+                self._collection.abort(exception)
+        finally:
+            self.close()
 
     def __del__(self) -> None:
         self.close()

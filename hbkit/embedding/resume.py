@@ -15,6 +15,8 @@ from hbkit import snapshot
 from hbkit.data import Dataset
 from hbkit.embedding.collection import Collection
 from hbkit.errors import NotFound, SchemaMismatch
+from hbkit.shuffle import Transport
+from hbkit.snapshot.ranks import Ranks
 
 __all__ = ["Resumable", "random_arrays", "set_random_arrays"]
 
@@ -25,6 +27,9 @@ class Resumable(ABC):
     The losses after `load` are bit for bit those of a training that was not interrupted, at a fixed number of the
     framework's threads.
 
+    Over sharded embeddings all ranks call `save` and `load` together: each saves the rows that it owns, and loads those
+    that it owns then, so that any number of ranks goes on with what any other saved; with the same number, exactly.
+
     Attributes
     ----------
     cursor : dict or None
@@ -34,6 +39,7 @@ class Resumable(ABC):
 
     embeddings: Any
     cursor: dict[str, Any] | None = None
+    _channel: Transport | None = None  # of saves, which may go on beside the steps
 
     @abstractmethod
     def dense_state(self) -> bytes:
@@ -59,8 +65,22 @@ class Resumable(ABC):
         collection: Collection = getattr(self.embeddings, "collection", self.embeddings)
         return collection
 
+    @property
+    def _group(self) -> Transport | None:
+        """The ranks that save together; None where the embeddings are not sharded."""
+        transport = getattr(self.collection, "transport", None)
+        if self._channel is None and transport is not None:
+            self._channel = transport.split()
+        return self._channel
+
     def state(self) -> dict[str, Any]:
-        """All but the tables, as `hbkit.snapshot.save` takes it: ``dense`` and ``random`` (bytes), and ``cursor``."""
+        """All but the tables, as `hbkit.snapshot.save` takes it: ``dense`` and ``random`` (bytes), and ``cursor``.
+
+        Dense weights and the cursor are the same on all ranks, and rank 0 gives them; the others give ``random-RANK``.
+        """
+        transport = getattr(self.collection, "transport", None)
+        if transport is not None and transport.rank:
+            return {f"random-{transport.rank}": self.random_state()}
         return {"dense": self.dense_state(), "random": self.random_state(), "cursor": self.cursor}
 
     def load_state(self, state: Mapping[str, Any], ds: Dataset | None = None) -> None:
@@ -81,8 +101,10 @@ class Resumable(ABC):
         if ds is not None and cursor is not None:
             ds.load_state_dict(cursor)
         self.load_dense_state(state["dense"])
-        if "random" in state:  # not in commits of tables and weights alone
-            self.load_random_state(state["random"])
+        transport = getattr(self.collection, "transport", None)
+        random = f"random-{transport.rank}" if transport is not None and transport.rank else "random"
+        if random in state:  # not in commits of tables and weights alone, or of fewer ranks
+            self.load_random_state(state[random])
         self.cursor = cursor
 
     @overload
@@ -138,8 +160,8 @@ class Resumable(ABC):
     ) -> str | snapshot.Saving:
         tables, step = list(self.collection.tables.values()), self.collection.step
         if background:
-            return snapshot.save(path, tables, step, base, state, background=True)
-        return snapshot.save(path, tables, step, base, state)
+            return snapshot.save(path, tables, step, base, state, background=True, group=self._group)
+        return snapshot.save(path, tables, step, base, state, group=self._group)
 
     def load(
         self, path: str | os.PathLike[str], ds: Dataset | None = None, commit: str | None = None
@@ -164,9 +186,18 @@ class Resumable(ABC):
             As `load_state` and `hbkit.snapshot.load` raise; then the trainer may be half loaded, and is of no use
             before something was loaded whole.
         """
-        loaded = snapshot.load(path, [], commit)
-        self.load_state(loaded.state, ds)
-        return snapshot.load(path, list(self.collection.tables.values()), loaded.commit)
+        ranks = Ranks(self._group)
+        found: list[snapshot.Loaded] = []
+        commit = ranks.gather(lambda: snapshot.load(path, [], commit).commit)[0]
+
+        def load() -> None:
+            loaded = snapshot.load(path, [], commit)
+            self.load_state(loaded.state, ds)
+            tables = list(self.collection.tables.values())
+            found.append(snapshot.load(path, tables, loaded.commit, (ranks.rank, ranks.size)))
+
+        ranks.gather(load)
+        return found[0]
 
 
 def random_arrays() -> dict[str, npt.NDArray[Any]]:

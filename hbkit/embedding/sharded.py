@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from hbkit.shuffle.exchange import Bytes, Transport, failed
 from hbkit.shuffle.messages import CLOSED, OUT, READY, Channel, Message, Stamp
 from hbkit.shuffle.partition import partition
 from hbkit.shuffle.quantize import WIRES, Noise, pack, row_nbytes, unpack
+from hbkit.shuffle.residuals import Residuals
 from hbkit.store.base import Float32s, Int64s
 
 __all__ = ["Placement", "Sharded"]
@@ -60,6 +62,9 @@ class Sharded(Collection):
         Where a table's rows are; one that is not named is spread by key. A rank (int) holds the table whole.
         "replicate": every rank does, and all make the same updates. int64[n]: it is spread by key, but these keys, that
         most batches hold, are replicated. See `hbkit.embedding.placement.plan`.
+    feedback : int
+        Keys of each table, those first sent, for which this rank keeps what rounding left out of their gradients, to
+        add it to the next: ``4 * dim`` bytes each.
 
     Attributes
     ----------
@@ -68,7 +73,7 @@ class Sharded(Collection):
     Raises
     ------
     SchemaMismatch
-        The ranks' configurations differ; the message, and a note with it, show where.
+        The ranks' tables, features, wire or placement differ; the message shows where, as a diff.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Sharded(Collection):
         transport: Transport,
         wire: str = "float32",
         placement: Mapping[str, Placement] | None = None,
+        feedback: int = 0,
     ) -> None:
         if wire not in WIRES:
             raise InvalidArgument(f"no wire {wire!r}", remedy=f"use one of {', '.join(WIRES)}")
@@ -84,13 +90,18 @@ class Sharded(Collection):
         self._by_table = collection._by_table
         self._training = None
         self.transport, self.wire, self.placement = transport, wire, dict(placement or {})
+        self.feedback = feedback
         self._hot: dict[str, Index] = {}
         for name, where in self.placement.items():
             self._place(name, where)
         self._step = Channel(transport, 0)
+        self._residuals = {
+            name: Residuals(feedback, t.dim) for name, t in self.tables.items() if feedback and wire != "float32"
+        }
         self._ahead: list[Channel] = []  # all that were split, by their number less 1
         self._free: set[int] = set()
-        self._sent: dict[str, Counter[str]] = {name: Counter() for name in self.tables}
+        self._sent: dict[str, Counter[str]] = {what: Counter() for what in ("keys", "rows", "gradients", "scales")}
+        self._row_nbytes = {name: row_nbytes(t.dim, wire) for name, t in self.tables.items()}
         self._counting = threading.Lock()
         agree(self._step, _settings(self), "tables")
 
@@ -233,10 +244,21 @@ class Sharded(Collection):
             self.abort(e)
             raise
 
-    def count(self, table: str, what: str, n: int) -> None:
-        """Add to what `stats` says of a table. From any thread."""
+    def count(self, what: str, nbytes: Mapping[str, int]) -> None:
+        """Add bytes of each table to what `stats` says. From any thread."""
         with self._counting:
-            self._sent[table][what] += n
+            self._sent[what].update(nbytes)
+
+    def count_rows(self, what: str, parts: Sequence[_Part], n: Sequence[int] | Int64s) -> None:
+        """Add so many rows of each part."""
+        rows: Counter[str] = Counter()
+        for p, m in zip(parts, n, strict=True):
+            rows[p.table.name] += int(m)
+        self.count(what, {name: m * self._row_nbytes[name] for name, m in rows.items()})
+        if self.wire == "int8":
+            self.count(
+                "scales", {name: m * (self._row_nbytes[name] - self.tables[name].dim) for name, m in rows.items()}
+            )
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """`Table.stats` of this rank's part of each table by name, and what of it this rank has sent so far.
@@ -244,10 +266,11 @@ class Sharded(Collection):
         ``sent_keys_nbytes`` (with counts), ``sent_rows_nbytes`` and ``sent_gradients_nbytes``, in which
         ``sent_scales_nbytes`` are those of int8. See `traffic` for the messages.
         """
-        zero = dict.fromkeys(("keys", "rows", "gradients", "scales"), 0)
         with self._counting:
-            sent = {name: {f"sent_{k}_nbytes": counter[k] for k in zero} for name, counter in self._sent.items()}
-        return {name: {**stats, **sent[name]} for name, stats in super().stats().items()}
+            return {
+                name: {**stats, **{f"sent_{what}_nbytes": of[name] for what, of in self._sent.items()}}
+                for name, stats in super().stats().items()
+            }
 
     def traffic(self) -> dict[str, int]:
         """Messages and bytes that this rank has sent, headers included: ``keys_messages``, ``rows_nbytes``, ..."""
@@ -483,8 +506,8 @@ class _Between(Staged):
                 arrays.append(counts.astype(np.uint8 if counts.max(initial=0) < 256 else np.uint32))
                 width = arrays[-1].itemsize
             blocks.append(np.concatenate([a.view(np.uint8) for a in arrays]))
-            for p, n in zip(parts, n_keys, strict=True):
-                self._sharded.count(p.table.name, "keys", int(n) * (8 + width))
+            nbytes = {p.table.name: int(n) * (8 + width) for p, n in zip(parts, n_keys, strict=True)}
+            self._sharded.count("keys", nbytes)
         return blocks
 
     def own(self, stamp: Stamp, messages: Sequence[Message]) -> None:
@@ -529,7 +552,7 @@ class _Between(Staged):
             raise  # the others do not wait for this batch
         except Exception as e:
             failure = e
-        wire, parts = self._sharded.wire, list(self._requests.values())
+        parts = list(self._requests.values())
 
         def fill(payloads: list[Bytes]) -> None:
             if failure is not None:
@@ -543,60 +566,49 @@ class _Between(Staged):
                 p.rows = retained((len(p.keys), p.table.dim))
                 p.rows[p.to[self._rank]] = here[p.of[self._rank]]
                 p.rows[p.shared] = here[p.of_shared[self._rank]]
-                self._pack("rows", p, here, p.of, cursors, lambda some: None)
+                self._pack(p, here, p.of, cursors)
 
-        size = [row_nbytes(p.table.dim, wire) for p in parts]
-        sizes = sum((n * p.came for n, p in zip(size, parts, strict=True)), self._none)
-        expected = sum((n * p.sizes for n, p in zip(size, parts, strict=True)), self._none)
-        messages = self._sharded.exchange("rows", self._stamp, step, sizes, fill, expected)
+        came, sizes = self._stack(parts, [p.came for p in parts]), self._stack(parts, [p.sizes for p in parts])
+        size = self._row_nbytes(parts)
+        messages = self._sharded.exchange("rows", self._stamp, step, size @ came, fill, size @ sizes)
+        self._sharded.count_rows("rows", parts, came.sum(1) - came[:, self._rank])
         with self._sharded.telling():
             cursors = [_Cursor(m.payload) for m in messages]
             for p in parts:
                 self._unpack(p, p.rows, p.to, cursors)
             return self._read()
 
-    @property
-    def _none(self) -> Int64s:
-        return np.zeros(self._n_ranks, np.int64)
+    def _row_nbytes(self, parts: Sequence[_Part]) -> Int64s:
+        return np.array([self._sharded._row_nbytes[p.table.name] for p in parts], np.int64)
 
-    def _pack(
-        self,
-        what: str,
-        p: _Part,
-        rows: Float32s,
-        to: Sequence[slice],
-        cursors: Sequence[_Cursor],
-        noise: Callable[[slice], Noise | None],
-    ) -> None:
+    def _stack(self, parts: Sequence[_Part], n: Sequence[Int64s]) -> Int64s:
+        """Of each part and rank: int64[parts, ranks]."""
+        return np.array(n, np.int64).reshape(len(parts), self._n_ranks)
+
+    def _pack(self, p: _Part, rows: Float32s, to: Sequence[slice], cursors: Sequence[_Cursor]) -> None:
         """Rows of a table that go to each other rank."""
-        wire, dim = self._sharded.wire, p.table.dim
         for r, (some, cursor) in enumerate(zip(to, cursors, strict=True)):
-            if r != self._rank:
-                n = some.stop - some.start
-                if n:
-                    pack(rows[some], wire, cursor.take(n * row_nbytes(dim, wire)), noise(some))
-                self._count(what, p, n)
+            if r != self._rank and some.stop > some.start:
+                pack(rows[some], self._sharded.wire, self._next(cursor, p, some))
 
-    def _count(self, what: str, p: _Part, n: int) -> None:
-        """Count rows that are sent."""
-        wire, dim = self._sharded.wire, p.table.dim
-        self._sharded.count(p.table.name, what, n * row_nbytes(dim, wire))
-        if wire == "int8":
-            self._sharded.count(p.table.name, "scales", n * (row_nbytes(dim, wire) - dim))
+    def _next(self, cursor: _Cursor, p: _Part, some: slice) -> Bytes:
+        """The block of so many rows of a table."""
+        return cursor.take((some.stop - some.start) * self._sharded._row_nbytes[p.table.name])
 
     def _unpack(self, p: _Part, out: Float32s, of: Sequence[slice], cursors: Sequence[_Cursor]) -> None:
         """Rows of a table that came from each other rank."""
-        wire, dim = self._sharded.wire, p.table.dim
         for r, (some, cursor) in enumerate(zip(of, cursors, strict=True)):
             if r != self._rank and some.stop > some.start:
-                unpack(cursor.take((some.stop - some.start) * row_nbytes(dim, wire)), dim, wire, out[some])
+                unpack(self._next(cursor, p, some), p.table.dim, self._sharded.wire, out[some])
 
-    # --- gradients: of each table a bit for each key that no used feature reads, then a row for each key ------
+    # --- gradients: a bit for each key of all tables that no used feature reads; of each table a row for each key,
+    # --- of the shared ones first ----------------------------------------------------------------------------
 
     def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
+        me, wire = self._rank, self._sharded.wire
         given = [(batch, grads) for batch, grads in batches if isinstance(batch, _Between)]
         parts = [p for batch, _ in given for p in batch._requests.values()]
-        summed: list[tuple[Float32s, npt.NDArray[np.bool_]]] = []
+        summed: list[tuple[Float32s, npt.NDArray[np.bool_] | None]] = []
         shared: list[Bytes] = []
 
         def fill(payloads: list[Bytes]) -> None:
@@ -604,69 +616,81 @@ class _Between(Staged):
                 of = batch._parts(grads, check=batch.share > 0)
                 summed.extend(batch._sum(p, of) for p in batch._requests.values())
             cursors = [_Cursor(payload) for payload in payloads]
-            for p, (sums, idle) in zip(parts, summed, strict=True):
-                shared.append(pack(sums[p.shared], self._sharded.wire, noise=self._noise(p, step, p.shared)))
-                block = shared[-1]
+            for r, cursor in enumerate(cursors):
+                if r != me:
+                    bits = cursor.take((int(to[:, r].sum()) + 7) // 8)
+                    idle = _idle(parts, summed, r)
+                    bits[:] = 0 if idle is None else np.packbits(idle)
+            for p, (sums, _) in zip(parts, summed, strict=True):
+                shared.append(self._pack_gradients(p, sums, p.shared, step) if p.sharing else _NO_BYTES)
                 for r, cursor in enumerate(cursors):
-                    if r != self._rank:
-                        bits = np.packbits(p.sent(idle, r))
-                        cursor.take(len(bits))[:] = bits
-                        cursor.take(len(block))[:] = block
-                self._count("gradients", p, p.shared.stop * (self._n_ranks - 1))
-                self._pack("gradients", p, sums, p.to, cursors, partial(self._noise, p, step))
+                    if r != me:
+                        cursor.take(len(shared[-1]))[:] = shared[-1]
+                        self._pack_gradients(p, sums, p.to[r], step, self._next(cursor, p, p.to[r]))
 
-        size = [row_nbytes(p.table.dim, self._sharded.wire) for p in parts]
-        to = [p.sizes + p.shared.stop for p in parts]
-        of = [p.came + [s.stop - s.start for s in p.of_shared] for p in parts]
-        sizes = sum((n * m + (m + 7) // 8 for n, m in zip(size, to, strict=True)), self._none)
-        expected = sum((n * m + (m + 7) // 8 for n, m in zip(size, of, strict=True)), self._none)
+        to = self._stack(parts, [p.sizes + p.shared.stop for p in parts])
+        of = self._stack(parts, [p.came + [s.stop - s.start for s in p.of_shared] for p in parts])
+        size = self._row_nbytes(parts)
+        sizes, expected = (size @ n + (n.sum(0) + 7) // 8 for n in (to, of))
         messages = self._sharded.exchange("gradients", self._stamp, step, sizes, fill, expected)
+        self._sharded.count_rows("gradients", parts, to.sum(1) - to[:, me])
         with self._sharded.telling():
             cursors = [_Cursor(m.payload) for m in messages]
-            came: dict[str, list[tuple[_Part, Float32s, npt.NDArray[np.bool_]]]] = {}
-            for p, n_keys, (sums, idle), block in zip(parts, of, summed, shared, strict=True):
-                me = self._rank
-                unused = [
-                    p.sent(idle, r) if r == me else _bits(cursor, n)
-                    for r, (cursor, n) in enumerate(zip(cursors, n_keys.tolist(), strict=True))
-                ]
+            unused = [
+                _idle(parts, summed, r) if r == me else _bits(cursor, int(n))
+                for r, (cursor, n) in enumerate(zip(cursors, of.sum(0), strict=True))
+            ]
+            came: dict[str, list[tuple[_Part, Float32s, npt.NDArray[np.bool_] | None]]] = {}
+            for i, (p, (sums, _), block) in enumerate(zip(parts, summed, shared, strict=True)):
                 here: Float32s = retained((len(p.here), p.table.dim))
                 here[p.of[me]] = sums[p.to[me]]
-                # What this rank sent of shared keys, not what it had: so all add the same.
-                unpack(block, p.table.dim, self._sharded.wire, here[p.of_shared[me]])
-                for some in (p.of_shared, p.of):
-                    self._unpack(p, here, some, cursors)
-                came.setdefault(p.table.name, []).append((p, here, np.concatenate(unused)))
+                if p.sharing:
+                    # What this rank sent of shared keys, not what it had: so all add the same.
+                    unpack(block, p.table.dim, wire, here[p.of_shared[me]])
+                    self._unpack(p, here, p.of_shared, cursors)
+                self._unpack(p, here, p.of, cursors)
+                came.setdefault(p.table.name, []).append((p, here, _of_part(unused, of, i)))
             for name, grads_of in came.items():
                 self._apply(self._requests[name], grads_of, step)
 
-    def _sum(self, p: _Part, given: Mapping[str, _Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_]]:
+    def _pack_gradients(self, p: _Part, sums: Float32s, some: slice, step: int, out: Bytes | None = None) -> Bytes:
+        """Some rows of a table's gradients as a block, rounded at random; with feedback, what is lost is kept."""
+        keys, name = p.keys[some], p.table.name
+        noise = Noise(0, name, self._rank, step, keys)
+        residuals = self._sharded._residuals.get(name)
+        if residuals is None:
+            return pack(sums[some], self._sharded.wire, out, noise)
+        slots, rows = residuals.take(keys)
+        block = pack(sums[some], self._sharded.wire, out, noise, rows)
+        residuals.put(slots, rows)
+        return block
+
+    def _sum(self, p: _Part, given: Mapping[str, _Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_] | None]:
         """The gradient of each key of a table, and which have none since all features that read them were left out."""
         features = self._sharded._by_table[p.table.name]
         used = [f for f in features if f in given]
         if not used:
             return np.zeros((len(p.keys), p.table.dim), np.float32), np.ones(len(p.keys), np.bool_)
-        positions = p.inverse
-        idle = np.zeros(len(p.keys), np.bool_)
-        if used != features:
-            positions = np.concatenate([p.inverse[self._spans[f]] for f in used])
-            idle[:] = True
-            idle[positions] = False
-        return p.sums(_join([given[f] for f in used]), positions, self.share), idle
+        grads = _join([given[f] for f in used])
+        if used == features:
+            return p.sums(grads, p.inverse, self.share), None
+        positions = np.concatenate([p.inverse[self._spans[f]] for f in used])
+        idle = np.ones(len(p.keys), np.bool_)
+        idle[positions] = False
+        return p.sums(grads, positions, self.share), idle
 
-    def _noise(self, p: _Part, step: int, some: slice) -> Noise:
-        return Noise(0, p.table.name, self._rank, step, p.keys[some])
-
-    def _apply(self, p: _Part, came: Sequence[tuple[_Part, Float32s, npt.NDArray[np.bool_]]], step: int) -> None:
+    def _apply(self, p: _Part, came: Sequence[tuple[_Part, Float32s, npt.NDArray[np.bool_] | None]], step: int) -> None:
         """Sum what came for each key, batch by batch and in the order of the ranks, and update."""
         finite = self._sharded.wire == "float32"  # else a sender cannot know what becomes of a large value
-        if len(came) == 1 and self._state == "read" and not came[0][2].any():
+        if len(came) == 1 and self._state == "read" and came[0][2] is None:
             p.request.update(came[0][1], None, None, step, finite)
             return
-        keys = np.concatenate([of.here[~idle] for of, _, idle in came])
+        used = [slice(None) if idle is None else ~idle for _, _, idle in came]
+        keys = np.concatenate([of.here[some] for (of, _, _), some in zip(came, used, strict=True)])
         if len(keys):
+            grads = np.concatenate([grads[some] for (_, grads, _), some in zip(came, used, strict=True)])
             request = Request(p.table, [keys])
-            request.update(np.concatenate([grads[~idle] for _, grads, idle in came]), None, None, step, finite)
+            request.update(grads, None, None, step, finite)
             request.close()
 
 
@@ -684,17 +708,44 @@ class _Cursor:
 
 def _slices(sizes: Int64s, first: int = 0) -> list[slice]:
     """Of so many items each, end to end from `first` on."""
-    ends = (np.cumsum(sizes) + first).tolist()
-    return [slice(a, b) for a, b in zip([first, *ends], ends, strict=False)]
+    ends = list(accumulate(sizes.tolist(), initial=first))
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
-def _bits(cursor: _Cursor, n: int) -> npt.NDArray[np.bool_]:
-    return np.unpackbits(cursor.take((n + 7) // 8), count=n).view(np.bool_)
+def _idle(
+    parts: Sequence[_Part], summed: Sequence[tuple[Float32s, npt.NDArray[np.bool_] | None]], rank: int
+) -> npt.NDArray[np.bool_] | None:
+    """Which of the keys that go to a rank, of all tables, have no gradient; None where all have one."""
+    if all(idle is None for _, idle in summed):
+        return None
+    none = [
+        np.zeros(len(p.keys), np.bool_) if idle is None else idle for p, (_, idle) in zip(parts, summed, strict=True)
+    ]
+    return np.concatenate([p.sent(idle, rank) for p, idle in zip(parts, none, strict=True)])
+
+
+def _bits(cursor: _Cursor, n: int) -> npt.NDArray[np.bool_] | None:
+    """The next n bits, None where none is set."""
+    bits = cursor.take((n + 7) // 8)
+    return np.unpackbits(bits, count=n).view(np.bool_) if bits.any() else None
+
+
+def _of_part(of_rank: Sequence[npt.NDArray[np.bool_] | None], sizes: Int64s, part: int) -> npt.NDArray[np.bool_] | None:
+    """What is said of the keys of a part by each rank, end to end; None where it is nothing."""
+    if all(said is None for said in of_rank):
+        return None
+    firsts, ends = sizes[:part].sum(0).tolist(), sizes[: part + 1].sum(0).tolist()
+    return np.concatenate(
+        [
+            np.zeros(b - a, np.bool_) if said is None else said[a:b]
+            for said, a, b in zip(of_rank, firsts, ends, strict=True)
+        ]
+    )
 
 
 def _settings(sharded: Sharded) -> dict[str, object]:
     """What has to be equal on all ranks."""
-    settings: dict[str, object] = {"wire": sharded.wire}
+    settings: dict[str, object] = {"wire": sharded.wire, "feedback": sharded.feedback}
     for name, where in sharded.placement.items():
         if isinstance(where, np.ndarray):
             hot = np.unique(where)

@@ -202,6 +202,9 @@ class File:
             self.schema[leaf.name] = leaf.kind
         self._folded = self._fold() if ignore_case else {}
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process opens the file anew
+        return File, (self.source, bool(self._folded), self._limit)
+
     def _fold(self) -> dict[str, str]:
         folded: dict[str, str] = {}
         for name in self.schema:

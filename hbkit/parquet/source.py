@@ -116,6 +116,9 @@ class LocalSource:
         self._map, self.nbytes = b"", 0
         self._file.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalSource, (self.path,)
+
 
 class RemoteSource:
     """A file of a pyarrow or fsspec file system, read in few requests that are repeated when they fail.
@@ -228,6 +231,9 @@ class RemoteSource:
     def close(self) -> None:
         self.nbytes, self._tail = 0, None
         self._close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_source, (self.path,)
 
 
 N_TAILS = 16  # files whose end is kept, the most recently opened ones

@@ -11,6 +11,7 @@ float16 gives infinity for what is beyond it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +51,14 @@ class Noise(NamedTuple):
 
     def stream(self) -> int:
         """The 64-bit key of the generator."""
-        name = np.frombuffer(self.table.encode(), np.uint8)
-        named = int(hash_bytes(name, np.array([0, len(name)]))[0]) % 2**64
-        return int(mix64(((mix64(self.seed % 2**64) ^ named) + self.rank + 1) % 2**64))
+        return _stream(self.seed, self.table, self.rank)
+
+
+@lru_cache(maxsize=4096)
+def _stream(seed: int, table: str, rank: int) -> int:
+    name = np.frombuffer(table.encode(), np.uint8)
+    named = int(hash_bytes(name, np.array([0, len(name)]))[0]) % 2**64
+    return int(mix64(((mix64(seed % 2**64) ^ named) + rank + 1) % 2**64))
 
 
 def row_nbytes(dim: int, wire: str) -> int:

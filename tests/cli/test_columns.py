@@ -1,8 +1,10 @@
 """Which columns `hbkit train` takes."""
 
+import numpy as np
 import pytest
 
-from hbkit.cli.columns import choose, sequences
+from hbkit import Ragged
+from hbkit.cli.columns import Columns, choose, sequences
 from hbkit.errors import InvalidArgument, UnknownColumn
 from hbkit.parquet import ColumnType
 
@@ -81,3 +83,15 @@ def test_choose_takes_what_is_named_and_nothing_else():
 def test_choose_refuses_by_name(label, dense, sparse, error, words):
     with pytest.raises(error, match=words):
         choose(SCHEMA, {"map": "maps cannot be read"}, label, dense, sparse)
+
+
+def test_columns_cut_lists_to_their_newest_keys():
+    lists = [[1, 2, 3], [], [4], [5, 6]]
+    values, splits = np.array([x for part in lists for x in part]), np.cumsum([0, *map(len, lists)])
+    batch = {"seen": Ragged(values, splits), "user": np.arange(4)}
+    for n in (1, 2, 3, 100):
+        cut = Columns("y", [], ["user", "seen"], [], newest={"seen": n}).cut(batch)
+        assert [x.tolist() for x in np.split(cut["seen"].values, cut["seen"].row_splits[0][1:-1])] == [
+            x[-n:] for x in lists
+        ]
+        assert cut["user"] is batch["user"]

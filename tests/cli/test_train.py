@@ -167,14 +167,23 @@ def trained(past, runs, *args):
     return done.stdout.split("trained\n")[1:]
 
 
+OPTIONS = {
+    "mmoe": ["--label", "click,buy", "--positive-weight", "1,2"],
+    "din": ["--label", "click", "--sequence", "seen:item", "--sequence-length", "3"],
+}
+
+
+def run_of(name, *args):
+    return ["--model", name, *OPTIONS.get(name, ["--label", "click"]), *args]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_train_takes_every_model(past, tmp_path, backend):
     from hbkit.cli.train import MODELS
 
-    options = {"mmoe": ["--label", "click,buy"], "din": ["--sequence", "seen:item", "--label", "click"]}
-    runs = [["--model", name, *options.get(name, ["--label", "click"])] for name in MODELS]
-    runs[-1] += ["--save", str(tmp_path / "din"), "--amp"]
-    runs[-2] += ["--save", str(tmp_path / "mmoe")]
+    extra = {"dlrm": ["--compile"], "deepfm": ["--amp"], "din": ["--save", str(tmp_path / "din"), "--amp"]}
+    extra["mmoe"] = ["--save", str(tmp_path / "mmoe")]
+    runs = [run_of(name, *extra.get(name, [])) for name in MODELS]
     outputs = trained(past, runs, "--backend", backend, "--group", "user")
     for name, out in zip(MODELS, outputs, strict=True):
         assert f"{name} ({backend})" in out
@@ -188,6 +197,31 @@ def test_train_takes_every_model(past, tmp_path, backend):
             assert float(figure(again, figure_name)) == pytest.approx(float(figure(out, figure_name)), abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_train_compiles_and_mixes_precisions_of_every_model(past, backend):
+    from hbkit.cli.train import MODELS
+
+    ways = [[], ["--compile"], ["--amp"], ["--compile", "--amp"]]
+    for name in MODELS:
+        outputs = trained(past, [run_of(name, *way) for way in ways], "--backend", backend)
+        figures = [float(figure(out, "AUC")) for out in outputs]
+        assert figures[0] > 0.75 and figures == pytest.approx([figures[0]] * len(ways), abs=0.02), name
+
+
+def test_train_keeps_the_newest_of_a_sequence(past, tmp_path):
+    pytest.importorskip("torch")
+    table, short = pq.read_table(past), tmp_path / "short.parquet"
+    seen = pa.array([x[-2:] for x in table["seen"].to_pylist()], pa.list_(pa.int64()))
+    pq.write_table(table.set_column(table.column_names.index("seen"), "seen", seen), short, row_group_size=1000)
+    din = ["--model", "din", "--label", "click", "--sequence", "seen:item"]
+    save = ["--save", str(tmp_path / "m")]
+    whole, cut = trained(past, [din, [*din, "--sequence-length", "2", *save]])
+    (other,) = trained(short, [din])
+    assert figure(cut, "AUC") == figure(other, "AUC") != figure(whole, "AUC")
+    assert figure(hbkit("evaluate", tmp_path / "m", "--data", past), "AUC") == figure(cut, "AUC")
+
+
 def test_train_weighs_stops_and_logs(past, tmp_path):
     pytest.importorskip("torch")
     common = ["--label", "click", "--epochs", "12", "--lr", "0.5"]
@@ -197,7 +231,9 @@ def test_train_weighs_stops_and_logs(past, tmp_path):
     pq.write_table(table.set_column(0, "click", shuffled), noise)
     patient = ["--patience", "1", "--log-dir", str(logs), "--save", str(saved), "--eval-data", str(noise)]
     click, heavy = ["--label", "click"], ["--positive-weight", "20"]
-    one, light, heavy = trained(past, [[*common, *patient], click, [*click, *heavy]])
+    both = ["--label", "click,buy", "--model", "mmoe"]
+    runs = [[*common, *patient], click, [*click, *heavy], both, [*both, "--positive-weight", "1,20"]]
+    one, light, heavy, even, odd = trained(past, runs)
     log = next(logs.iterdir()).read_bytes()
     n_epochs = log.count(b"evaluation/auc")
     assert 1 < n_epochs < 12 and log.count(b"training/loss") == 8 * n_epochs
@@ -205,6 +241,8 @@ def test_train_weighs_stops_and_logs(past, tmp_path):
     again = hbkit("evaluate", saved, "--data", noise)
     assert figure(again, "AUC") == figure(one, "AUC")  # the best epoch is what was saved
     assert float(figure(heavy, "log loss")) > 0.6 > float(figure(light, "log loss"))
+    assert float(figure(odd, "buy: log loss")) > 0.8 > float(figure(even, "buy: log loss"))
+    assert float(figure(odd, "click: log loss")) < 0.8
     for wrong, says in [
         (["--patience", 1], "give --eval-data"),
         (["--group", "user"], "give --eval-data"),
@@ -212,7 +250,8 @@ def test_train_weighs_stops_and_logs(past, tmp_path):
         (["--sequence", "seen:item"], "deepfm takes no sequence"),
         (["--label", "click,buy"], "deepfm predicts one label"),
         (["--group", "seen", "--eval-data", past], "'seen' is no column of one key"),
-        (["--label", "click,buy", "--model", "mmoe", "--positive-weight", 2], "of 2 labels"),
+        (["--label", "click,buy", "--model", "mmoe", "--positive-weight", "2,3,4"], "2,3,4 of 2 labels"),
+        (["--positive-weight", "much"], "give numbers"),
     ]:
         assert says in hbkit("train", "--data", past, "--label", "click", *wrong, status=2)
 

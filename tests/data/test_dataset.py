@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbkit import Ragged, Strings, errors
+from hbkit import Ragged, Strings, errors, ragged
 from hbkit.data import Dataset, Field
 
 
@@ -696,3 +696,19 @@ def test_real_filter_equals_pyarrow(shared):
 
 
 PINNED = [78, 79, 76, 44, 77, 75, 43, 41, 47, 81]
+
+
+def test_a_batch_without_rows_has_the_columns_of_batches(tmp_path):
+    path = tmp_path / "t.parquet"
+    table = {"a": np.arange(5), "l": [[1.5]] * 5, "s": ["x"] * 5, "p": [[1, 2]] * 5, "n": [[[1], []]] * 5}
+    pq.write_table(pa.table(table), path)
+    fields = ["a", "l", "s", Field("p", pad_to=3), "n"]
+    for remainder in "keep", "pad":
+        ds = Dataset.from_parquet(path, fields).batch(3, remainder).map(lambda c: {**c, "twice": c["a"] * 2})
+        first, nothing = next(iter(ds)), ds.no_rows()
+        assert nothing.n_rows == 0 and list(nothing) == list(first)
+        assert {ragged.n_rows(column) for column in nothing.values()} == {0 if remainder == "keep" else 3}
+        joined = {name: ragged.concat([first[name], nothing[name]]) for name in first}
+        assert all(type(joined[name]) is type(first[name]) for name in first)
+        assert nothing.cursor == first.cursor
+        assert ds.inputs(nothing, "lsn").dense.shape == (3, 5)

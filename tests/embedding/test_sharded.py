@@ -607,3 +607,26 @@ def test_sharded_counts_what_it_sends(wire):
         assert traffic["gradients_nbytes"] == stats["sent_gradients_nbytes"] + (others + 7) // 8 + header
         assert traffic["keys_nbytes"] == 4 + stats["sent_keys_nbytes"] + header
         assert [traffic[f"{kind}_messages"] for kind in ("keys", "rows", "gradients")] == [1, 1, 1]
+
+
+def test_sharded_feedback_bounds_what_rounding_adds_up_to():
+    """A gradient whose small column is far below a step of int8: what was left out is sent later."""
+    grad, steps, keys = np.array([1.0, 0.001], np.float32), 100, {"user": np.arange(60)}
+
+    def act(t, feedback):
+        c, starts = Sharded(Collection([Table("user", 2, optimizer=SGD(lr=1.0))]), t, "int8", feedback=feedback), []
+        for _ in range(steps):
+            staged = c.stage(keys)
+            out = staged.outputs()["user"]
+            starts.append(c.tables["user"].lookup(keys["user"]))  # what this rank has itself, not rounded
+            staged.apply({"user": np.tile(grad, (len(out), 1))})
+        moved = starts[0] - c.tables["user"].lookup(keys["user"])
+        mine = moved[:, 0] != 0
+        return np.abs(moved[mine, 1] - grad[1] * steps).max(), moved.tobytes()
+
+    step = 1 / 127
+    kept = run_ranks(lambda t: act(t, 100), Loopback.group(2, 5))
+    assert max(error for error, _ in kept) < 2 * step
+    assert run_ranks(lambda t: act(t, 100), Loopback.group(2, 5)) == kept
+    lost = run_ranks(lambda t: act(t, 0), Loopback.group(2, 5))
+    assert max(error for error, _ in lost) > 2 * step

@@ -191,6 +191,36 @@ def test_gauc_refuses_bad_groups(group):
         metrics.GAUC().update([0, 1], [0.5, 0.5], group=group)
 
 
+class Counting:
+    """A transport that counts what goes to other ranks."""
+
+    def __init__(self, ranks):
+        self.ranks, self.rank, self.size, self.sent = ranks, ranks.rank, ranks.size, 0
+
+    def all_to_all(self, data, counts):
+        self.sent += int(counts.sum() - counts[self.rank])
+        return self.ranks.all_to_all(data, counts)
+
+
+@pytest.mark.parametrize("names", [np.arange(2000), np.array([f"user {i}" for i in range(2000)])])
+def test_gauc_sends_each_row_once_to_the_rank_that_owns_its_group(names):
+    rng, n, size = np.random.default_rng(0), 20_000, 4
+    label, score, group = rng.random(n) < 0.3, rng.random(n), names[rng.integers(0, 2000, n)]
+    whole, ranks, wires = metrics.GAUC(), [], [Counting(ranks) for ranks in Loopback.group(size)]
+    whole.update(label, score, group=group)
+    for part in np.array_split(np.arange(n), size):
+        ranks.append(metrics.GAUC())
+        width = "U9" if len(ranks) == 1 else group.dtype  # ranks may differ in the width of strings
+        ranks[-1].update(label[part], score[part], group=group[part].astype(width if group.dtype.kind == "U" else int))
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(lambda pair: pair[0].reduce(pair[1]), zip(ranks, wires, strict=True)))
+    for metric in found:
+        assert metric.result() == pytest.approx(whole.result(), rel=1e-12)
+        assert (metric.n_groups, metric.n_left_out) == (whole.n_groups, whole.n_left_out)
+    row = group.dtype.itemsize + 13
+    assert sum(wire.sent for wire in wires) < 0.8 * n * row + 20_000  # three of four rows, once, and headers
+
+
 @pytest.mark.parametrize("kind", [metrics.AUC, metrics.LogLoss, metrics.GAUC])
 def test_metrics_reduce_over_all_ranks(kind):
     rng = np.random.default_rng(0)
@@ -213,4 +243,9 @@ def test_metrics_reduce_over_all_ranks(kind):
         )
     (result,) = {metric.result() for metric in found}  # the same on all
     assert result == pytest.approx(whole.result(), rel=1e-12)
+    if kind is metrics.GAUC:
+        assert {(m.n_groups, m.n_left_out) for m in found} == {(whole.n_groups, whole.n_left_out)}
+        for metric in (found[0].merge, whole.merge):
+            with pytest.raises(errors.InvalidArgument, match="reduced"):
+                metric(found[1])
     assert np.isnan(kind().reduce(Loopback.group(1)[0]).result())

@@ -143,21 +143,34 @@ COUNT = """
 
     path, dump = sys.argv[1:]
     ds = hb.data.Dataset.from_parquet(path).select(["click", "amount", "age", "user", "item", "tags"])
-    ds = ds.supervised("click").batch(64)
+    ds = ds.supervised("click").batch(16)
     model = hb.models.DLRM(["user", "item", "tags"], 8, n_dense=2, bottom=(16,), top=(16,))
     collection = embedding.Collection([embedding.Table(n, 8) for n in ("user", "item", "tags")])
     model.compile("adagrad", keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
     hb.nn.attach(model, collection)
+
+    din = hb.models.DIN(["user", "item"], 8, n_dense=2, sequences={"tags": "item"})
+    sequences = embedding.Collection(list(collection.tables.values()), pooling={"tags": None})
+    din.compile("adagrad", keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
+    hb.nn.attach(din, sequences)
+    few = ds.batch(2)
 
     def unpadded():  # what the padding is for: batches of two sizes
         step = tf.function(model, jit_compile=True)
         for b in ds.batches():
             step(tf.zeros((b.n_rows, 2)), {f: tf.constant(r) for f, r in collection.lookup(b).items()})
 
-    for run in lambda: model.fit(ds, epochs=2, verbose=0), lambda: model.predict(ds, verbose=0), unpadded:
+    runs = {
+        "fit": lambda: model.fit(ds, verbose=0),
+        "predict": lambda: model.predict(ds, verbose=0),
+        "unpadded": unpadded,
+        "sequences": lambda: din.fit(few, steps_per_epoch=200, verbose=0),
+    }
+    for run in runs.values():
         run()
         print(collection.step, len(list(pathlib.Path(dump).glob("*.before_optimizations.txt"))))
     print(len({len(np.unique(b["user"])) for b in ds.batches()}), "torch" in sys.modules)
+    print(len({1 << (max(1, int(b["tags"].lengths().max())) - 1).bit_length() for b in few.batches()}), "lengths")
 """
 
 
@@ -165,12 +178,13 @@ def test_steps_compile_exactly_once(click_file, tmp_path):
     """XLA writes a file per compilation; a fresh process, since it reads its flags once."""
     dump = str(tmp_path / "xla")
     env = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={dump}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(COUNT), click_file(64 * 52 + 13), dump]
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(COUNT), click_file(16 * 200 - 3), dump]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    fit, predict, unpadded, others = (line.split() for line in done.stdout.splitlines())
-    assert (fit, predict, unpadded) == (["106", "1"], ["106", "2"], ["106", "4"])
+    fit, predict, unpadded, din, others, lengths = (line.split() for line in done.stdout.splitlines())
+    assert (fit, predict, unpadded) == (["200", "1"], ["200", "2"], ["200", "4"])
     assert int(others[0]) > 5 and others[1] == "False"  # numbers of unique keys in a batch; torch
+    assert (din, lengths) == (["400", "7"], ["3", "lengths"])
 
 
 def test_the_graph_sees_batch_shapes_only(clicks, collection, dlrm):
@@ -317,9 +331,10 @@ def test_attach_refuses_by_name(click_file, clicks, collection, dlrm):
     with pytest.raises(errors.InvalidArgument, match="no label"):
         model.fit(unlabelled.batch(64), verbose=0)
     assert model.predict(unlabelled.batch(64), verbose=0).shape == (100,)
-    compiled(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
-    with pytest.raises(errors.Unsupported, match="loss scaling"):
-        model.fit(ds, verbose=0)
+    for wrap in keras.optimizers.LossScaleOptimizer, lambda optimizer: optimizer:
+        compiled(model, wrap(keras.optimizers.SGD(gradient_accumulation_steps=2)))
+        with pytest.raises(errors.Unsupported, match="gradient_accumulation_steps=2"):
+            model.fit(ds, verbose=0)
     assert c.step == 0
 
 
@@ -332,6 +347,123 @@ def test_attached_model_saves_and_loads_its_weights(clicks, collection, dlrm, tm
     other.optimizer.build(other.trainable_variables)  # else Keras warns that it loads no state for it
     other.load_weights(tmp_path / "dense.weights.h5")
     np.testing.assert_array_equal(model.predict(clicks(), verbose=0), other.predict(clicks(), verbose=0))
+
+
+def pairs(clicks):
+    """Users and items alone, in whole batches."""
+    return clicks(512, 64).select(["click", "amount", "age", "user", "item"])
+
+
+def small(policy="float32"):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        keras.utils.set_random_seed(3)
+        return hb.models.DLRM(["user", "item"], 8, n_dense=2, bottom=(16,), top=(16,))
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+PAIRS = {"user": "user", "item": "item"}
+
+
+@pytest.mark.parametrize(("jit", "limit"), [(False, None), (True, 0.05)])
+def test_fit_with_a_loss_scale_is_fit_without(clicks, collection, rows_of, jit, limit):
+    """Powers of two scale exactly; a clipped norm is that of weights and rows together."""
+    runs = []
+    for wrap in lambda o: o, lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=2.0**10):
+        optimizer = wrap(keras.optimizers.SGD(0.5, global_clipnorm=limit))
+        c = collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5))
+        model = hb.nn.attach(compiled(small(), optimizer, jit), c)
+        losses = model.fit(pairs(clicks), verbose=0).history["loss"]
+        runs.append((losses, rows_of(c), *[w.numpy() for w in model.weights]))
+        assert c.step == 8
+    for found, expected in zip(*runs, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_global_clipnorm_is_of_weights_and_rows(clicks, collection, rows_of):
+    c, d = (collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5)) for _ in range(2))
+    model = hb.nn.attach(compiled(small(), keras.optimizers.SGD(0.5, global_clipnorm=0.05), jit=False), c)
+    model.fit(pairs(clicks), verbose=0)
+    by_hand, optimizer = small(), keras.optimizers.SGD(0.5)
+    for s in hb.pipeline(pairs(clicks), d):
+        with tf.GradientTape() as tape:
+            tape.watch(s.embeddings)
+            logits = by_hand(s.dense, s.embeddings)
+            mean = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(s.label, logits))
+        grads = tape.gradient(mean, [*s.embeddings.values(), *by_hand.trainable_variables])
+        grads, norm = tf.clip_by_global_norm(grads, 0.05)
+        assert norm > 0.05
+        s.apply(dict(zip(s.embeddings, grads, strict=False)))
+        optimizer.apply(grads[len(s.embeddings) :], by_hand.trainable_variables)
+    np.testing.assert_allclose(rows_of(c), rows_of(d), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(model.weights[0], by_hand.weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["weights", "rows"])
+def test_step_of_infinities_changes_neither_and_the_scale_falls(clicks, collection, rows_of, where):
+    """In the second step, by a gradient that overflows in the weights or in the rows alone."""
+
+    class Overflowing(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.top, self.steps = small(), self.add_weight(name="steps", initializer="zeros", trainable=False)
+            self.built = True
+
+        def call(self, dense, embeddings):
+            logits, zero = self.top(dense, embeddings), tf.reduce_sum(embeddings["user"]) * 0.0
+            if where == "weights":
+                zero = tf.reduce_sum(self.top.weights[0]) * 0.0
+            self.steps.assign_add(1.0)
+            # the square root's gradient is infinite at zero
+            return logits + tf.where(self.steps == 2.0, tf.sqrt(zero), 0.0 * zero)
+
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=2.0**10)
+    c, seen = collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5)), []
+    model = hb.nn.attach(compiled(Overflowing(), optimizer, jit=False), c)
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append((c.step, float(optimizer.dynamic_scale), model.top.weights[0].numpy(), rows_of(c)))
+
+    model.fit(pairs(clicks), callbacks=[Watch()], verbose=0)
+    assert [s[:2] for s in seen[:3]] == [(1, 2.0**10), (1, 2.0**9), (2, 2.0**9)]
+    np.testing.assert_array_equal(seen[0][2], seen[1][2])
+    made = seen[0][3].any(1)
+    np.testing.assert_array_equal(seen[0][3][made], seen[1][3][made])
+    assert (seen[2][2] != seen[1][2]).any() and np.isfinite(seen[2][3]).all()
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_fit_in_mixed_precision(clicks, collection, policy):
+    c = collection(features=PAIRS, pooling="sum", optimizer=embedding.SGD(lr=0.5))
+    model = hb.nn.attach(compiled(small(policy), keras.optimizers.SGD(0.5)), c)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+    assert c.lookup({f: np.zeros(1, np.int64) for f in PAIRS})["user"].dtype == np.float32
+    losses = model.fit(pairs(clicks), epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.03 and c.step > 20
+
+
+def test_attached_embeddings_are_saved_with_the_model(clicks, collection, rows_of, tmp_path):
+    c = collection()
+    model = compiled(hb.models.DLRM(["user", "item", "tags"], 8, n_dense=2), jit=False)
+    hb.nn.attach(model, hb.nn.EmbeddingCollection(c, snapshot=tmp_path / "rows"))
+    model.fit(clicks(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    expected, rows = model.predict(clicks(), verbose=0), rows_of(c)
+    model.fit(clicks(), verbose=0)
+    again, d = keras.models.load_model(tmp_path / "model.keras"), collection()
+    hb.nn.attach(again, hb.nn.EmbeddingCollection(d))
+    again.load_weights(tmp_path / "model.keras")
+    for other, rows_there in ((again, d), (model, c)):
+        other.load_weights(tmp_path / "model.keras")
+        np.testing.assert_array_equal(rows_of(rows_there), rows)
+        np.testing.assert_array_equal(other.predict(clicks(), verbose=0), expected)
+    assert d.step == 16
+    bare = hb.nn.attach(compiled(small(), jit=False), hb.nn.EmbeddingCollection(collection()))
+    with pytest.raises(errors.InvalidArgument, match="snapshot=path"):
+        bare.save(tmp_path / "bare.keras")
 
 
 def test_fit_takes_several_labels(clicks, collection):

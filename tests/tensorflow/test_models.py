@@ -54,11 +54,16 @@ def test_models_start_glorot_uniform_with_zero_bias(name):
     options = {"din": {"sequences": {"seen": "a"}}, "mmoe": {"n_tasks": 2}}.get(name, {})
     model = hb.models.MODELS[name](FEATURES, 16, 13, **options)
     weights = {w.path: w.numpy() for w in model.weights}
-    kinds = {kind: [w for path, w in weights.items() if path.endswith(kind)] for kind in ("kernel", "bias", "slope")}
+    kinds = {
+        kind: [w for path, w in weights.items() if path.endswith(kind)]
+        for kind in ("kernel", "bias", "slope", "moments")
+    }
     assert len(weights) == len(model.weights)  # a dense state goes by these paths
-    assert sum(map(len, kinds.values())) == len(weights) and len(kinds["slope"]) == 3 * (name == "din")
-    assert not any(b.any() for b in kinds["bias"]) and all((s == 0.25).all() for s in kinds["slope"])
-    for kernel in kinds["kernel"]:
+    assert sum(map(len, kinds.values())) == len(weights)
+    assert len(kinds["slope"]) == len(kinds["moments"]) == 3 * (name == "din")
+    kernels = kinds.pop("kernel")
+    assert not any(w.any() for found in kinds.values() for w in found)
+    for kernel in kernels:
         limit = np.sqrt(6 / sum(kernel.shape))
         assert np.abs(kernel).max() <= limit
         if kernel.size > 1000:

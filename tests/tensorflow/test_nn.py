@@ -131,9 +131,6 @@ def test_embedding_collection_refuses_by_feature(collection):
         layer({**BATCH, "user": tf.constant(["a"])})
     with pytest.raises(errors.Unsupported, match="feature tags"):
         layer({**BATCH, "tags": tf.sparse.from_dense([[1, 0]])})
-    sequences = hb.nn.EmbeddingCollection(collection(pooling={"tags": None}))
-    with pytest.raises(errors.Unsupported, match="feature tags"):
-        tf.function(lambda: sequences(FORMS["tensors"]), autograph=False)()
     with pytest.raises(errors.UnknownColumn, match="feature item"):
         tf.function(lambda: layer({"user": tf.constant([1])}), autograph=False)()
     layer.close()

@@ -1,7 +1,11 @@
 """The pipeline: what a step holds, that look-ahead changes nothing, and that no thread outlives the loop."""
 
 import gc
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import keras
 import numpy as np
@@ -252,3 +256,100 @@ def test_dense_weights_train_beside_the_rows(clicks, collection, dlrm):
             s.apply(rows)
             losses.append(float(loss))
     assert np.mean(losses[-16:]) < np.mean(losses[:16]) - 0.03
+
+
+def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch):
+    """While a step is held, others are decoded, staged and fetched up to the bound, none of it by the step's thread."""
+    done = {"decode": [], "stage": [], "fetch": []}
+
+    def noted(what, fn):
+        def call(*args, **kwargs):
+            out = fn(*args, **kwargs)
+            done[what].append(threading.current_thread())
+            return out
+
+        return call
+
+    monkeypatch.setattr(embedding.Collection, "stage", noted("stage", embedding.Collection.stage))
+    monkeypatch.setattr(embedding.Staged, "fetch", noted("fetch", embedding.Staged.fetch))
+    ds = clicks(1000, 64).map(noted("decode", dict))
+    steps = hb.pipeline(ds, collection(), lookahead=6)
+    next(steps)
+    want = {"decode": 7, "stage": 7, "fetch": 6}  # the last one decoded waits behind those whose rows are fetched
+    until = time.monotonic() + 30
+    while any(len(done[what]) < n for what, n in want.items()) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert {what: len(threads) for what, threads in done.items()} == want
+    assert not any(threading.current_thread() in threads for threads in done.values())
+    assert not set(done["fetch"]) & set(done["stage"])  # nor does staging wait for rows
+    steps.close()
+
+
+def test_interrupt_lets_go_of_rows(tmp_path):
+    """A real signal, while the loop trains: the process ends by KeyboardInterrupt, without threads or pinned rows."""
+    code = """
+import os, threading, numpy as np, pyarrow as pa, pyarrow.parquet as pq
+import tensorflow as tf, hbkit.tensorflow as hb
+from hbkit.embedding import Collection, Table
+from hbkit.store import cached_ssd
+pq.write_table(pa.table({"k": np.arange(100_000) % 5000}), "k.parquet")
+c = Collection([Table("k", 4, store=cached_ssd("store", host_budget="4MiB"))])
+ds = hb.data.Dataset.from_parquet("k.parquet").batch(64).repeat()
+try:
+    for at, step in enumerate(hb.pipeline(ds, c, 4)):
+        step.apply({"k": tf.ones_like(step.embeddings["k"])})
+        if at == 3:
+            print("training", flush=True)
+except KeyboardInterrupt:
+    print([t.name for t in threading.enumerate() if t.name.startswith("hbkit-")], c.step > 0)
+    for step in hb.pipeline(ds, c, 4):
+        step.apply({"k": tf.ones_like(step.embeddings["k"])})
+        break
+    c.close()
+    print("closed")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "training\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "[] True\nclosed\n")
+
+
+@pytest.mark.parametrize("at", ["wait", "outputs"])
+def test_interrupt_at_the_step_lets_go_of_the_batch(clicks, collection, monkeypatch, at):
+    """Between the background and the loop: while rows are waited for, or gathered."""
+    c, real = collection(), getattr(embedding.Staged, at)
+    steps = hb.pipeline(clicks(300, 64), c, 2)
+    next(steps)
+
+    def interrupted(staged, *args):
+        real(staged, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding.Staged, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    monkeypatch.setattr(embedding.Staged, at, real)
+    assert c._training is None and not [t for t in threading.enumerate() if t.name.startswith("hbkit")]
+    assert len(list(hb.pipeline(clicks(300, 64), c, 2))) == 5
+
+
+@pytest.mark.parametrize("how", ["break", "error", "end"])
+def test_no_lease_is_left(clicks, collection, how, monkeypatch):
+    """Every batch that was staged is closed, however the loop ends."""
+    made = []
+    stage = embedding.Collection.stage
+    monkeypatch.setattr(embedding.Collection, "stage", lambda *a, **k: made.append(stage(*a, **k)) or made[-1])
+    try:
+        for at, step in enumerate(hb.pipeline(clicks(500, 64), collection(), 3)):
+            if at == 2 and how == "break":
+                break
+            if at == 2 and how == "error":
+                raise ZeroDivisionError
+            step.apply({"user": tf.ones_like(step.embeddings["user"])})
+    except ZeroDivisionError:
+        pass
+    assert len(made) >= 3 and {s._state for s in made} <= {"applied", "closed"}

@@ -34,15 +34,17 @@ def test_trainer_of_any_lookahead_gives_the_same(clicks, collection, dlrm, rows_
     assert run(0) == run(8)
 
 
-def test_trainer_loss_is_the_weighted_mean_of_the_valid_rows(clicks, collection, dlrm):
+@pytest.mark.parametrize("positive_weight", [None, 3.0])
+def test_trainer_loss_is_the_weighted_mean_of_the_valid_rows(clicks, collection, dlrm, positive_weight):
     c, model = collection(), dlrm()
     ds, rows = clicks(100, 64, weight="importance"), []
     for step in hb.pipeline(ds, collection()):
         n = step.n_rows
         losses = tf.nn.sigmoid_cross_entropy_with_logits(step.label, model(step.dense, step.embeddings))[:n].numpy()
+        losses *= np.where(step.label[:n] == 1, positive_weight or 1, 1)
         rows.append((n, np.average(losses, weights=step.weight[:n])))
         break
-    found = fitted(hb.training.Trainer(model, c), ds)
+    found = fitted(hb.training.Trainer(model, c, positive_weight=positive_weight), ds)
     assert found[0][0] == rows[0][0] and found[0][1] == pytest.approx(rows[0][1], rel=1e-5)
     *_, last = hb.pipeline(ds, c, train=False)
     assert last.n_rows == found[1][0] == 36

@@ -23,6 +23,7 @@ def normal(*shape):
 
 for case, (name, n_dense, options) in configs.items():
     model = hb.models.MODELS[name](["a", "b", "c"], 4, n_dense, **options)
+    starts = [parameter.detach().numpy().copy() for parameter in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.from_numpy(0.5 * normal(*parameter.shape)))
@@ -41,6 +42,10 @@ for case, (name, n_dense, options) in configs.items():
         f"{case}/logits": logits.detach().numpy(),
         f"{case}/factors": factors.numpy(),
     }
+    with torch.no_grad():
+        out[f"{case}/evaluated"] = model.eval()(dense, embeddings).numpy()
+    out |= {f"{case}/start/{i}": start for i, start in enumerate(starts)}
+    out |= {f"{case}/buffer/{i}": buffer.numpy() for i, buffer in enumerate(model.buffers())}
     for i, p in enumerate(model.parameters()):
         out |= {f"{case}/weight/{i}": p.detach().numpy(), f"{case}/weight_grad/{i}": p.grad.numpy()}
     for f, leaf in leaves.items():

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hbkit
 import hbkit.torch as hb
@@ -110,3 +111,24 @@ def core_columns():
     """One batch's columns in the core's form."""
     c = click_columns(40)
     return {**c, "tags": hbkit.Ragged.from_lists(c["tags"], np.int64)}
+
+
+@pytest.fixture
+def copies():
+    """``with copies() as made``: the devices of the copies that went from one device to another, one by one."""
+
+    class Copies(TorchDispatchMode):
+        def __enter__(self):
+            super().__enter__()
+            self.made = []
+            return self.made
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+                source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
+                if source.device != out.device:
+                    self.made.append(out.device.type)
+            return out
+
+    return Copies

@@ -8,12 +8,12 @@ import hbkit.torch as hb
 
 
 def mlp(layers, x):
-    """An MLP of linear layers with ReLU or PReLU between them."""
+    """An MLP of linear layers with ReLU or Dice between them."""
     for layer in layers:
         if isinstance(layer, torch.nn.Linear):
             x = x @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
         else:
-            x = np.where(x > 0, x, x * (array(layer.slope) if isinstance(layer, hb.nn.PReLU) else 0))
+            x = dice(layer, x) if isinstance(layer, hb.nn.Dice) else np.maximum(x, 0)
     return x
 
 
@@ -25,8 +25,10 @@ def softmax(x):
     return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
 
 
-def prelu(layer, x):
-    return np.where(x > 0, x, array(layer.slope) * x)
+def dice(layer, x):
+    axes = tuple(range(x.ndim - 1))
+    p = 1 / (1 + np.exp(-(x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-8)))
+    return p * x + (1 - p) * array(layer.slope) * x
 
 
 def product(layer, x):
@@ -57,17 +59,16 @@ def mixture(layer, x):
 
 
 def attention(layer, target, values, mask):
-    out = np.zeros_like(target)
-    for i, j in zip(*np.nonzero(mask), strict=True):
-        t, v = target[i], values[i, j]
-        out[i] += mlp(layer.score, np.concatenate([t, v, t - v, t * v]))[0] * v
+    out, row = np.zeros_like(target), np.nonzero(mask)[0]
+    t, v = target[row], values[mask]  # each key that there is
+    np.add.at(out, row, mlp(layer.score, np.concatenate([t, v, t - v, t * v], 1)) * v)
     return out
 
 
 MASK = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 1]], bool)
 LAYERS = {  # a layer, its oracle and the shapes of its inputs
     "MLP": (lambda: hb.nn.MLP(3, [5, 2]), mlp, [(4, 3)]),
-    "PReLU": (lambda: hb.nn.PReLU(3), prelu, [(4, 2, 3)]),
+    "Dice": (lambda: hb.nn.Dice(3), dice, [(4, 2, 3)]),
     "ProductLayer": (lambda: hb.nn.ProductLayer(), product, [(4, 3, 2)]),
     "CrossNetwork": (lambda: hb.nn.CrossNetwork(5, 3), cross, [(4, 5)]),
     "CompressedInteraction": (lambda: hb.nn.CompressedInteraction(3, [4, 2]), compressed, [(4, 3, 2)]),
@@ -106,3 +107,30 @@ def test_target_attention_does_not_see_what_is_masked():
     assert torch.equal(out, other) and not out[2].any()
     out.sum().backward()
     assert not values.grad[~mask].any() and values.grad[mask].any(1).all()
+
+
+def test_dice_evaluates_by_the_moments_of_the_last_batches():
+    layer, rng = hb.nn.Dice(2), np.random.default_rng(0)
+    torch.nn.init.normal_(layer.slope)
+    batches = [torch.from_numpy(rng.normal([1, -2], [3, 0.5], (50, 2)).astype(np.float32)) for _ in range(3)]
+    x = batches[0]
+    before = layer.eval()(x)
+    layer.train()(x, torch.zeros(50, dtype=torch.bool))  # nothing counts
+    assert torch.equal(layer.eval()(x), before)
+    trained = layer.train()(x)
+    torch.testing.assert_close(layer.eval()(x), trained)  # one batch: its own moments
+    assert torch.equal(layer(x[:7]), layer(x)[:7])  # whatever else is in the batch
+    for batch in batches[1:]:
+        layer.train()(batch)
+    weights = np.array([0.081, 0.09, 0.1])
+    mean = sum(w * b.numpy().mean(0) for w, b in zip(weights, batches, strict=True)) / weights.sum()
+    var = sum(w * b.numpy().var(0) for w, b in zip(weights, batches, strict=True)) / weights.sum()
+    p = 1 / (1 + np.exp(-(x.numpy() - mean) / np.sqrt(var)))
+    expected = x.numpy() * (p + (1 - p) * layer.slope.detach().numpy())
+    np.testing.assert_allclose(layer.eval()(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dice_does_not_count_what_is_not_valid():
+    layer, x, valid = hb.nn.Dice(3), torch.randn(4, 3, 3), torch.from_numpy(MASK)
+    torch.testing.assert_close(layer(x, valid)[valid], hb.nn.Dice(3)(x[valid]))
+    assert layer.moments[2].eq(0.1).all()

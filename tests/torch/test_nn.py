@@ -216,7 +216,7 @@ def test_attach_refuses_by_column(collection, dlrm, change, error, says):
 
 def test_model_of_a_feature_without_a_table_is_refused(collection):
     module = hb.nn.EmbeddingCollection(collection(8))
-    with pytest.raises(errors.UnknownColumn, match="no table.*city"):
+    with pytest.raises(errors.UnknownColumn, match=r"no table.*city"):
         hb.nn.attach(hb.models.DLRM(["user", "city"], 8), module)({**keys(), "city": np.zeros(3, np.int64)})
 
 

@@ -16,6 +16,7 @@ from hbkit import embedding, errors
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 LOOKAHEADS = [0, 1, 8]
+MODULE = sys.modules["hbkit_torch.pipeline"]  # by its name one gets the function
 
 
 def train(step, model):
@@ -161,6 +162,68 @@ def test_step_is_applied_once_and_in_its_turn(clicks, collection):
         second.apply()
 
 
+# -------------------------------------------------------------------------------------------- devices
+
+
+def test_step_on_a_device_is_one_copy_of_the_same(clicks, collection, dlrm, rows_of, monkeypatch):
+    """The CPU plays the device: the step packs, and gives what it gives without."""
+    runs = []
+    for device in (None, "cpu"):
+        if device:
+            monkeypatch.setattr(MODULE, "target", torch.device)
+        c, model = collection(pooling={"tags": "mean", "item": None}), dlrm()
+        for step in hb.pipeline(clicks(500, 64), c, 4, device=device):
+            train(step, model)
+            tensors = [step.dense, step.label, step.weight, *step.embeddings.values()]
+            assert len({t.untyped_storage().data_ptr() for t in tensors}) == (1 if device else 6)
+        runs.append(rows_of(c))
+    assert all(np.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_step_copies_once_each_way(clicks, collection, copies, monkeypatch):
+    back = []
+    monkeypatch.setattr("hbkit_torch.update.to_host", lambda ts: back.append(ts) or [torch.ones(t.shape) for t in ts])
+    c = collection(pooling={"tags": None})
+    with copies() as made:
+        for step in hb.pipeline(clicks(100, 64), c, 2, device="meta"):
+            values, mask = step.embeddings["tags"]
+            assert values.device.type == mask.device.type == step.dense.device.type == "meta"
+            (step.embeddings["user"].sum() + values.sum()).backward()
+            step.apply()
+    assert made == ["meta"] * 2 and [len(grads) for grads in back] == [2, 2]
+    assert c.step == 2
+
+
+# -------------------------------------------------------------------------------------------- overlap
+
+
+def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch):
+    """While a step is held, others are decoded, staged and fetched up to the bound, none of it by the step's thread."""
+    done = {"decode": [], "stage": [], "fetch": []}
+
+    def noted(what, fn):
+        def call(*args, **kwargs):
+            out = fn(*args, **kwargs)
+            done[what].append(threading.current_thread())
+            return out
+
+        return call
+
+    monkeypatch.setattr(embedding.Collection, "stage", noted("stage", embedding.Collection.stage))
+    monkeypatch.setattr(embedding.Staged, "fetch", noted("fetch", embedding.Staged.fetch))
+    ds = clicks(1000, 64).map(noted("decode", dict))
+    steps = hb.pipeline(ds, collection(), lookahead=6)
+    next(steps)
+    want = {"decode": 7, "stage": 7, "fetch": 6}  # the last one decoded waits behind those whose rows are fetched
+    until = time.monotonic() + 30
+    while any(len(done[what]) < n for what, n in want.items()) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert {what: len(threads) for what, threads in done.items()} == want
+    assert not any(threading.current_thread() in threads for threads in done.values())
+    assert not set(done["fetch"]) & set(done["stage"])  # nor does staging wait for rows
+    steps.close()
+
+
 # ----------------------------------------------------------------------------------------- clean ends
 
 
@@ -213,6 +276,79 @@ def test_interrupt_while_waiting_ends_the_thread(clicks, collection):
     finally:
         signal.signal(signal.SIGINT, before)
     assert alive() == []
+
+
+def test_interrupt_lets_go_of_rows(tmp_path):
+    """A real signal, while the loop trains: the process ends by KeyboardInterrupt, without threads or pinned rows."""
+    code = """
+import os, threading, numpy as np, pyarrow as pa, pyarrow.parquet as pq
+import hbkit.torch as hb
+from hbkit.embedding import Collection, Table
+from hbkit.store import cached_ssd
+pq.write_table(pa.table({"k": np.arange(100_000) % 5000}), "k.parquet")
+c = Collection([Table("k", 4, store=cached_ssd("store", host_budget="4MiB"))])
+ds = hb.data.Dataset.from_parquet("k.parquet").batch(64).repeat()
+try:
+    for at, step in enumerate(hb.pipeline(ds, c, 4)):
+        step.embeddings["k"].sum().backward()
+        step.apply()
+        if at == 3:
+            print("training", flush=True)
+except KeyboardInterrupt:
+    print([t.name for t in threading.enumerate() if t.name.startswith("hbkit-")], c.step > 0)
+    for step in hb.pipeline(ds, c, 4):
+        step.embeddings["k"].sum().backward()
+        step.apply()
+        break
+    c.close()
+    print("closed")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "training\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "[] True\nclosed\n")
+
+
+@pytest.mark.parametrize("at", ["wait", "outputs"])
+def test_interrupt_at_the_step_lets_go_of_the_batch(clicks, collection, monkeypatch, at):
+    """Between the background and the loop: while rows are waited for, or gathered."""
+    c, real = collection(), getattr(embedding.Staged, at)
+    steps = hb.pipeline(clicks(300, 64), c, 2)
+    next(steps)
+
+    def interrupted(staged, *args):
+        real(staged, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding.Staged, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    monkeypatch.setattr(embedding.Staged, at, real)
+    assert alive() == [] and c._training is None
+    assert len(list(hb.pipeline(clicks(300, 64), c, 2))) == 5
+
+
+@pytest.mark.parametrize("how", ["break", "error", "end"])
+def test_no_lease_is_left(clicks, collection, how, monkeypatch):
+    """Every batch that was staged is closed, however the loop ends."""
+    made = []
+    stage = embedding.Collection.stage
+    monkeypatch.setattr(embedding.Collection, "stage", lambda *a, **k: made.append(stage(*a, **k)) or made[-1])
+    try:
+        for at, step in enumerate(hb.pipeline(clicks(500, 64), collection(), 3)):
+            if at == 2 and how == "break":
+                break
+            if at == 2 and how == "error":
+                raise ZeroDivisionError
+            step.embeddings["user"].sum().backward()
+            step.apply()
+    except ZeroDivisionError:
+        pass
+    assert len(made) >= 3 and {s._state for s in made} <= {"applied", "closed"}
 
 
 def test_with_and_close_end_the_thread_of_a_held_pipeline(clicks, collection):

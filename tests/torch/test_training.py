@@ -18,15 +18,17 @@ def fit(trainer, ds, **options):
     return losses
 
 
-def test_trainer_loss_is_the_weighted_mean_of_the_valid_rows(clicks, collection, dlrm):
+@pytest.mark.parametrize("positive_weight", [None, 3.0])
+def test_trainer_loss_is_the_weighted_mean_of_the_valid_rows(clicks, collection, dlrm, positive_weight):
     ds = clicks(50, 64, weight="importance")
     c = collection()
     created = c.stage(next(iter(ds.batches())))
     created.outputs()  # now there are rows that prediction can read
     created.close()
-    trainer = hb.training.Trainer(dlrm(), c)
+    trainer = hb.training.Trainer(dlrm(), c, positive_weight=positive_weight)
     ((label, p, weight),) = trainer.predict(ds)
-    expected = np.average(-np.log(np.where(label == 1, p, 1 - p)), weights=weight)
+    factor = np.where(label == 1, positive_weight or 1, 1)
+    expected = np.average(-factor * np.log(np.where(label == 1, p, 1 - p)), weights=weight)
     assert fit(trainer, ds) == [(50, pytest.approx(expected, rel=1e-5))]
 
 
@@ -45,6 +47,19 @@ def test_trainer_learns_and_repeats_itself_for_any_lookahead(clicks, collection,
     for other_losses, other_rows, other_state in runs[1:]:
         assert other_losses == losses and other_state == state
         assert all(np.array_equal(other_rows[name], rows[name]) for name in rows)
+
+
+def test_moments_of_din_do_not_count_padding_and_are_saved(clicks, collection, dlrm):
+    def din():
+        return hb.training.Trainer(dlrm(kind=hb.models.DIN), collection(pooling={"tags": None}))
+
+    filled, padded, other = din(), din(), din()
+    filled.fit(clicks(50, 50))
+    padded.fit(clicks(50, 64))
+    for a, b in zip(filled.model.buffers(), padded.model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    other.load_dense_state(padded.dense_state())
+    assert all(map(torch.equal, other.model.buffers(), padded.model.buffers()))
 
 
 @pytest.mark.parametrize("kind", hb.models.MODELS.values())

@@ -6,6 +6,7 @@ same arguments in every framework, and their weights stand in the same order.
 
 from __future__ import annotations
 
+from hbkit_tensorflow.layers import serializable
 from hbkit_tensorflow.models.common import ClickModel
 from hbkit_tensorflow.models.dcnv2 import DCNv2
 from hbkit_tensorflow.models.deepfm import DeepFM
@@ -26,3 +27,6 @@ MODELS: dict[str, type[ClickModel]] = {
     "mmoe": MMoE,
     "din": DIN,
 }
+
+for _kind in MODELS.values():
+    serializable(_kind)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
+
 from hbkit_tensorflow.layers import MLP, TargetAttention
 from hbkit_tensorflow.models.common import ClickModel, embedding
 
@@ -42,13 +44,15 @@ class DIN(ClickModel):
         super().__init__(features, dim, n_dense, "din")
         self.sequences = dict(sequences or {})
         self.attention = [TargetAttention(attention, name=f"attention_{i}") for i in range(len(self.sequences))]
-        self.deep = MLP([*hidden, 1], prelu=True, name="deep")
+        self.deep = MLP([*hidden, 1], dice=True, name="deep")
         self._make_weights(self.sequences)
 
-    def call(self, dense: Any, embeddings: Mapping[str, Any]) -> Any:
+    def call(self, dense: Any, embeddings: Mapping[str, Any], training: bool = False) -> Any:
         """Logits float32[B] from dense float32[B, n_dense], embeddings [B, dim], and of sequences [B, L, dim]."""
         pooled = []
         for (feature, target), attention in zip(self.sequences.items(), self.attention, strict=True):
             values, mask = embedding(embeddings, feature, self.dim, sequence=True)
-            pooled.append(attention(embedding(embeddings, target, self.dim), values, mask))
-        return self.deep(self.flat(dense, self.rows(embeddings), *pooled))[:, 0]
+            pooled.append(attention(embedding(embeddings, target, self.dim), values, mask, training=training))
+        x = self.flat(dense, self.rows(embeddings), *pooled)
+        valid = keras.ops.any(x != 0, axis=1)  # rows of zeros fill up a batch: they do not count
+        return self.deep(x, valid, training=training)[:, 0]

@@ -45,7 +45,7 @@ class DIN(ClickModel):
         super().__init__(features, dim, n_dense)
         self.sequences = dict(sequences or {})
         self.attention = torch.nn.ModuleList(TargetAttention(dim, attention) for _ in self.sequences)
-        self.deep = MLP((len(self.features) + len(self.sequences)) * dim + n_dense, [*hidden, 1], prelu=True)
+        self.deep = MLP((len(self.features) + len(self.sequences)) * dim + n_dense, [*hidden, 1], dice=True)
 
     def forward(self, dense: Tensor, embeddings: Mapping[str, Any]) -> Tensor:
         """Logits float32[B] from dense float32[B, n_dense], embeddings [B, dim], and of sequences [B, L, dim]."""
@@ -53,4 +53,5 @@ class DIN(ClickModel):
         for (feature, target), attention in zip(self.sequences.items(), self.attention, strict=True):
             values, mask = embedding(embeddings, feature, self.dim, sequence=True)
             pooled.append(attention(embedding(embeddings, target, self.dim), values, mask))
-        return self.deep(self.flat(dense, self.rows(embeddings), *pooled)).squeeze(1)
+        x = self.flat(dense, self.rows(embeddings), *pooled)
+        return self.deep(x, x.any(1)).squeeze(1)  # rows of zeros fill up a batch: they do not count
