@@ -141,9 +141,11 @@ static inline void noise_of(const int64_t *keys, int64_t n_rows, uint64_t seed, 
             if (++block == blocks) block = 0, row++;
         }
         philox_blocks(c, 16, seed);
-        uint32_t words[64]; /* each of two columns, the first in its low half */
-        for (int b = 0; b < 16; b++)
-            for (int w = 0; w < 4; w++) words[4 * b + w] = (uint32_t)c[w][b];
+        uint64_t words[32]; /* each of four columns, the first in its lowest bits */
+        for (int b = 0; b < 16; b++) {
+            words[2 * b] = (c[0][b] & 0xFFFFFFFFu) | c[1][b] << 32;
+            words[2 * b + 1] = (c[2][b] & 0xFFFFFFFFu) | c[3][b] << 32;
+        }
         memcpy(out + first * 8, words, sizeof words);
     }
 }
