@@ -69,9 +69,7 @@ def in_cluster(n, *args):
 
 def figures(output):
     """Numbers by name; those of keys too."""
-    return {
-        name.strip(): float(x.replace(",", "")) for name, x in re.findall(r"^  (\w.*?) {2,}([\d.,]+)", output, re.M)
-    }
+    return {name.strip(): float(x.replace(",", "")) for name, x in re.findall(r"^  (\w.*?) {2,}([\d.,]+)", output, re.M)}
 
 
 def figures_of(path):
@@ -87,9 +85,7 @@ def contents(path):
     for name, table in collection.tables.items():
         chunks = list(table.store.scan())
         keys = np.concatenate([c.keys for c in chunks])
-        rows[name] = [
-            np.concatenate([getattr(c, a) for c in chunks])[np.argsort(keys)] for a in ("keys", "rows", "state")
-        ]
+        rows[name] = [np.concatenate([getattr(c, a) for c in chunks])[np.argsort(keys)] for a in ("keys", "rows", "state")]
     return loaded.state["dense"], loaded.state["cursor"], rows
 
 
