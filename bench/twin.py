@@ -4,25 +4,28 @@
 
 Takes files as `hbkit convert --format movielens` writes them, or others whose columns `hbkit train` can choose by
 itself. The twin knows every key of both files beforehand, starts from the same rows and dense weights, sees the same
-batches, and is trained by the framework's dense optimizer: rows in `torch.nn.functional.embedding_bag` or `tf.gather` of
-a `tf.Variable`. DIN's past behaviour are the last 20 items that the user clicked in earlier rows of the training file;
-MMoE predicts the one label. The interval of the AUCs' difference is over test rows resampled alike, 1,000 times.
+batches, and is trained by the framework's dense optimizer: rows in `torch.nn.functional.embedding_bag` or `tf.gather`
+of a `tf.Variable`. DIN's past behaviour are the last 20 items that the user clicked in earlier rows of the training
+file; MMoE predicts the one label. The interval of the AUCs' difference is over test rows resampled alike, 1,000 times.
 
 The twin's first 100 steps are trained again with the rows of each batch in other orders: what rounding alone does.
-Caveat: Adagrad's first step divides a gradient by its own size, so where a gradient is next to nothing, its rounding
-becomes a whole step; SGD's steps do not amplify rounding.
+Caveats: Adagrad's first step divides a gradient by its own size, so where a gradient is next to nothing, its rounding
+becomes a whole step; SGD's steps, and those of Adagrad whose sums start above zero (``--accumulator 0.1``), do not
+amplify rounding. Keys that no training row has are zeros to hbkit when it evaluates, and initial values to the twin.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import itertools
 import json
 import os
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -47,11 +50,13 @@ class TorchTwin:
     def __init__(self, model: Any, first: Mapping[str, Array], settings: Mapping[str, Any]) -> None:
         import torch
 
+        from hbkit_torch.training import OPTIMIZERS
+
         self.torch, self.model, self.settings = torch, copy.deepcopy(model), settings
         self.rows = {name: torch.nn.Parameter(torch.from_numpy(rows)) for name, rows in first.items()}
-        make = {"adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}[settings["optimizer"]]
+        make = OPTIMIZERS[settings["optimizer"]]
         groups = [(self.model.parameters(), settings["dense_lr"]), (self.rows.values(), settings["lr"])]
-        self.optimizer = make([{"params": list(parameters), "lr": lr} for parameters, lr in groups])
+        self.optimizer = make([{"params": list(parameters), "lr": lr} for parameters, lr in groups])  # type: ignore[call-arg]  # the base class's
 
     def logits(self, batch: Batch, codes: Mapping[str, Any]) -> Any:
         """Of one batch."""
@@ -182,6 +187,17 @@ def difference(label: Array, score: Array, other: Array, n: int = 1000) -> tuple
     return first, second, np.quantile(-apart, [0.025, 0.975]).round(5).tolist()
 
 
+def start_sums_at(value: float, backend: str) -> None:
+    """Let Adagrad's sums of squares start there, those of rows and weights, in both trainings."""
+    adagrad: Any = hbkit.embedding
+    adagrad.Adagrad = partial(hbkit.embedding.Adagrad, initial_accumulator=value)
+    training = importlib.import_module(f"hbkit_{backend}.training")
+    if backend == "torch":
+        training.OPTIMIZERS["adagrad"] = partial(training.OPTIMIZERS["adagrad"], initial_accumulator_value=value)
+    else:
+        training.OPTIMIZERS["adagrad"] = partial(training.Adagrad, initial_accumulator_value=value, epsilon=1e-10)
+
+
 def main() -> None:
     """Train both on the same batches; print one JSON line."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,12 +210,15 @@ def main() -> None:
     ap.add_argument("--batch-size", type=int, default=1024)
     ap.add_argument("--lr", type=float, default=0.05)
     ap.add_argument("--dense-lr", type=float, default=0.01)
+    ap.add_argument("--accumulator", type=float, default=0.0, help="What Adagrad's sums of squares start with.")
     ap.add_argument("--orders", type=int, default=3, help="Other orders of the rows.")
     a = ap.parse_args()
     if a.backend == "torch":
         import torch
 
         torch.set_num_threads(1)
+    if a.accumulator:
+        start_sums_at(a.accumulator, a.backend)
     with tempfile.TemporaryDirectory() as d:
         past = PAST if a.model == "din" else {}
         paths = with_past(a.train, a.test, d) if past else (a.train, a.test)

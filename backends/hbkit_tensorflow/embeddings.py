@@ -79,6 +79,7 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
         self._held: deque[Forward] = deque()
         self._watch = backward.Watch() if update == "backward" else None
         self._n_scaled = backward.n_scaled()
+        self._load_error: errors.HbkitError | None = None
         self._closed = False
         self.built = True
 
@@ -106,8 +107,8 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
         Parameters
         ----------
         batch : dict
-            A key column for each feature: integer Tensor or ndarray [n], RaggedTensor or `hbkit.Ragged`; other columns
-            are ignored.
+            A key column for each feature: integer Tensor or ndarray [n], RaggedTensor, SparseTensor or `hbkit.Ragged`;
+            other columns are ignored.
         training : bool
 
         Returns
@@ -122,7 +123,7 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
         InvalidArgument
             A feature's keys are not integers.
         Unsupported
-            Keys are a SparseTensor.
+            Keys are a SparseTensor that is no matrix.
         Closed
             The layer was closed.
         """
@@ -317,13 +318,20 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
         Raises
         ------
         NotFound
-            It is not there any more.
+            It is not there any more. Keras makes a ValueError of it and of others, with the same text.
         HbkitError
             As `hbkit.snapshot.load` raises.
         """
         self.drop()
         named = {name: store[name] for name in ("snapshot", "commit", "digest") if name in store}
-        self._checkpoint.load({name: np.asarray(value).tobytes().decode() for name, value in named.items()})
+        if not named and self._load_error is not None:
+            raise self._load_error  # Keras asks again, elsewhere in the file, and would tell of that alone
+        try:
+            self._checkpoint.load({name: np.asarray(value).tobytes().decode() for name, value in named.items()})
+            self._load_error = None
+        except errors.HbkitError as error:
+            self._load_error = error
+            raise
 
     def close(self) -> None:
         """Drop the pending call and refuse further ones; the tables stay open. Idempotent."""

@@ -198,7 +198,7 @@ def pipeline(
                 with closing(staged):
                     yield Step(inputs, staged, train, held, place)
 
-    return Pipeline(steps())
+    return Pipeline(steps(), pairs)
 
 
 class Feed:

@@ -32,8 +32,8 @@ class Forward(NamedTuple):
 
 def leaves(embeddings: Mapping[str, Any]) -> dict[str, Any]:
     """What takes gradients: the tensor of each feature, the values of a sequence."""
-    # a `Sequence` is a tuple; the gradient of a gather has `values` too, which are not all that there is
-    return {feature: value.values if isinstance(value, tuple) else value for feature, value in embeddings.items()}
+    # a `Sequence` has a mask; the gradient of a gather has `values` too, which are not all that there is
+    return {feature: value.values if hasattr(value, "mask") else value for feature, value in embeddings.items()}
 
 
 def gradients(grads: Mapping[str, Any]) -> dict[str, Array]:

@@ -253,8 +253,8 @@ class Dataset(hbkit.data.Dataset, IterableDataset[hbkit.data.Batch]):
             Where the tensors are to be: one pinned buffer and one copy a batch, which does not block. Without it they
             stay in the host's memory, pinned where there is a GPU, so that ``.to(device, non_blocking=True)`` is quick.
         **options
-            Of `DataLoader`, such as ``prefetch_factor`` or ``multiprocessing_context``. To start processes by "spawn",
-            the functions given to ``map`` must be importable.
+            Of `DataLoader`, such as ``prefetch_factor`` or ``multiprocessing_context="spawn"``: processes must be
+            started so where files are those of a service; then the functions given to ``map`` must be importable.
 
         Raises
         ------

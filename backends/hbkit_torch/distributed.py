@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +17,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hbkit import errors
 from hbkit.embedding import Collection, Sharded
@@ -65,7 +69,7 @@ class GroupTransport:
                     "there is no process group",
                     remedy="start the ranks with torchrun, or call init_process_group first",
                 )
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            _start(timeout)
         if dist.get_rank(group) < 0:
             raise errors.InvalidArgument(
                 f"process {dist.get_rank()} is not in the group", remedy="call it in the group's processes only"
@@ -233,6 +237,32 @@ class _Members:
                     nothing.wait(timedelta(milliseconds=1))
 
 
+def _start(timeout: float) -> None:
+    """Make the default group.
+
+    torchrun's agent keeps one store over its restarts, in which ranks would find the addresses of those before them:
+    so rank 0 names this start, and the others answer to the name until it says that it has heard them.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    me, until = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank == 0:
+        name = me
+        store.set("hbkit/start", name)
+        answers = [store.get(f"{name}/{r}").decode() for r in range(1, size)]
+        store.set(f"{name}/heard", json.dumps(answers))
+    else:
+        heard: list[str] = []
+        while me not in heard:
+            if time.monotonic() > until:
+                raise failed("rank 0 did not start", rank, peer=0)
+            name = store.get("hbkit/start").decode()
+            store.set(f"{name}/{rank}", me)
+            time.sleep(0.02)
+            heard = json.loads(store.get(f"{name}/heard")) if store.check([f"{name}/heard"]) else []
+    group = PrefixStore(name, store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+
+
 def shard(
     embeddings: EmbeddingCollection | Collection,
     group: dist.ProcessGroup | Transport | None = None,
@@ -257,8 +287,8 @@ def shard(
     TransportError
         A rank is lost or late.
     """
-    collection = getattr(embeddings, "collection", embeddings)
-    transport = group if hasattr(group, "all_to_all") else GroupTransport(group, timeout)
+    collection: Any = getattr(embeddings, "collection", embeddings)
+    transport: Any = group if hasattr(group, "all_to_all") else GroupTransport(group, timeout)
     return EmbeddingCollection(Sharded(collection, transport, wire))
 
 

@@ -198,4 +198,4 @@ def pipeline(
                     yield (step := Step(inputs, staged, train, held, place))
                 held = [forward for forward in step._forwards if forward.staged.state == "held"]
 
-    return Pipeline(steps())
+    return Pipeline(steps(), ahead)

@@ -81,5 +81,10 @@ class Updating:
             self._forwards[-1].check()
         if scaler is None:
             self.step()
+        elif getattr(self._forwards[-1].staged, "transport", None) is not None:
+            # A rank that skips the update would leave the others waiting in it.
+            raise errors.Unsupported(
+                "GradScaler over tables shared between ranks", remedy="train in bfloat16, which needs none"
+            )
         else:
             scaler.step(self)  # type: ignore[arg-type]  # of an optimizer it uses what this has

@@ -126,6 +126,14 @@ cdef extern from "kernels.h" nogil:
         void (*pack)(const hb_packing *, uint8_t *) noexcept nogil
         void (*unpack)(const uint8_t *, int64_t, int64_t, int, float *) noexcept nogil
 
+    ctypedef struct hb_feature:
+        int64_t at
+        const int32_t *inverse
+        const float **rows
+        float *sums
+        float *blocks
+        int32_t *seen
+
     ctypedef struct hb_kernels:
         const char *name
         void (*gather)(const hb_slabs *, const int64_t *, const int64_t *, int64_t, int64_t, float *) noexcept nogil
@@ -144,6 +152,10 @@ cdef extern from "kernels.h" nogil:
         int (*snappy)(const uint8_t *, int64_t, uint8_t *, int64_t) noexcept nogil
         const hb_indexers *index
         const hb_wires *wire
+        void (*locate)(const hb_slabs *, const int64_t *, int64_t, const float **) noexcept nogil
+        void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, float *, int64_t) noexcept nogil
+        int (*sum_together)(const hb_feature *, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
+        void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil
 
     ctypedef struct hb_fp_state:
         pass

@@ -90,6 +90,40 @@ static void gather(const hb_slabs *s, const int64_t *slots, const int64_t *index
     }
 }
 
+static void locate(const hb_slabs *s, const int64_t *slots, int64_t n, const float **rows) {
+    for (int64_t i = 0; i < n; i++) rows[i] = slots[i] < 0 ? NULL : (const float *)hb_row(s, slots[i]);
+}
+
+/* Into the first-level cache, to be used at once. */
+INLINE void fetch_near(const void *p, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 3);
+}
+
+/* How many rows ahead, where some features stand side by side: about as many as the CPU looks ahead by itself. */
+INLINE int64_t rows_ahead(int64_t n_features) { return 1 + 24 / n_features; }
+
+/* Row after row, so that what is written comes in order; the tables' hot rows stay in the cache. */
+INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim,
+                               float *restrict out, int64_t stride) {
+    int64_t d = rows_ahead(n_features);
+    for (int64_t b = 0; b < n_rows; b++)
+        for (int64_t k = 0; k < n_features; k++) {
+            const float *row = f[k].rows[f[k].inverse[b]];
+            float *to = out + b * stride + f[k].at;
+            if (b + d < n_rows) fetch_near(f[k].rows[f[k].inverse[b + d]], dim * 4); /* of NULL, it does nothing */
+            if (row)
+                memcpy(to, row, (size_t)dim * sizeof(float));
+            else
+                memset(to, 0, (size_t)dim * sizeof(float));
+        }
+}
+
+static void gather_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *restrict out,
+                            int64_t stride) {
+#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, n_rows, dim, out, stride); break
+    BY_DIM(dim, GATHER_TOGETHER)
+}
+
 static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
                     const float *lines, int64_t stride) {
     int64_t columns = column >= s->dim ? 0 : column + width < s->dim ? width : s->dim - column;
@@ -291,6 +325,62 @@ static void segment_sum(const hb_gradients *g, float *restrict out) {
     for (int64_t s = 0; s < g->n_segments; s++) sum(g, s, dim, out + s * dim); \
     break
     BY_DIM(g->dim, SUM)
+}
+
+/* Values come row by row, so a sum's block is held until its HB_SUM_BLOCK values are there: the same additions as in
+ * `sum`. A block starts from -0, which adds nothing to any value. */
+INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                           int64_t stride) {
+    static const uint32_t minus0[16] = {1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31,
+                                        1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31};
+    const int64_t wide = dim / LANES * LANES, d = rows_ahead(n_features);
+    ivec bad = {0};
+    int32_t bad1 = 0;
+    for (int64_t b = 0; b < n_rows; b++)
+        for (int64_t k = 0; k < n_features; k++) {
+            int64_t s = f[k].inverse[b];
+            int32_t seen = f[k].seen[s]++;
+            float *sum = f[k].sums + s * dim;
+            const float *v = grads + b * stride + f[k].at;
+            if (b + d < n_rows) {
+                fetch_near(f[k].sums + f[k].inverse[b + d] * dim, dim * 4);
+                if (d > 1) fetch_near(v + d * stride, dim * 4); /* else the CPU sees that they come in order */
+            }
+            if (__builtin_expect(seen && seen % HB_SUM_BLOCK == 0, 0)) {
+                float *block = f[k].blocks + s * dim;
+                if (seen == HB_SUM_BLOCK)
+                    memcpy(block, sum, (size_t)dim * sizeof(float));
+                else
+                    for (int64_t j = 0; j < dim; j++) block[j] += sum[j];
+            }
+            int old = seen % HB_SUM_BLOCK != 0;
+            const char *from = (const char *)((uintptr_t)sum & -(uintptr_t)old);
+            from += (uintptr_t)minus0 & -(uintptr_t)!old;
+            for (int64_t j = 0; j < wide; j += LANES) {
+                vec x = *(const vec *)(v + j);
+                ivec bits = (ivec)x & 0x7F800000;
+                bad |= bits == 0x7F800000;
+                *(vec *)(sum + j) = *(const vec *)(from + (old ? j * 4 : 0)) + x;
+            }
+            for (int64_t j = wide; j < dim; j++) {
+                bad1 |= (to_bits(v[j]) & 0x7F800000) == 0x7F800000;
+                sum[j] = old ? sum[j] + v[j] : v[j];
+            }
+        }
+    for (int k = 0; k < LANES; k++) bad1 |= bad[k];
+    return bad1 == 0;
+}
+
+static int sum_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                        int64_t stride) {
+#define SUM_TOGETHER(dim) return sum_together_as(f, n_features, n_rows, dim, grads, stride)
+    BY_DIM(dim, SUM_TOGETHER)
+}
+
+static void finish_sums(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim) {
+    for (int64_t s = 0; s < n; s++)
+        if (counts[s] > HB_SUM_BLOCK)
+            for (int64_t j = 0; j < dim; j++) f->sums[s * dim + j] = f->blocks[s * dim + j] + f->sums[s * dim + j];
 }
 
 /* Sum of squares by 16 partial sums added as a tree: the one order that every vector width can follow. */
@@ -697,4 +787,8 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .snappy = PASTE(hb_snappy_, HBKIT_ISA),
     .index = &PASTE(hb_indexers_, HBKIT_ISA),
     .wire = &PASTE(hb_wires_, HBKIT_ISA),
+    .locate = locate,
+    .gather_together = gather_together,
+    .sum_together = sum_together,
+    .finish_sums = finish_sums,
 };

@@ -108,6 +108,16 @@ typedef struct {
     void (*unpack)(const uint8_t *data, int64_t n, int64_t dim, int wire, float *out);
 } hb_wires;
 
+/* One feature of several that stand side by side: row b is of distinct key inverse[b], its floats lie from `at` on. What
+ * it points to begins in another set of the first-level cache than the next feature's: they are gone through together. */
+typedef struct {
+    int64_t at;
+    const int32_t *inverse;
+    const float **rows;   /* of gather_together: of each distinct key, NULL where there is none */
+    float *sums, *blocks; /* of sum_together, [u, dim]: the block in hand, and the blocks before it */
+    int32_t *seen;        /* values added so far: 0 at the start */
+} hb_feature;
+
 typedef struct {
     const char *name;
     /* out[i, :width] = first columns of line slots[i], or slots[index[i]] where index is not NULL, as float32; zeros
@@ -139,6 +149,16 @@ typedef struct {
     int (*snappy)(const uint8_t *src, int64_t n, uint8_t *dst, int64_t dst_n);
     const hb_indexers *index; /* of index_kernel.c */
     const hb_wires *wire;     /* of wire_kernel.c */
+    /* Rows (float32) of slots, NULL where they are below 0. */
+    void (*locate)(const hb_slabs *s, const int64_t *slots, int64_t n, const float **rows);
+    /* For rows b and features k: out[b * stride + f[k].at ...] = its row; zeros where there is none. */
+    void (*gather_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *out,
+                            int64_t stride);
+    /* The other way: grads[b * stride + f[k].at ...] is added to sum number f[k].inverse[b]. In the end `finish` takes
+     * its blocks together. 0 where a value is not finite. */
+    int (*sum_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                        int64_t stride);
+    void (*finish_sums)(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim);
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -18,6 +18,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16), may_alias));
 
 INLINE float from_bits(uint32_t b) {

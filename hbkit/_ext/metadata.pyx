@@ -26,13 +26,26 @@ cdef int64_t AHEAD = 32
 cdef uintptr_t HUGE = 2 << 20
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 
-ctypedef struct Pair:
-    uint32_t freq
-    uint32_t last_step
-
-
 cdef inline uint32_t _clip(int64_t x) noexcept nogil:
     return 0 if x < 0 else MOST if x > <int64_t>MOST else <uint32_t>x
+
+
+cdef int64_t stamp(Pair *at, const int64_t *slots, int64_t n, int64_t step, const int64_t *counts) noexcept nogil:
+    """`Metadata.stamp` of slots within `at`; that and counts may be NULL."""
+    cdef int64_t i, absent = 0
+    cdef uint32_t now = _clip(step)
+    cdef Pair *pair
+    for i in range(n):
+        if slots[i] < 0:
+            absent += 1
+        elif at != NULL:
+            if i + AHEAD < n and slots[i + AHEAD] >= 0:
+                HB_PREFETCH(&at[slots[i + AHEAD]])
+            pair = &at[slots[i]]
+            if counts != NULL:
+                pair.freq = _clip(pair.freq + counts[i])
+            pair.last_step = now
+    return absent
 
 
 cdef class Metadata:
@@ -47,11 +60,6 @@ cdef class Metadata:
     -----
     The GIL is released inside; callers order writes themselves.
     """
-
-    cdef Pair *at
-    cdef int64_t n
-    cdef bint kept
-    cdef uint32_t latest_step
 
     def __cinit__(self, bint kept=True):
         self.kept = kept
@@ -129,23 +137,18 @@ cdef class Metadata:
         int
             Slots that were -1.
         """
-        cdef int64_t i, n = slots.shape[0], absent = 0
-        cdef uint32_t now = _clip(step)
-        cdef Pair *pair
+        cdef int64_t n = slots.shape[0], absent = 0
         self._check(slots, n if counts is None else counts.shape[0], -1)
-        self.latest_step = max(self.latest_step, now)
-        with nogil:
-            for i in range(n):
-                if slots[i] < 0:
-                    absent += 1
-                elif self.kept:
-                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
-                        HB_PREFETCH(&self.at[slots[i + AHEAD]])
-                    pair = &self.at[slots[i]]
-                    if counts is not None:
-                        pair.freq = _clip(pair.freq + counts[i])
-                    pair.last_step = now
+        self.stamped(step)
+        if n:
+            with nogil:
+                absent = stamp(self.at if self.kept else NULL, &slots[0], n, step,
+                               NULL if counts is None else &counts[0])
         return absent
+
+    cdef void stamped(self, int64_t step) noexcept:
+        """Rows are being stamped with `step`."""
+        self.latest_step = max(self.latest_step, _clip(step))
 
     def put(self, const int64_t[::1] slots, const int64_t[::1] freq, const int64_t[::1] last_step):
         """Write both numbers of slots (all >= 0), clipped to what is held."""

@@ -81,13 +81,6 @@ cdef class Slabs:
     write lines of different slots at once.
     """
 
-    cdef hb_slabs s
-    cdef readonly int64_t width
-    cdef bint divided, apart
-    cdef int64_t n_chunks, n_regions, n_last, left  # chunks; regions; chunks of the last one, and those left of it
-    cdef void **regions
-    cdef readonly str row_dtype
-
     def __cinit__(self, int64_t width, int64_t chunk_nbytes=1 << 22, dim=None, str row_dtype="float32"):
         cdef int64_t row_nbytes, state_nbytes
         if width < 1:

@@ -49,7 +49,7 @@ class Training:
             options.wire,
             compile=options.compile,
             amp=options.amp,
-            positive_weight=(weights[0] if len(weights) == 1 else weights) or None,
+            positive_weight=None if not weights else weights[0] if len(weights) == 1 else weights,
         )
         assert options.data is not None
         self._ds = dataset(options.data, columns, options.batch_size, self._shard)

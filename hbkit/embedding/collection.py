@@ -7,7 +7,7 @@ admits, creates, gathers and pools, then sums gradients per key and updates. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.exchange import Transport
 from hbkit.store.base import Float32s, Int64s
+from hbkit.store.together import Together
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]
 
@@ -49,6 +50,11 @@ class _Input(NamedTuple):
     length: int | None  # lists of a dense array all have this length
     weight: Float32s | None  # one a key
 
+    @property
+    def plain(self) -> bool:
+        """One key a row and nothing beside it."""
+        return self.splits is None and self.dictionary is None and self.weight is None
+
 
 _Gradient = tuple[Float32s, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
 
@@ -71,6 +77,9 @@ class Collection:
         A feature is a column of the batch; each table is its own feature when left out.
     pooling : "sum", "mean", "sqrtn", None, or a mapping of feature name to one of them
         How a list of keys becomes one row; None keeps the sequence. A scalar key is its row.
+    stack : mapping of name to sequence of features, optional
+        Features of one dim whose rows stand side by side in one output of that name, float32[size, n, dim], and whose
+        gradient is one array: a model that takes them so copies nothing.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Collection:
         tables: Sequence[Table],
         features: Mapping[str, str] | None = None,
         pooling: str | Mapping[str, str | None] | None = "sum",
+        stack: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.tables = {t.name: t for t in tables}
         if len(self.tables) != len(tables):
@@ -98,10 +108,32 @@ class Collection:
         for feature, how in self.pooling.items():
             if how not in POOLINGS:
                 raise InvalidArgument(f"pooling {how!r}", feature=feature, remedy="use sum, mean, sqrtn or None")
+        self.stack = {name: list(features) for name, features in (stack or {}).items()}
+        self._in_stack = {f: (name, i) for name, features in self.stack.items() for i, f in enumerate(features)}
+        self._check_stacks()
         # The features of each table that has some, in their declared order.
         by_table = {name: [f for f, t in self.features.items() if t == name] for name in self.tables}
         self._by_table = {name: features for name, features in by_table.items() if features}
+        self._optimizers: dict[str, Any] = {}  # equal ones are one
+        for one in tables:
+            like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
+            self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+
+    def _check_stacks(self) -> None:
+        for name, features in self.stack.items():
+            for f in features:
+                if f not in self.features:
+                    raise UnknownColumn(
+                        f"stack {name!r} of an unknown feature", feature=f, remedy="name it in features"
+                    )
+            if not features or name in self.features or len({self.dim(f) for f in features}) > 1:
+                raise InvalidArgument(
+                    f"stack {name!r} of {', '.join(features) or 'nothing'}",
+                    remedy="give it a name that no feature has, and features of one dim",
+                )
+        if len(self._in_stack) != sum(map(len, self.stack.values())):
+            raise InvalidArgument("a feature is in two stacks, or twice in one", remedy="name it once")
 
     @property
     def step(self) -> int:
@@ -219,16 +251,38 @@ class Staged:
         if self.size < n:
             raise InvalidArgument(f"size {size} for a batch of {n} rows", remedy="give at least the batch's rows")
         self._inputs = {f: _first_rows(i, n) for f, i in inputs.items()}
-        # One request a table: the keys of all its features, in their declared order.
+        # Tables in host memory go together; of the others, one request a table: the keys of all its features, in their
+        # declared order.
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
+        self._joined = self._joinable() if n and (train or ahead) else {}
+        self._together = self._join() if self._joined else None
         for name, features in collection._by_table.items():
+            if name in self._joined:
+                continue
             end = 0
             for feature in features:
                 start, end = end, end + len(self._inputs[feature].keys)
                 self._spans[feature] = slice(start, end)
             self._requests[name] = self._request(collection.tables[name], features, ahead)
         self._state = "staged"
+
+    def _joinable(self) -> dict[str, list[str]]:
+        """Tables that can go together, and their features."""
+        tables, inputs = self._collection.tables, self._inputs
+        by_table = self._collection._by_table.items()
+        return {t: fs for t, fs in by_table if tables[t].joinable and all(inputs[f].plain for f in fs)}
+
+    def _join(self) -> Together:
+        c, keys, places = self._collection, [], []
+        groups = {output: i for i, output in enumerate(self._outputs_of(self._joined))}
+        for name, features in self._joined.items():
+            keys.append(_end_to_end([self._keys(c.tables[name], f) for f in features]))
+            for f in features:
+                output, number = c._in_stack.get(f, (f, 0))
+                places.append((groups[output], number * c.dim(f)))
+        stores: list[Any] = [c.tables[name].store for name in self._joined]
+        return Together(stores, keys, places, self.n_rows)
 
     def _keys(self, table: Table, feature: str) -> Any:
         i = self._inputs[feature]
@@ -267,7 +321,7 @@ class Staged:
         step = self._begin()
         for request in self._requests.values():
             request.create(self._train, step)
-        return self._read()
+        return self._read(step)
 
     def _begin(self) -> int:
         """The step that the batch is read for, once."""
@@ -285,8 +339,34 @@ class Staged:
         self._state = "read"
         return c.step + 1
 
-    def _read(self) -> dict[str, Float32s | SequenceOutput]:
-        return {f: self._output(f, self._requests[t]) for f, t in self._collection.features.items()}
+    def _read(self, step: int) -> dict[str, Float32s | SequenceOutput]:
+        """The outputs, once all rows are made but those of the tables that go together."""
+        c = self._collection
+        whole: dict[str, Any] = {
+            name: _ext.retained((self.size, len(features), c.dim(features[0]))) for name, features in c.stack.items()
+        }
+        rows = {f: whole[name][:, i] for f, (name, i) in c._in_stack.items()}
+        joined = [f for features in self._joined.values() for f in features]
+        for f in joined:
+            if f not in rows:
+                whole[f] = rows[f] = _ext.retained((self.size, c.dim(f)))
+        if self._together is not None and self._train:
+            self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
+        elif self._together is not None:
+            self._together.gather(self._flat(whole))
+        for f, name in c.features.items():
+            if name not in self._joined:
+                out = self._output(f, self._requests[name])
+                if f in rows and isinstance(out, SequenceOutput):
+                    raise InvalidArgument("a list without pooling in a stack", feature=f, remedy="pool it")
+                if f in rows:
+                    rows[f][:] = out
+                else:
+                    whole[f] = out
+        if self.n_rows < self.size:
+            for name in self._outputs_of(self._joined):
+                whole[name][self.n_rows :] = 0
+        return {name: whole[name] for name in self._outputs_of({"": list(c.features)})}
 
     def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
         c, i = self._collection, self._inputs[feature]
@@ -338,9 +418,9 @@ class Staged:
 
         Parameters
         ----------
-        grads : mapping of feature to float32 array shaped like its output (a sequence's `values`)
+        grads : mapping of output to float32 array of its shape (of a sequence's `values`)
             Or, for a table of named columns, a mapping of their names to such arrays.
-            A feature left out had no part in the loss.
+            An output left out had no part in the loss.
         held : sequence of (Staged, its gradients)
             Earlier batches, which `hold` was called on: one update for all, as if they and this, which may be held too,
             were one batch.
@@ -369,41 +449,93 @@ class Staged:
 
     def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
         c = self._collection
+        alone = self._state == "read" and len(batches) == 1
+        joined = self._sum_together(batches[0][1]) if alone else {}
         checked = len(c.tables) > 1  # where one table would refuse, none may be updated
-        given = [(batch, batch._parts(grads, checked)) for batch, grads in batches]
-        for name, request in self._requests.items():
-            used = [(batch, f, parts[f]) for batch, parts in given for f in c._by_table[name] if f in parts]
+        given = [(batch, batch._parts(grads, checked, joined)) for batch, grads in batches]
+        for name, features in c._by_table.items():
+            used = [(batch, f, parts[f]) for batch, parts in given for f in features if f in parts]
             if used:
                 table = c.tables[name]
                 # Rows that only left-out features read stay as they are: an optimizer may move a row by no gradient.
-                whole = [(self, f) for f in c._by_table[name]] == [(batch, f) for batch, f, _ in used]
+                whole = [(self, f) for f in features] == [(batch, f) for batch, f, _ in used]
                 touched = (
-                    request
-                    if whole and self._state == "read"
+                    self._requests[name]
+                    if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
                 touched.update(*_join([part for _, _, part in used]), step, finite=checked)
                 touched.close()
+        if joined and self._together is not None:
+            rules = [c._optimizers[name] for name in joined]
+            hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
+            self._together.apply(rules, [hypers[id(rule)] for rule in rules], step)
 
     def _check_read(self, *states: str) -> None:
         if self._state not in states or not self._train:
             state = self._state if self._train else "staged for reading only"
             raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
 
-    def _parts(self, grads: Mapping[str, Any], check: bool) -> dict[str, _Gradient]:
-        """`_gradient` of each feature that has one; with `check`, it is finite where its table asks for that."""
+    def _split(self, grads: Mapping[str, Any]) -> tuple[dict[str, Float32s], dict[str, Any]]:
+        """Gradients of stacks, and of all features that have one, the stacks' ones being views."""
         c = self._collection
-        for feature in grads:
-            if feature not in c.features:
-                raise UnknownColumn(
-                    f"gradient of unknown feature {feature!r}", remedy="name features of the collection"
-                )
-        parts = {f: self._gradient(f, grads[f]) for f in c.features if grads.get(f) is not None}
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+        for name in grads:
+            if name not in c.stack and (name not in c.features or name in c._in_stack):
+                raise UnknownColumn(f"gradient of unknown output {name!r}", remedy="name outputs of the collection")
+        stacks = {name: self._stacked(name, grads.pop(name)) for name in c.stack if name in grads}
+        for name, g in stacks.items():
+            grads |= {f: g[:, i] for i, f in enumerate(c.stack[name])}
+        return stacks, grads
+
+    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, _Gradient]:
+        """`_gradient` of each feature that has one, of other tables than those `joined`.
+
+        With `check`, it is finite where its table asks for that.
+        """
+        c, (_, of) = self._collection, self._split(grads)
+        parts = {f: self._gradient(f, of[f]) for f, t in c.features.items() if f in of and t not in joined}
         if check:
             for f, (values, _, scale) in parts.items():
                 if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
                     raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
         return parts
+
+    def _sum_together(self, grads: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Sum the gradients of the tables that go together; which they are: none where some gradient is missing."""
+        stacks, of = self._split(grads)
+        if self._together is None or not all(f in of for features in self._joined.values() for f in features):
+            return {}
+        singles = {f: self._gradient(f, of[f])[0] for f in self._outputs_of(self._joined) if f not in stacks}
+        return self._joined if self._together.sum(self._flat(stacks | singles)) else self._refused(of)
+
+    def _outputs_of(self, tables: Mapping[str, Sequence[str]]) -> list[str]:
+        """Outputs that the features of tables are in: each once, in their order."""
+        stacked = self._collection._in_stack
+        return list(dict.fromkeys(stacked[f][0] if f in stacked else f for fs in tables.values() for f in fs))
+
+    def _flat(self, outputs: Mapping[str, Float32s]) -> list[Float32s]:
+        """Outputs of what goes together, or their gradients, as `Together` takes them."""
+        return [outputs[name].reshape(len(outputs[name]), -1)[: self.n_rows] for name in self._outputs_of(self._joined)]
+
+    def _refused(self, grads: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Raise for a gradient that is not finite. One table alone looks for the keys by itself: nothing is joined."""
+        c = self._collection
+        if len(c.tables) > 1:
+            for feature in (f for features in self._joined.values() for f in features):
+                if not all_finite(self._gradient(feature, grads[feature])[0], None):
+                    raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
+        return {}
+
+    def _stacked(self, name: str, grad: Any) -> Float32s:
+        """A stack's gradient, checked and contiguous."""
+        c, g = self._collection, np.asarray(grad)
+        shape = (self.size, len(c.stack[name]), c.dim(c.stack[name][0]))
+        if g.shape != shape or g.dtype.kind != "f":
+            raise InvalidArgument(
+                f"gradient of {g.dtype}{list(g.shape)}", feature=name, remedy=f"give float32{list(shape)}"
+            )
+        return np.ascontiguousarray(g, np.float32)
 
     def _gradient(self, feature: str, grad: Any) -> _Gradient:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
@@ -500,6 +632,10 @@ def _positions(i: _Input) -> tuple[Int64s, int]:
     length = i.length or 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
+
+
+def _end_to_end(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _join(parts: Sequence[_Gradient]) -> _Gradient:

@@ -13,12 +13,18 @@ from typing import Any, Generic, Self, TypeVar
 from hbkit.data.ahead import in_order, prefetch
 from hbkit.embedding.collection import Collection, Staged, Stages
 from hbkit.errors import InvalidArgument
+from hbkit.store.host import HostStore
 
 __all__ = ["Lookahead", "Pipeline", "lookahead"]
 
 
 class Lookahead:
     """Iterator of (batch, `Staged`), staged in the background; see `lookahead`.
+
+    Attributes
+    ----------
+    waited : float, seconds
+        For which the steps so far waited for their batch and its rows.
 
     Whoever takes a pair applies or closes its `Staged`; `close` lets go of those that nobody took. Both may be called
     from any thread.
@@ -32,6 +38,7 @@ class Lookahead:
         depth: int,
     ) -> None:
         self._lock = threading.Lock()
+        self.waited = 0.0
         self._waiting: set[Staged] = set()  # staged, and not yet taken
         self._collection, self._stages = collection, stages
         self._pairs = prefetch(pairs(self._waiting), depth) if depth else pairs(self._waiting)
@@ -49,6 +56,7 @@ class Lookahead:
         except BaseException:
             staged.close()
             raise
+        self.waited += time.monotonic() - asked
         return prepared, staged
 
     def close(self) -> None:
@@ -81,8 +89,13 @@ FETCHERS = 4  # batches whose rows are on their way at once: while the last rows
 class Pipeline(Generic[Step]):
     """Iterator over the steps of a generator; closed when exhausted, closed or forgotten, and in a ``with``."""
 
-    def __init__(self, steps: Generator[Step]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Generator[Step], ahead: Lookahead | None = None) -> None:
+        self._steps, self._ahead = steps, ahead
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the steps so far waited for their batch and its rows."""
+        return 0.0 if self._ahead is None else self._ahead.waited
 
     def __iter__(self) -> Self:
         return self
@@ -151,7 +164,8 @@ def lookahead(
     if lookahead < 0:
         raise InvalidArgument(f"lookahead={lookahead}", remedy="give 0 or more batches")
 
-    fetchers = min(FETCHERS, max(0, lookahead - 1))
+    near = all(isinstance(table.store, HostStore) for table in collection.tables.values())  # there is nothing to fetch
+    fetchers = 0 if near else min(FETCHERS, max(0, lookahead - 1))
 
     stages = collection.stage_each(dataset, train, size, lookahead > 0, prepare, empty)
 
@@ -161,6 +175,8 @@ def lookahead(
             yield prepared, staged
 
     def pairs(waiting: set[Staged]) -> Generator[tuple[Any, Staged]]:
+        if near:
+            return announced(waiting)
         jobs = (partial(fetched, item) for item in behind(announced(waiting), lookahead - 1 - fetchers))
         return in_order(jobs, fetchers)
 
@@ -171,7 +187,8 @@ def lookahead(
             item[1].fetch()
         return item
 
-    return Lookahead(collection, stages, pairs, min(lookahead, 1))
+    # Where rows come from afar, each batch that is asked for has one more announced, and only one waits to be taken.
+    return Lookahead(collection, stages, pairs, lookahead if near else min(lookahead, 1))
 
 
 def behind(source: Iterator[T], n: int) -> Iterator[T | Exception]:

@@ -86,8 +86,7 @@ class Sharded(Collection):
     ) -> None:
         if wire not in WIRES:
             raise InvalidArgument(f"no wire {wire!r}", remedy=f"use one of {', '.join(WIRES)}")
-        self.tables, self.features, self.pooling = collection.tables, collection.features, collection.pooling
-        self._by_table = collection._by_table
+        vars(self).update(vars(collection))  # all that a collection is, over the same tables
         self._training = None
         self.transport, self.wire, self.placement = transport, wire, dict(placement or {})
         self.feedback = feedback
@@ -481,6 +480,9 @@ class _Between(Staged):
         self._rank, self._n_ranks = sharded.transport.rank, sharded.transport.size
         super().__init__(sharded, batch, train, size, weights, ahead)
 
+    def _joinable(self) -> dict[str, list[str]]:
+        return {}
+
     def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Any:
         return _Part(table, [self._keys(table, f) for f in features], self._sharded)
 
@@ -576,7 +578,7 @@ class _Between(Staged):
             cursors = [_Cursor(m.payload) for m in messages]
             for p in parts:
                 self._unpack(p, p.rows, p.to, cursors)
-            return self._read()
+            return self._read(step)
 
     def _row_nbytes(self, parts: Sequence[_Part]) -> Int64s:
         return np.array([self._sharded._row_nbytes[p.table.name] for p in parts], np.int64)
@@ -754,6 +756,7 @@ def _settings(sharded: Sharded) -> dict[str, object]:
         settings[f"placement of table {name}"] = where
     for name, t in sharded.tables.items():
         settings |= {f"{what} of table {name}": value for what, value in t.settings().items()}
+    settings |= {f"stack {name}": features for name, features in sharded.stack.items()}
     for feature, table in sharded.features.items():
         settings[f"table of feature {feature}"] = table
         settings[f"pooling of feature {feature}"] = sharded.pooling[feature]

@@ -144,6 +144,9 @@ class Table:
         layout = Layout(name, self.dim, state, initialize, metadata, fill, dtype, stream(0, name))
         self.store = (store or host_memory()).open(layout)
         self._reads_keys = isinstance(self.store, HostStore) and self._default is None and self._padding is None
+        # Whether a batch of single keys may go through several tables at once.
+        plain = dtype == "float32" and nonfinite == "raise" and isinstance(self.optimizer, Optimizer)
+        self.joinable = self._reads_keys and plain
         self.step = self.store.latest_step()
         self.pending: Pending | None = None  # what goes on with the table in the background
         if self.admission is not None and (kept := self.store.kept()):

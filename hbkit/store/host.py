@@ -62,8 +62,8 @@ class HostStore:
         self._erasures = self._creations = 0
         self._n_ignored = self._n_skipped = 0
         self._n_commits = 0
-        self._lock = SharedLock()  # exclusive: keys come or go
-        self._updating = threading.Lock()  # one thread at a time writes rows and metadata in place
+        self.lock = SharedLock()  # exclusive: keys come or go
+        self.updating = threading.Lock()  # one thread at a time writes rows and metadata in place
         self.changes = Changes(layout.metadata)
         self._pointing = threading.Lock()  # held while there is a point
         self._point: _HostPoint | None = None
@@ -72,15 +72,25 @@ class HostStore:
         return len(self._index)
 
     @property
-    def _version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, int]:
+        """Erasures and creations so far."""
         return self._erasures, self._creations
 
     def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> Lease:
         """Find the rows of distinct keys; nothing moves in this tier."""
         lease = Lease(keys, _NONE, counts, padding)
-        with self._lock.shared:
-            lease.refresh(self._index, self._version)
+        with self.lock.shared:
+            lease.refresh(self._index, self.version)
         return lease
+
+    @property
+    def parts(self) -> tuple[Index, Slabs, Metadata]:
+        """What the store is made of, for passes over several stores at once (`hbkit.store.together`)."""
+        return self._index, self._slabs, self._metadata
+
+    def refresh(self, lease: Lease) -> None:
+        """Bring the lease's slots up to date, `lock` being held."""
+        lease.refresh(self._index, self.version)
 
     def fetch(self, lease: Lease) -> None:
         """Every row is near in this tier."""
@@ -90,14 +100,14 @@ class HostStore:
 
     def lookup(self, keys: Int64s, out: Float32s) -> None:
         """Rows of keys, which may repeat, into ``out[n, dim]``; zeros where a key is absent."""
-        with self._lock.shared:
+        with self.lock.shared:
             self._slabs.lookup(self._index, keys, out)
 
     def lookup_pooled(
         self, keys: Int64s, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
     ) -> None:
         """Weighted sums of the rows of ``keys[splits[b]:splits[b + 1]]`` into ``out[b]``, as `pool` gives them."""
-        with self._lock.shared:
+        with self.lock.shared:
             self._slabs.lookup_pooled(self._index, keys, splits, out, weight, row_scale)
 
     @contextmanager
@@ -126,16 +136,16 @@ class HostStore:
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
-        with self._lock.shared:
-            lease.refresh(self._index, self._version)
+        with self.lock.shared:
+            lease.refresh(self._index, self.version)
             n_new = len(absent(lease.slots, lease.padding))
         if n_new:
-            with self._lock.exclusive:
-                lease.refresh(self._index, self._version)
+            with self.lock.exclusive:
+                lease.refresh(self._index, self.version)
                 n_new = self._make(lease, absent(lease.slots, lease.padding), admission)
-        with self._lock.shared, self._updating:
-            lease.refresh(self._index, self._version)
-            self._about_to_change(lease, step)
+        with self.lock.shared, self.updating:
+            lease.refresh(self._index, self.version)
+            self.about_to_change(lease, step)
             self._metadata.stamp(lease.slots, step, lease.counts)
             lease.stamped = step, lease.version
         return n_new
@@ -154,13 +164,13 @@ class HostStore:
                     else:
                         self._slabs.scatter(slots, lines)
                     self._metadata.clear(slots)
-                lease.slots[missing], lease.version = slots, self._version
+                lease.slots[missing], lease.version = slots, self.version
         return len(keys)
 
     def gather(self, lease: Lease, out: Float32s, index: Int64s | None = None) -> None:
         """Copy rows to ``out[u, dim]``, or those of the keys number `index`; zeros where a key is absent."""
-        with self._lock.shared:
-            lease.refresh(self._index, self._version)
+        with self.lock.shared:
+            lease.refresh(self._index, self.version)
             self._slabs.gather(lease.slots, out, index)
 
     def pool(
@@ -173,33 +183,37 @@ class HostStore:
         row_scale: Float32s | None = None,
     ) -> None:
         """Weighted sums of rows, each read where it lies."""
-        with self._lock.shared:
-            lease.refresh(self._index, self._version)
+        with self.lock.shared:
+            lease.refresh(self._index, self.version)
             self._slabs.pool(lease.slots, index, splits, out, weight, row_scale)
 
     def apply(
         self, lease: Lease, grads: Float32s | Gradients, rule: Rule, hyper: Float32s, step: int, skip: bool = False
     ) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored."""
-        with self._lock.shared, self._updating:
-            lease.refresh(self._index, self._version)
-            self._about_to_change(lease, step)
+        with self.lock.shared, self.updating:
+            lease.refresh(self._index, self.version)
+            self.about_to_change(lease, step)
             bad = "skip" if skip else "apply"
             self._n_skipped += self._slabs.apply(
                 rule.code, lease.slots, grads, hyper, lease.keys, self.layout.seed, step, bad
             )
-            if lease.stamped != (step, lease.version):  # as `create` left it, else
-                self._metadata.stamp(lease.slots, step)
-            ignored = n_absent(lease.slots) - (lease.padding >= 0)
-            self._n_ignored += ignored
+            ignored: int = n_absent(lease.slots) - (lease.padding >= 0)
+            self.updated(lease, step, ignored)
             return ignored
+
+    def updated(self, lease: Lease, step: int, ignored: int) -> None:
+        """The rows of a lease were, with `updating` held; so many of its keys were absent."""
+        if lease.stamped != (step, lease.version):  # as `create` left it, else
+            self._metadata.stamp(lease.slots, step)
+        self._n_ignored += ignored
 
     def release(self, lease: Lease) -> None:
         """Nothing is pinned in this tier."""
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
-        with self._lock.exclusive:
+        with self.lock.exclusive:
             n = len(self._index)
             if (point := self._point) is not None:
                 self._set_aside(point, keys, self._index.find(keys))
@@ -211,13 +225,13 @@ class HostStore:
 
     def has(self, keys: Int64s) -> npt.NDArray[np.bool_]:
         """Whether each key has a row: bool[n]."""
-        with self._lock.shared:
+        with self.lock.shared:
             found: npt.NDArray[np.bool_] = self._index.find(keys) >= 0
             return found
 
     def metadata(self, keys: Int64s) -> tuple[Int64s, Int64s]:
         """Frequency and last step of each key, all of which have rows."""
-        with self._lock.shared:
+        with self.lock.shared:
             freq, last_step = self._metadata.get(self._index.find(keys))
             return freq, last_step
 
@@ -226,7 +240,7 @@ class HostStore:
 
         The keys are those of the moment the scan begins; a row changed or erased meanwhile is read as it is then.
         """
-        with self._lock.shared:
+        with self.lock.shared:
             keys, slots = self._index.items()
             if since is not None:
                 keys = keys[self._metadata.get(slots)[1] > since]
@@ -234,7 +248,7 @@ class HostStore:
 
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
         """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
-        with self._lock.shared:
+        with self.lock.shared:
             keys = part.of(self._index)
         return self._chunks(keys, rows)
 
@@ -242,7 +256,7 @@ class HostStore:
         dim = self.layout.dim
         for first in range(0, len(keys), CHUNK_ROWS):
             part = keys[first : first + CHUNK_ROWS]
-            with self._lock.shared:
+            with self.lock.shared:
                 slots = self._index.find(part)
                 held = slots >= 0
                 part, slots = part[held], slots[held]
@@ -262,7 +276,7 @@ class HostStore:
             )
         row, state = (np.ascontiguousarray(lines, np.float32) for lines in chunk[3:])
         keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
-        with self._lock.exclusive:
+        with self.lock.exclusive:
             with self._inserted(keys) as slots:
                 self._metadata.put(slots, freq, last_step)
                 half = len(slots) // 2
@@ -285,7 +299,7 @@ class HostStore:
         """Take a point; see `Store.point`. The pause is a pass over the stamps with a `base`, else about nothing."""
         self._pointing.acquire()
         try:
-            with self._lock.exclusive:
+            with self.lock.exclusive:
                 since = self.changes.since(base) if base is not None else None
                 n_words = self._index.n_slots // 64 + 1
                 if since is None:
@@ -305,7 +319,7 @@ class HostStore:
             self._pointing.release()
             raise
 
-    def _about_to_change(self, lease: Lease, step: int) -> None:
+    def about_to_change(self, lease: Lease, step: int) -> None:
         """The rows of a lease are, and they are or have been stamped with `step`."""
         if (point := self._point) is not None:
             self._set_aside(point, lease.keys, lease.slots)
@@ -350,11 +364,11 @@ class HostStore:
     def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
         """Those that nothing was about to change until they were read."""
         lines: Float32s = retained((len(keys), self.layout.width))
-        with self._lock.shared:
+        with self.lock.shared:
             slots = self._index.find(keys)
             self._slabs.gather(slots, lines)
             freq, last_step = self._metadata.get(np.maximum(slots, 0))
-            with self._updating:
+            with self.updating:
                 there = with_bits(point.bits, slots)
                 clear_bits(point.bits, slots)
         return InPlace(there, freq, last_step, lines)
@@ -379,7 +393,7 @@ class HostStore:
 
     def stats(self) -> dict[str, Any]:
         """Rows and bytes held, keys ignored by updates."""
-        with self._lock.shared:
+        with self.lock.shared:
             return {
                 "tier": "host",
                 "rows": len(self._index),
@@ -392,7 +406,7 @@ class HostStore:
 
     def validate(self) -> None:
         """Recount everything; AssertionError where the store contradicts itself. For tests."""
-        with self._lock.exclusive:
+        with self.lock.exclusive:
             self._index.validate()
             assert self._index.n_slots <= self._slabs.capacity, "a slot has no line"
             assert self._index.n_slots <= self._metadata.room, "a slot has no metadata"

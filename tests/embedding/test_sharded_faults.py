@@ -54,6 +54,8 @@ def try_fault(timeout, size, fault, at, rank, seed, n, whole):
     assert not left, f"{trial}: {left} are left"
     if not faulty.plan.struck:
         return False if results == whole else None
+    if fault == "hang" and results == whole:
+        return None  # the others were as late
     assert took < 2 * timeout + SLACK, f"{trial}: took {took:.2f} s"
     for r, result in enumerate(results):
         named = isinstance(result, HbkitError) and not isinstance(result, InvalidArgument)

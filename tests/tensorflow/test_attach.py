@@ -335,7 +335,33 @@ def test_attach_refuses_by_name(click_file, clicks, collection, dlrm):
         compiled(model, wrap(keras.optimizers.SGD(gradient_accumulation_steps=2)))
         with pytest.raises(errors.Unsupported, match="gradient_accumulation_steps=2"):
             model.fit(ds, verbose=0)
+    c.transport = object()  # as over `hb.distributed.shard`
+    compiled(model)
+    with pytest.raises(errors.Unsupported, match=r"ranks.*Trainer"):
+        model.fit(ds, verbose=0)
     assert c.step == 0
+
+
+def test_attached_model_names_what_does_not_fit(clicks, collection, dlrm):
+    city = hb.nn.attach(compiled(hb.models.DLRM(["user", "city"], 8, n_dense=2), jit=False), collection())
+    with pytest.raises(errors.UnknownColumn, match=r"no table.*city"):
+        city.fit(clicks(64), verbose=0)
+    unpooled = hb.nn.attach(compiled(dlrm(), jit=False), collection(pooling={"tags": None}))
+    with pytest.raises(errors.InvalidArgument, match=r"not a sequence.*tags"):
+        unpooled.fit(clicks(64), verbose=0)
+    layer = hb.nn.EmbeddingCollection(collection())
+    model = hb.nn.attach(compiled(dlrm(), jit=False), layer)
+    for spoilt, says in (("amount", "Ragged.*amount"), ("user", "float32.*user")):
+
+        def spoil(columns, spoilt=spoilt):
+            return {**columns, spoilt: columns["tags"] if spoilt == "amount" else columns["amount"]}
+
+        with pytest.raises(errors.InvalidArgument, match=says):
+            model.fit(clicks(64).map(spoil), verbose=0)
+    layer.close()
+    for run in model.fit, model.predict:
+        with pytest.raises(errors.Closed, match="user, item, tags"):
+            run(clicks(64), verbose=0)
 
 
 def test_attached_model_saves_and_loads_its_weights(clicks, collection, dlrm, tmp_path):

@@ -130,7 +130,18 @@ def test_embedding_collection_refuses_by_feature(collection):
     with pytest.raises(errors.InvalidArgument, match="feature user"):
         layer({**BATCH, "user": tf.constant(["a"])})
     with pytest.raises(errors.Unsupported, match="feature tags"):
-        layer({**BATCH, "tags": tf.sparse.from_dense([[1, 0]])})
+        layer({**BATCH, "tags": tf.sparse.from_dense([[[1, 0]]])})
+    with pytest.raises(errors.InvalidArgument, match=r"ragged_rank=2.*feature tags"):
+        layer({**BATCH, "tags": tf.ragged.constant([[[1]], [], []])})
+    with pytest.raises(errors.InvalidArgument, match=r"2 rows where others have 3.*feature tags"):
+        layer({**BATCH, "tags": tf.ragged.constant([[1], []])})
+    rows = layer(BATCH, training=True)
+    for wrong, says in ((tf.zeros((2, 8)), "float32"), (tf.zeros((3, 8), tf.int32), "int32")):
+        with pytest.raises(errors.InvalidArgument, match=rf"gradient of {says}.*feature user"):
+            layer.apply({"user": wrong})
+    with pytest.raises(errors.UnknownColumn, match="city"):
+        layer.apply({"city": rows["user"]})
+    layer.apply({"user": rows["user"]})  # and the call is still there
     with pytest.raises(errors.UnknownColumn, match="feature item"):
         tf.function(lambda: layer({"user": tf.constant([1])}), autograph=False)()
     layer.close()

@@ -125,11 +125,11 @@ def test_loader_keeps_the_place_of_the_dataset(clicks, num_workers):
     assert seen(loader) == want
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_loader_reshuffles_each_iteration(clicks, num_workers):
+@pytest.mark.parametrize(("num_workers", "options"), [(0, {}), (2, {}), (2, {"persistent_workers": True})])
+def test_loader_reshuffles_each_iteration(clicks, num_workers, options):
     ds = clicks(300, 64).shuffle_batch(50, buffer_size=150, seed=3)
     want = [seen(clicks(300, 50).shuffle(3, 150).set_epoch(e)) for e in (0, 1)]
-    loader = ds.loader(num_workers)
+    loader = ds.loader(num_workers, **options)
     assert [seen(loader) for _ in (0, 1)] == want and want[0] != want[1]
 
 

@@ -120,6 +120,15 @@ def shared_file(path, n_batches=60):
     return path
 
 
+def alone_after(folder, before, steps, after):
+    """What one rank comes to in some steps of the batches of `before` ranks, then those of `after` ranks."""
+    alone, table, n = ranks.trainer_of(None), pq.read_table(folder / "data"), steps * before * BATCH
+    for size, rows in ((before, table.slice(0, n)), (after, table.slice(n))):
+        pq.write_table(rows, folder / "part")
+        alone.fit(ranks.dataset(folder / "part", size * BATCH))
+    return ranks.state_of(alone)
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_training_goes_on_from_the_last_snapshot_with_other_ranks_after_one_is_lost(tmp_path, how):
     data, model, timeout = shared_file(tmp_path / "data"), tmp_path / "model", 4.0
@@ -128,16 +137,14 @@ def test_training_goes_on_from_the_last_snapshot_with_other_ranks_after_one_is_l
         seconds, error = ended[rank].value
         assert seconds < timeout + 1 and "no sign of life from rank 1" in error
     got = values(ranks.run(ranks.share_out, 2, data, BATCH, model, EVERY))
-    alone, table = ranks.trainer_of(None), pq.read_table(data)  # 8 steps of 3 ranks, then those of 2
-    for size, rows in ((3, table.slice(0, 8 * 3 * BATCH)), (2, table.slice(8 * 3 * BATCH))):
-        pq.write_table(rows, tmp_path / "part")
-        alone.fit(ranks.dataset(tmp_path / "part", size * BATCH))
-    assert_equals_one_rank(got, ranks.state_of(alone), 1e-5)
+    assert_equals_one_rank(got, alone_after(tmp_path, 3, 8, 2), 1e-5)
 
 
-def torchrun(*options, lost, data, model, out):
-    script = [ranks.__file__, data, BATCH, model, EVERY, lost, out]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
+def torchrun(options, how, folder, name):
+    """One node of torchrun, on whose first attempt a rank is lost as `how` says."""
+    script = [ranks.__file__, folder / "data", BATCH, folder / f"{name}-model", EVERY, how, folder / name]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", options.pop("nproc", "1")]
+    command += [f"--{option.replace('_', '-')}={value}" for option, value in options.items()] + script
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([str(c) for c in command], env=env, stderr=subprocess.PIPE, text=True)
 
@@ -148,25 +155,28 @@ def states(folder, name, size):
 
 @pytest.mark.slow
 def test_torchrun_restarts_ranks_that_go_on_exactly(tmp_path):
-    data = shared_file(tmp_path / "data")
-    for name, lost in (("whole", -1), ("broken", 1)):
-        options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-        run = torchrun(*options, lost=lost, data=data, model=tmp_path / f"{name}-model", out=tmp_path / name)
-        _, said = run.communicate(timeout=120)
+    shared_file(tmp_path / "data")
+    for how in ("whole", "kill"):
+        options = {"nproc": 2, "max_restarts": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        run = torchrun(options, how, tmp_path, how)
+        _, said = run.communicate(timeout=200)
         assert run.returncode == 0, said
-    assert "Signal 9 (SIGKILL)" in said or "SIGKILL" in said or "exitcode: -9" in said
-    for (dense, rows), (dense2, rows2) in zip(states(tmp_path, "whole", 2), states(tmp_path, "broken", 2), strict=True):
+    for (dense, rows), (dense2, rows2) in zip(states(tmp_path, "whole", 2), states(tmp_path, "kill", 2), strict=True):
         assert all(np.array_equal(dense[name], dense2[name]) for name in dense)
         assert all(np.array_equal(rows[name][1], rows2[name][1]) for name in rows)
 
 
 @pytest.mark.slow
 def test_torchrun_goes_on_with_one_node_when_the_other_is_lost(tmp_path):
-    data, port = shared_file(tmp_path / "data"), ranks.free_port()
-    options = [
-        "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
-        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2",
-        f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job",
-    ]  # fmt: skip
-    nodes = [torchrun(*options, lost=-1, data=data, model=tmp_path / "model", out=tmp_path / "end") for _ in range(2)]
-    raise NotImplementedError
+    shared_file(tmp_path / "data")
+    endpoint, nodes = f"localhost:{ranks.free_port()}", []
+    for host, how in ((1, "whole"), (0, "node")):
+        conf = f"is_host={host},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+        rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint, "rdzv_id": "job", "rdzv_conf": conf}
+        nodes.append(torchrun({"nnodes": "1:2", "max_restarts": 3, **rendezvous}, how, tmp_path, "end"))
+    _, said = nodes[0].communicate(timeout=200)
+    nodes[1].communicate()
+    assert nodes[0].returncode == 0, said
+    assert nodes[1].returncode == -9 and "no sign of life" in said
+    assert (tmp_path / "end-0-of-1").exists()
+    assert_equals_one_rank(states(tmp_path, "end", 1), alone_after(tmp_path, 2, 8, 1), 1e-5)

@@ -186,6 +186,14 @@ def test_step_of_infinities_is_skipped_and_the_scale_falls(clicks, collection, r
             same(model.state_dict(), before[1])
 
 
+def test_scaler_over_ranks_is_refused(collection):
+    module, model = hb.nn.EmbeddingCollection(collection(4)), Top()
+    loss_of(model, module, batch(6, 0)).backward()
+    module._forwards[-1].staged.transport = object()  # as over `hb.distributed.shard`
+    with pytest.raises(errors.Unsupported, match=r"GradScaler.*ranks.*bfloat16"):
+        module.apply(scaler=scaler())
+
+
 def test_float16_gradients_are_taken(collection, rows_of):
     runs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

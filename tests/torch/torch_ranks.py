@@ -131,6 +131,9 @@ def strike(how, transport):
     if how == "abort":
         transport.abort("ValueError: the reason")
     else:
+        if how == "node":  # torchrun's agent first
+            os.kill(os.getppid(), signal.SIGKILL)
+            how = "kill"
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
@@ -258,11 +261,12 @@ def share_out(path, batch, model, every, how="", lost=-1, at=-1, timeout=20.0):
     return state_of(trainer)
 
 
-if __name__ == "__main__":  # a rank of torchrun, whose first attempt loses one
-    _path, _batch, _model, _every, _lost, _out = sys.argv[1:]
+if __name__ == "__main__":  # a rank of torchrun, which on the first attempt may be lost, or its node
+    _path, _batch, _model, _every, _how, _out = sys.argv[1:]
+    _rank = int(os.environ["RANK"])
     _first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    _ended = share_out(_path, int(_batch), Path(_model), int(_every), "kill", int(_lost) if _first else -1, 9)
+    _here = _first and (_how == "node" or (_how == "kill" and _rank == 1))
+    _ended = share_out(_path, int(_batch), Path(_model), int(_every), _how, _rank if _here else -1, 9)
     if isinstance(_ended[1], str):
         sys.exit(_ended[1])
-    with open(f"{_out}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}", "wb") as f:
-        pickle.dump(_ended, f)
+    Path(f"{_out}-{_rank}-of-{os.environ['WORLD_SIZE']}").write_bytes(pickle.dumps(_ended))

@@ -1,0 +1,366 @@
+"""Together: one batch of several tables in host memory. Each pass over it is one call for all of them.
+
+What a table costs beside its keys is then some pointers, not a dozen calls, and the GIL is let go of once a pass. Rows
+and gradients of features that stand side by side are gone through row by row: what is long lies in order, and what is
+gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+import numpy as np
+
+from hbkit._ext.isa cimport (HB_HYPER, HB_SCRATCH, hb_feature, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_index, hb_part,
+                             hb_slabs, hb_update, kernels)
+from hbkit._ext.segment import retained
+from hbkit._ext.slabs import n_state
+
+from hbkit._ext.index cimport Index
+from hbkit._ext.metadata cimport Metadata, Pair, stamp
+from hbkit._ext.pool cimport allocate, fails
+from hbkit._ext.slabs cimport Slabs
+from hbkit.errors import InvalidArgument
+
+cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
+
+cdef struct Part:  # one table
+    const hb_index *index
+    const int64_t *keys  # of the batch, feature after feature
+    int64_t n, u  # keys; distinct ones
+    int64_t *unique
+    int64_t *counts
+    int64_t *slots
+    const float **rows
+    int32_t *inverse
+    int64_t n_features
+    float *sums
+    # During a pass:
+    hb_slabs *slabs
+    Pair *pairs
+    bint stamped
+    hb_part rule
+    hb_update update
+
+
+cdef struct Place:  # of a feature, in the order of tables
+    int64_t part, number  # table, and which of its features
+    int64_t group, at  # array that its rows stand in, and its place there, in floats
+
+
+cdef _refuse(what):
+    raise InvalidArgument(what, remedy="this is a precondition of batches of several tables")
+
+
+cdef bint within(const int64_t *slots, int64_t n, int64_t room) noexcept nogil:
+    """Whether slots are -1..room - 1."""
+    cdef int64_t i
+    cdef uint64_t most = 0
+    for i in range(n):
+        most = most if most > <uint64_t>(slots[i] + 1) else <uint64_t>(slots[i] + 1)
+    return most <= <uint64_t>room
+
+
+cdef int64_t odd(int64_t n, int64_t line) noexcept nogil:
+    """At least n, of which `line` fill a cache line: an odd number of lines.
+
+    What is gone through side by side so lies in different sets of the first-level cache.
+    """
+    return ((n + line - 1) // line | 1) * line
+
+
+cdef int64_t room(const Part *part) noexcept nogil:
+    """Floats of sums[u, dim], blocks[u, dim], seen[u]."""
+    return odd(part.u * (2 * part.slabs.dim + 1), 16)
+
+
+cdef class Together:
+    """The distinct keys of a batch in each of several tables, and where their rows are.
+
+    Parameters
+    ----------
+    tables : list of (Index, Slabs, Metadata)
+    keys : list of int64[k * n_rows]
+        One array a table: the keys of its k features, one a row, end to end.
+    places : list of (group, column)
+        For each feature in the order of tables: in which of the arrays that `gather` and `sum` are given its rows
+        stand, and from which column on. Those of one array have one dim.
+    n_rows : int
+
+    Attributes
+    ----------
+    keys, counts, slots : list of int64[u]
+        Of each table's distinct keys in the order of their first appearance; slots are -1 where a key is absent.
+
+    Notes
+    -----
+    The GIL is released inside. Callers order writes, and see to it that slots are up to date.
+    """
+
+    cdef Part *parts
+    cdef Place *places
+    cdef hb_feature *features
+    cdef int64_t n_parts, n_features, n_groups, n_rows
+    cdef int64_t dim  # of `features`
+    cdef list tables
+    cdef object memory, given
+    cdef readonly list keys, counts, slots
+
+    def __cinit__(self, list tables, list keys, list places, int64_t n_rows):
+        cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0
+        cdef int bits = 6
+        cdef const int64_t[::1] some
+        cdef Index index
+        cdef Slabs slabs
+        self.tables, self.given, self.n_parts, self.n_rows = tables, keys, len(tables), n_rows
+        self.n_features = len(places)
+        self.parts = NULL if fails() else <Part *>calloc(self.n_parts + 1, sizeof(Part))
+        self.places = NULL if fails() else <Place *>calloc(self.n_features + 1, sizeof(Place))
+        self.features = NULL if fails() else <hb_feature *>calloc(self.n_features + 1, sizeof(hb_feature))
+        if self.parts == NULL or self.places == NULL or self.features == NULL:
+            raise MemoryError("no memory for a batch")
+        if n_rows < 1 or len(keys) != self.n_parts:
+            _refuse(f"{n_rows} rows, and {len(keys)} arrays for {self.n_parts} tables")
+        for i in range(self.n_parts):
+            some, index, slabs = keys[i], tables[i][0], tables[i][1]
+            n = self.parts[i].n = some.shape[0]
+            self.parts[i].n_features = n // n_rows
+            if n == 0 or n % n_rows or n >= MOST or f + n // n_rows > self.n_features:
+                _refuse(f"{n} keys in {n_rows} rows")
+            self.parts[i].keys, self.parts[i].index, self.parts[i].slabs = &some[0], &index.index, &slabs.s
+            most = max(most, n)
+            for k in range(self.parts[i].n_features):
+                group, at = places[f]
+                if group < 0 or at < 0:
+                    _refuse(f"a place of {group, at}")
+                self.places[f] = Place(i, k, group, at)
+                self.n_groups = max(self.n_groups, self.places[f].group + 1)
+                f += 1
+        if f != self.n_features:
+            _refuse(f"{self.n_features} places for {f} features")
+        while bits < 32 and (<int64_t>1 << bits) < 6 * most:
+            bits += 1
+        # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning; and inverse[n].
+        for i in range(self.n_parts):
+            n_wide += odd(4 * self.parts[i].n + 1, 8)
+            n_narrow += odd(self.parts[i].n, 16)
+        wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
+        self.memory = wide, narrow
+        self._find(wide, narrow, retained((1 << bits,), np.uint32), bits)
+        self.keys, self.counts, self.slots = [], [], []
+        k = 1
+        for i in range(self.n_parts):
+            n, total = self.parts[i].n, self.parts[i].u
+            self.keys.append(wide[k:k + total])
+            self.counts.append(wide[k + n:k + n + total])
+            self.slots.append(wide[k + 2 * n:k + 2 * n + total])
+            k += odd(4 * n + 1, 8)
+
+    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, uint32_t[::1] table, int bits):
+        cdef int64_t i
+        cdef int64_t *at = &wide[0]
+        cdef int32_t *inverse = &narrow[0]
+        cdef Part *part
+        with nogil:
+            for i in range(self.n_parts):
+                part = &self.parts[i]
+                part.unique, part.counts, part.slots = at + 1, at + 1 + part.n, at + 1 + 2 * part.n
+                part.rows, part.inverse = <const float **>(at + 1 + 3 * part.n), inverse
+                at += odd(4 * part.n + 1, 8)
+                inverse += odd(part.n, 16)
+                part.u = kernels().index.dedupe(part.keys, part.n, &table[0], bits, part.unique - 1, part.inverse, 0,
+                                                part.counts)
+                kernels().index.find(part.index, part.unique, part.u, part.slots)
+
+    def __dealloc__(self):
+        free(self.parts)
+        free(self.places)
+        free(self.features)
+
+    def absent(self):
+        """Numbers of the tables in which some key is absent: list of int."""
+        cdef int64_t i, k
+        found = []
+        for i in range(self.n_parts):
+            for k in range(self.parts[i].u):
+                if self.parts[i].slots[k] < 0:
+                    found.append(i)
+                    break
+        return found
+
+    def stamp(self, list numbers, int64_t step):
+        """`Metadata.stamp` of the tables of these numbers: each key's count is added."""
+        cdef int64_t i, k
+        cdef Metadata metadata
+        cdef Part *part
+        for i in numbers:
+            part, metadata = &self.parts[i], self.tables[i][2]
+            if not within(part.slots, part.u, metadata.n):
+                _refuse("a slot is outside the metadata")
+            metadata.stamped(step)
+            part.pairs, part.stamped = metadata.at if metadata.kept else NULL, True
+        with nogil:
+            for k in range(self.n_parts):
+                part = &self.parts[k]
+                if part.stamped:
+                    stamp(part.pairs, part.slots, part.u, step, part.counts)
+                part.stamped = False
+
+    cdef int64_t _dim(self, int64_t feature) noexcept nogil:
+        return self.parts[self.places[feature].part].slabs.dim
+
+    cdef int64_t _round(self, int64_t group, int64_t number) noexcept nogil:
+        """Make `features` of an array's: those that are their table's feature of that number, or all where it is -1."""
+        cdef int64_t i, n = 0
+        cdef Place *place
+        cdef Part *part
+        for i in range(self.n_features):
+            place = &self.places[i]
+            part = &self.parts[place.part]
+            if place.group == group and (number < 0 or place.number == number):
+                self.features[n].at, self.features[n].inverse = place.at, part.inverse + place.number * self.n_rows
+                self.features[n].rows, self.dim = part.rows, part.slabs.dim
+                self.features[n].sums, self.features[n].blocks = part.sums, part.sums + part.u * part.slabs.dim
+                self.features[n].seen = <int32_t *>(part.sums + 2 * part.u * part.slabs.dim)
+                n += 1
+        return n
+
+    cdef int _check(self, list arrays) except -1:
+        """Whether arrays hold their features."""
+        cdef int64_t i
+        cdef const float[:, ::1] array
+        cdef list dims = [-1] * self.n_groups
+        if len(arrays) != self.n_groups:
+            _refuse(f"{len(arrays)} arrays for {self.n_groups}")
+        for i in range(self.n_features):
+            array = arrays[self.places[i].group]
+            dim, known = self._dim(i), dims[self.places[i].group]
+            if array.shape[0] != self.n_rows or self.places[i].at + dim > array.shape[1] or known not in (-1, dim):
+                _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {self.n_rows} rows of {dim}")
+            dims[self.places[i].group] = dim
+        return 0
+
+    def gather(self, list outs):
+        """Rows of all features into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent."""
+        cdef int64_t i, group, n
+        cdef float[:, ::1] out
+        cdef Slabs slabs
+        cdef hb_fp_state fp
+        self._check(outs)
+        for i in range(self.n_parts):
+            slabs = self.tables[i][1]
+            if not within(self.parts[i].slots, self.parts[i].u, slabs.capacity):
+                _refuse("a slot is outside the lines")
+            kernels().locate(self.parts[i].slabs, self.parts[i].slots, self.parts[i].u, self.parts[i].rows)
+        for group in range(self.n_groups):
+            out = outs[group]
+            with nogil:
+                n = self._round(group, -1)
+                fp = hb_fp_enter()
+                if n:
+                    kernels().gather_together(self.features, n, self.n_rows, self.dim, &out[0, 0], out.shape[1])
+                hb_fp_leave(fp)
+
+    def sum(self, list grads):
+        """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply`.
+
+        Returns
+        -------
+        bool
+            Whether all of them are finite.
+
+        Notes
+        -----
+        The additions are those of `hbkit._ext.segment.segment_sum`.
+        """
+        cdef int64_t i, group, number, n, total = 0, most = 1
+        cdef int finite = 1
+        cdef const float[:, ::1] values
+        cdef float[::1] sums
+        cdef float *at
+        cdef Part *part
+        cdef hb_fp_state fp
+        self._check(grads)
+        for i in range(self.n_parts):
+            total += room(&self.parts[i])
+            most = max(most, self.parts[i].n_features)
+        sums = array = retained((total,))
+        self.memory = *self.memory[:2], array
+        at = &sums[0]
+        for i in range(self.n_parts):
+            part = &self.parts[i]
+            part.sums = at
+            memset(at + 2 * part.u * part.slabs.dim, 0, part.u * sizeof(int32_t))
+            at += room(part)
+        for number in range(most):  # a table's features one after the other: this is the batch's order
+            for group in range(self.n_groups):
+                values = grads[group]
+                with nogil:
+                    n = self._round(group, number)
+                    fp = hb_fp_enter()
+                    if n:
+                        finite &= kernels().sum_together(self.features, n, self.n_rows, self.dim, &values[0, 0],
+                                                         values.shape[1])
+                    hb_fp_leave(fp)
+        return bool(finite)
+
+    def apply(self, list rules, list hypers, list seeds, int64_t step):
+        """One optimizer step of every table by what was summed.
+
+        Parameters
+        ----------
+        rules : list of int
+        hypers : list of float32[12]
+        seeds : list of int
+            With step and key they decide how narrow rows round.
+
+        Returns
+        -------
+        list of int
+            Keys of each table that were absent and ignored.
+        """
+        cdef int64_t i, k, n, dim, most = 1
+        cdef const float[::1] hyper
+        cdef Slabs slabs
+        cdef Part *part
+        cdef hb_feature feature
+        cdef void *scratch = NULL
+        cdef hb_fp_state fp
+        memset(&feature, 0, sizeof(hb_feature))
+        for i in range(self.n_parts):
+            part, slabs, hyper = &self.parts[i], self.tables[i][1], hypers[i]
+            dim = slabs.s.dim
+            if not (part.sums != NULL and hyper.shape[0] == HB_HYPER and slabs.divided and
+                    n_state(rules[i], dim, hyper[1] != 0) <= slabs.s.n_state):
+                _refuse("gradients were not summed, or the rule needs more state")
+            if not within(part.slots, part.u, slabs.capacity):
+                _refuse("a slot is outside the lines")
+            memset(&part.update, 0, sizeof(hb_update))
+            part.rule = hb_part(rules[i], 0, dim, 0, &hyper[0])
+            part.update.slots, part.update.keys = part.slots, part.unique
+            part.update.parts, part.update.n_parts = &part.rule, 1
+            part.update.g.values, part.update.g.dim, part.update.g.n_segments = part.sums, dim, part.u
+            part.update.seed, part.update.step = seeds[i], <uint32_t>(<uint64_t>step)
+            most = max(most, dim)
+        scratch = allocate(HB_SCRATCH(most))
+        if scratch == NULL:
+            raise MemoryError("no memory for an update")
+        with nogil:
+            fp = hb_fp_enter()
+            for i in range(self.n_parts):
+                part = &self.parts[i]
+                dim = part.slabs.dim
+                part.update.scratch = scratch
+                feature.sums, feature.blocks = part.sums, part.sums + part.u * dim
+                kernels().finish_sums(&feature, part.counts, part.u, dim)
+                kernels().apply(part.slabs, &part.update)
+                part.sums = NULL
+            hb_fp_leave(fp)
+            free(scratch)
+        ignored = []
+        for i in range(self.n_parts):
+            part, n = &self.parts[i], 0
+            for k in range(part.u):
+                n += part.slots[k] < 0
+            ignored.append(n)
+        return ignored

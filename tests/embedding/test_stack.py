@@ -1,0 +1,204 @@
+"""Tables that take a batch together, and outputs that stand side by side, give what each table by itself gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hbkit._ext.together import Together
+from hbkit.embedding import SGD, Adagrad, Adam, Collection, CountAdmission, RowWiseAdagrad, Table
+from hbkit.errors import InvalidArgument, UnknownColumn
+from hbkit.ragged import Ragged
+
+FEATURES = ["a", "b", "c", "d"]
+
+
+def make(dim=16, joinable=True, stack=None, optimizer=None, tables=None, **options):
+    tables = tables or dict(zip(FEATURES, FEATURES, strict=True))
+    made = [Table(t, dim, optimizer=optimizer or RowWiseAdagrad(lr=0.1), **options) for t in set(tables.values())]
+    for table in made:
+        table.joinable = table.joinable and joinable
+    return Collection(made, tables, stack={"s": stack} if stack else None)
+
+
+def batches(n_steps=4, n_rows=300, seed=0):
+    """Keys of which some occur far more often than a block of sums holds."""
+    rng = np.random.default_rng(seed)
+    return [{f: rng.geometric(0.05, n_rows) * (i + 1) for i, f in enumerate(FEATURES)} for _ in range(n_steps)]
+
+
+def gradient(shape, step):
+    g = np.random.default_rng(step).normal(size=shape).astype(np.float32)
+    g[::7] = -0.0
+    return g
+
+
+def train(c, stack, size=None, steps=None):
+    """Outputs of all steps by feature, with the same gradient for each feature whether stacked or not."""
+    seen = []
+    for step, batch in enumerate(steps or batches()):
+        staged = c.stage(batch, size=size, ahead=True)
+        outputs = staged.outputs()
+        shape = (staged.size, len(FEATURES), c.dim("a"))
+        g = gradient(shape, step)
+        if stack:
+            seen.append(
+                {f: outputs["s"][:, i] for i, f in enumerate(stack)}
+                | {f: outputs.get(f) for f in FEATURES if f not in stack}
+            )
+            grads = {"s": np.stack([g[:, FEATURES.index(f)] for f in stack], 1)}
+            grads |= {f: g[:, i] for i, f in enumerate(FEATURES) if f not in stack}
+        else:
+            seen.append(outputs)
+            grads = {f: g[:, i] for i, f in enumerate(FEATURES)}
+        staged.apply(grads)
+    return seen
+
+
+def lines(c):
+    return {
+        name: [np.concatenate(column) for column in zip(*table.store.scan(), strict=True)]
+        for name, table in c.tables.items()
+    }
+
+
+def same(a, b):
+    for name, columns in a.items():
+        for x, y in zip(columns, b[name], strict=True):
+            np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+@pytest.mark.parametrize("stack", [None, FEATURES, ["c", "a"]])
+@pytest.mark.parametrize("dim", [1, 16, 21, 32])
+@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.1), Adam(lr=0.1), SGD(lr=0.1, clip_norm=1.0)])
+def test_together_gives_what_each_table_gives(stack, dim, optimizer):
+    """Bit for bit: outputs, rows, state, frequencies and last steps."""
+    together, alone = make(dim, stack=stack, optimizer=optimizer), make(dim, joinable=False, optimizer=optimizer)
+    for one, other in zip(train(together, stack), train(alone, None), strict=True):
+        for f in FEATURES:
+            np.testing.assert_array_equal(one[f], other[f])
+    same(lines(together), lines(alone))
+
+
+@pytest.mark.parametrize("stack", [None, FEATURES])
+def test_together_sums_a_shared_table_in_the_order_of_features(stack):
+    """A table of several features adds their gradients as it would by itself; the last batch is padded."""
+    shared = {"a": "t", "b": "u", "c": "t", "d": "t"}
+    together = make(stack=stack, tables=shared, optimizer=Adagrad(lr=0.1))
+    alone = make(joinable=False, tables=shared, optimizer=Adagrad(lr=0.1))
+    for one, other in zip(train(together, stack, 512), train(alone, None, 512), strict=True):
+        for f in FEATURES:
+            np.testing.assert_array_equal(one[f], other[f])
+            assert not one[f][300:].any()
+    same(lines(together), lines(alone))
+
+
+def test_together_heeds_admission_erased_keys_and_missing_gradients():
+    """What happens between staging and the step, and what a table leaves out."""
+    made = []
+    for joinable in (True, False):
+        c = make(joinable=joinable, admission=CountAdmission(3))
+        for step, batch in enumerate(batches(6)):
+            staged = c.stage(batch, ahead=True)
+            for table in c.tables.values():
+                table.store.erase(np.arange(0, 40, 3))
+            staged.outputs()
+            left_out = FEATURES[step % 5 : step % 5 + 1]
+            staged.apply({f: gradient((300, 16), step) for f in FEATURES if f not in left_out})
+        made.append(lines(c))
+    same(*made)
+
+
+def test_together_reads_ahead_what_was_updated_since():
+    """Rows of a batch that was staged long before are those of the step before it, and only reading makes none."""
+    c, alone = make(stack=FEATURES), make(joinable=False)
+    steps = batches()
+    staged = [c.stage(batch, ahead=True) for batch in steps]
+    for step, s in enumerate(staged):
+        s.outputs()
+        s.apply({"s": gradient((300, 4, 16), step)})
+    train(alone, None, steps=steps)
+    same(lines(c), lines(alone))
+    new = {f: np.array([10**9]) for f in FEATURES}
+    read = c.stage(new, train=False, ahead=True)
+    assert not read.outputs()["s"].any()
+    read.close()
+    assert not c.lookup(new)["s"].any()
+    same(lines(c), lines(alone))
+
+
+def test_stack_of_what_cannot_go_together():
+    """Lists, weights and tables of another kind are written into the stack one by one."""
+    keys = Ragged(np.arange(6), (np.array([0, 1, 3, 6]),))
+    c = Collection([Table("a", 4), Table("b", 4), Table("c", 4, padding_key=0)], stack={"s": ["c", "a", "b"]})
+    batch = {"a": np.arange(3), "b": keys, "c": np.arange(3)}
+    staged = c.stage(batch, size=4)
+    out = staged.outputs()["s"]
+    staged.apply({"s": np.ones((4, 3, 4), np.float32)})
+    assert out.shape == (4, 3, 4) and not out[3].any() and not out[0, 0].any()
+    np.testing.assert_array_equal(out[:3, 1], Table("a", 4).lookup(np.arange(3), train=True))
+    assert len(c.tables["b"]) == 6
+    unpooled = Collection([Table("b", 4)], pooling=None, stack={"s": ["b"]})
+    with pytest.raises(InvalidArgument, match="without pooling"):
+        unpooled.lookup({"b": keys})
+
+
+def test_stack_errors():
+    """Each names the stack or the feature."""
+    tables = [Table("a", 4), Table("b", 4), Table("c", 8)]
+    for stack in ({"s": ["a", "c"]}, {"a": ["b"]}, {"s": []}, {"s": ["a"], "t": ["a"]}, {"s": ["a", "a"]}):
+        with pytest.raises(InvalidArgument):
+            Collection(tables, stack=stack)
+    with pytest.raises(UnknownColumn, match="z"):
+        Collection(tables, stack={"s": ["z"]})
+    c = Collection(tables, stack={"s": ["a", "b"]})
+    staged = c.stage({f: np.arange(3) for f in "abc"})
+    staged.outputs()
+    for grads in ({"a": np.zeros((3, 4), np.float32)}, {"z": np.zeros((3, 4), np.float32)}):
+        with pytest.raises(UnknownColumn):
+            staged.apply(grads)
+    with pytest.raises(InvalidArgument, match="s"):
+        staged.apply({"s": np.zeros((3, 4), np.float32)})
+
+
+@pytest.mark.parametrize("tables", [["a", "b"], ["a"]])
+def test_together_refuses_gradients_that_are_not_finite(tables):
+    """No table is updated, the feature or the key is named, and the batch can be applied after all."""
+    c = Collection([Table(t, 4) for t in tables], stack={"s": tables})
+    staged = c.stage({t: np.arange(100, 103) for t in tables})
+    staged.outputs()
+    before = lines(c)
+    for bad in (np.nan, np.inf):
+        g = np.ones((3, len(tables), 4), np.float32)
+        g[1, -1, 2] = bad
+        with pytest.raises(InvalidArgument, match="diverged") as e:
+            staged.apply({"s": g})
+        assert e.value.place["feature" if len(tables) > 1 else "key"] == (tables[-1] if len(tables) > 1 else 101)
+        same(before, lines(c))
+    staged.apply({"s": np.ones((3, len(tables), 4), np.float32)})
+
+
+def test_together_refuses_what_does_not_fit():
+    """Arrays from outside are checked before memory is touched."""
+    store = Table("a", 4).store
+    keys = np.arange(6)
+    for n_rows, places in ((4, [(0, 0)]), (3, [(0, 0)]), (0, []), (6, [(0, 0), (0, 4)]), (6, [(-1, 0)])):
+        with pytest.raises(InvalidArgument):
+            Together([store.parts], [keys], places, n_rows)
+    batch = Together([store.parts], [keys], [(0, 4)], 6)
+    for out in (np.zeros((6, 7), np.float32), np.zeros((5, 8), np.float32)):
+        with pytest.raises(InvalidArgument):
+            batch.gather([out])
+        with pytest.raises(InvalidArgument):
+            batch.sum([out])
+    hyper = Adagrad(lr=0.1).hyper(1)
+    with pytest.raises(InvalidArgument):
+        batch.apply([1], [hyper], [0], 1)  # nothing was summed
+    assert batch.sum([np.zeros((6, 8), np.float32)])
+    batch.slots[0][:] = 10**9
+    with pytest.raises(InvalidArgument):
+        batch.gather([np.zeros((6, 8), np.float32)])
+    with pytest.raises(InvalidArgument):
+        batch.stamp([0], 1)
+    with pytest.raises(InvalidArgument):
+        batch.apply([1], [hyper], [0], 1)
