@@ -35,6 +35,7 @@ Float64s = npt.NDArray[np.float64]
 
 KEY_NBYTES = 9  # and its count
 SMALL_NBYTES = 64 << 20  # rows of a table that one rank may hold, or all: others would not spread their memory
+WORTH = 0.95  # of the time without it, that another placement must come below
 MOST_HOT = 4096  # keys of a table that may be replicated apart from the others
 
 
@@ -241,7 +242,7 @@ def plan(loads: Mapping[str, Load], n_ranks: int, wire: str = "float32", machine
                     rank = int(load_of.argmin())
                     placement[name] = rank
                     load_of[rank] += loads[name].unique * row_nbytes(loads[name].dim, wire) + 1
-            if (takes := traffic(loads, n_ranks, wire, placement).seconds(machine)) < least * 0.99:
+            if (takes := traffic(loads, n_ranks, wire, placement).seconds(machine)) < least * WORTH:
                 best, least = placement, takes
     reasons = {name: _reason(loads[name], best.get(name), n_ranks) for name in loads}
     for name in reversed(names if n_ranks > 1 else []):
@@ -250,7 +251,7 @@ def plan(loads: Mapping[str, Load], n_ranks: int, wire: str = "float32", machine
             continue
         for k in range(MOST_HOT.bit_length() if len(load.keys) else 0):
             hot = load.keys[: 1 << k]
-            if (takes := traffic(loads, n_ranks, wire, {**best, name: hot}).seconds(machine)) < least * 0.99:
+            if (takes := traffic(loads, n_ranks, wire, {**best, name: hot}).seconds(machine)) < least * WORTH:
                 best, least = {**best, name: hot}, takes
                 own, _ = _shares(load, n_ranks, None)
                 reasons[name] = (
