@@ -39,7 +39,7 @@ def passes(name: str, data: Path) -> Callable[[], Iterable[Any]]:
 
         return lambda: hbkit.data.Dataset.from_parquet(path, fields=[*DENSE, *SPARSE, "label"]).batch(BATCH)
     if who == "hbkit":
-        from hbkit.data import convert
+        from hbkit.data.convert import convert
 
         def converted() -> Iterable[Any]:
             with tempfile.TemporaryDirectory(dir=data) as out:
