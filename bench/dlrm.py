@@ -242,14 +242,14 @@ def report(dim: int, found: contest.Figures) -> None:
     """Medians of each contender, and of the ratios within rounds."""
     print(f"\ndim {dim}")
     for name, rounds in found.items():
-        line = {k: statistics.median(r[k] for r in rounds) for k in rounds[0] if isinstance(rounds[0][k], int | float)}
+        line = {k: statistics.median(r[k] for r in rounds) for k in rounds[0] if k.endswith(("_s", "wait"))}
         print(f"{name:20}{json.dumps(line)}")
     for figure, ours, other, goal in GOALS:
         if ours in found and other in found:
-            each = [u[figure] / p[figure] for u, p in zip(found[ours], found[other], strict=True)]
+            each = [round(u[figure] / p[figure], 3) for u, p in zip(found[ours], found[other], strict=True)]
             print(f"{figure:18}{ours:>7} over {other:15}{statistics.median(each):6.2f}   (goal {goal:g})   {each}")
     for ours in ("torch", "keras", "keras-jit"):
-        each = [u["samples_s"] / u["dense_samples_s"] for u in found.get(ours, [])]
+        each = [round(u["samples_s"] / u["dense_samples_s"], 3) for u in found.get(ours, [])]
         if each:
             print(f"samples_s {ours:>15} over its dense alone   {statistics.median(each):6.2f}   (goal 0.9)   {each}")
     print(json.dumps({"dim": dim, "figures": found}), flush=True)

@@ -131,14 +131,26 @@ static inline void philox_blocks(uint64_t c[4][BLOCKS], int n, uint64_t seed) {
 /* 16 random bits a column of the rows of some keys, 8 * blocks a row: of (seed, key, step, column). */
 static inline void noise_of(const int64_t *keys, int64_t n_rows, uint64_t seed, uint32_t step, int64_t blocks,
                             uint16_t *out) {
+    enum { STEP = LANES / 2 };
+    static const uint64_t upwards[8] __attribute__((aligned(64))) = {0, 1, 2, 3, 4, 5, 6, 7};
     uint64_t c[4][BLOCKS] __attribute__((aligned(64)));
     int64_t n = n_rows * blocks, row = 0, block = 0;
     for (int64_t first = 0; first < n; first += 16) {
-        for (int b = 0; b < 16; b++) {
-            uint64_t key = row < n_rows ? (uint64_t)keys[row] : 0;
-            c[0][b] = (uint64_t)block, c[1][b] = step + 1; /* 0 is the initializers' */
-            c[2][b] = key, c[3][b] = key >> 32;
-            if (++block == blocks) block = 0, row++;
+        if (blocks % STEP == 0) { /* a register is of one row: stored whole, it is loaded again without waiting */
+            for (int b = 0; b < 16; b += STEP) {
+                uint64_t key = row < n_rows ? (uint64_t)keys[row] : 0;
+                wide none = {0};
+                *(wide *)&c[0][b] = *(const wide *)upwards + (uint64_t)block;
+                *(wide *)&c[1][b] = none + (uint64_t)(step + 1); /* 0 is the initializers' */
+                *(wide *)&c[2][b] = none + key, *(wide *)&c[3][b] = none + (key >> 32);
+                if ((block += STEP) == blocks) block = 0, row++;
+            }
+        } else {
+            for (int b = 0; b < 16; b++) {
+                uint64_t key = row < n_rows ? (uint64_t)keys[row] : 0;
+                c[0][b] = (uint64_t)block, c[1][b] = step + 1, c[2][b] = key, c[3][b] = key >> 32;
+                if (++block == blocks) block = 0, row++;
+            }
         }
         philox_blocks(c, 16, seed);
         uint64_t words[32]; /* each of four columns, the first in its lowest bits */

@@ -42,7 +42,7 @@ def n_messages(size):
 
 
 def try_fault(timeout, size, fault, at, rank, seed, n, whole):
-    """One trial; whether the fault struck, None where a rank was late before."""
+    """One trial; whether the fault struck, None where the machine was too busy to tell."""
     before = set(threading.enumerate())
     ends = Loopback.group(size, timeout)
     faulty = Faulty(ends[rank], fault, at, seed)
@@ -54,9 +54,10 @@ def try_fault(timeout, size, fault, at, rank, seed, n, whole):
     assert not left, f"{trial}: {left} are left"
     if not faulty.plan.struck:
         return False if results == whole else None
-    if fault == "hang" and results == whole:
-        return None  # the others were as late
-    assert took < 2 * timeout + SLACK, f"{trial}: took {took:.2f} s"
+    late = took >= 2 * timeout + SLACK
+    if timeout < TIMEOUTS[-1] and (late or (fault == "hang" and results == whole)):
+        return None  # a busy machine: it took long, or the others were as late
+    assert not late, f"{trial}: took {took:.2f} s"
     for r, result in enumerate(results):
         named = isinstance(result, HbkitError) and not isinstance(result, InvalidArgument)
         done = at >= n - LAST and result == whole[r]

@@ -65,11 +65,11 @@ def clicks(click_file):
 def collection():
     """``collection(dim)``: tables for the features of `clicks`; the tags are pooled by mean."""
 
-    def make(dim=8, optimizer=None, pooling=None, features=FEATURES):
+    def make(dim=8, optimizer=None, pooling=None, features=FEATURES, store=None):
         optimizer = optimizer or embedding.Adagrad(lr=0.05)
         normal = embedding.Normal(0, 0.1, seed=0)
         names = sorted(set(features.values()))
-        tables = [embedding.Table(name, dim, optimizer=optimizer, initializer=normal) for name in names]
+        tables = [embedding.Table(name, dim, optimizer=optimizer, initializer=normal, store=store) for name in names]
         return embedding.Collection(tables, features, pooling or {"tags": "mean"})
 
     return make

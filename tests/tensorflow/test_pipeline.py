@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import hbkit.tensorflow as hb
-from hbkit import embedding, errors
+from hbkit import embedding, errors, store
 from hbkit_tensorflow.pipeline import Feed
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
@@ -258,7 +258,7 @@ def test_dense_weights_train_beside_the_rows(clicks, collection, dlrm):
     assert np.mean(losses[-16:]) < np.mean(losses[:16]) - 0.03
 
 
-def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch):
+def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch, tmp_path):
     """While a step is held, others are decoded, staged and fetched up to the bound, none of it by the step's thread."""
     done = {"decode": [], "stage": [], "fetch": []}
 
@@ -273,7 +273,7 @@ def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, 
     monkeypatch.setattr(embedding.Collection, "stage", noted("stage", embedding.Collection.stage))
     monkeypatch.setattr(embedding.Staged, "fetch", noted("fetch", embedding.Staged.fetch))
     ds = clicks(1000, 64).map(noted("decode", dict))
-    steps = hb.pipeline(ds, collection(), lookahead=6)
+    steps = hb.pipeline(ds, collection(store=store.cached_ssd(tmp_path)), lookahead=6)
     next(steps)
     want = {"decode": 7, "stage": 7, "fetch": 6}  # the last one decoded waits behind those whose rows are fetched
     until = time.monotonic() + 30

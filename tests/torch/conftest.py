@@ -60,13 +60,14 @@ def clicks(tmp_path):
 def collection():
     """``collection(dim)``: tables for the features of `clicks`; the tags are pooled by mean."""
 
-    def make(dim=8, optimizer=None, pooling=None, features=FEATURES, seed=0):
+    def make(dim=8, optimizer=None, pooling=None, features=FEATURES, seed=0, store=None):
         tables = [
             embedding.Table(
                 name,
                 dim,
                 optimizer=optimizer or embedding.Adagrad(lr=0.05),
                 initializer=embedding.Normal(0, 0.1, seed=seed),
+                store=store,
             )
             for name in sorted(set(features.values()))
         ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hbkit.torch as hb
-from hbkit import embedding, errors
+from hbkit import embedding, errors, store
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 LOOKAHEADS = [0, 1, 8]
@@ -197,7 +197,7 @@ def test_step_copies_once_each_way(clicks, collection, copies, monkeypatch):
 # -------------------------------------------------------------------------------------------- overlap
 
 
-def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch):
+def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, collection, monkeypatch, tmp_path):
     """While a step is held, others are decoded, staged and fetched up to the bound, none of it by the step's thread."""
     done = {"decode": [], "stage": [], "fetch": []}
 
@@ -212,7 +212,7 @@ def test_pipeline_overlaps_decoding_deduping_and_fetching_with_the_step(clicks, 
     monkeypatch.setattr(embedding.Collection, "stage", noted("stage", embedding.Collection.stage))
     monkeypatch.setattr(embedding.Staged, "fetch", noted("fetch", embedding.Staged.fetch))
     ds = clicks(1000, 64).map(noted("decode", dict))
-    steps = hb.pipeline(ds, collection(), lookahead=6)
+    steps = hb.pipeline(ds, collection(store=store.cached_ssd(tmp_path)), lookahead=6)
     next(steps)
     want = {"decode": 7, "stage": 7, "fetch": 6}  # the last one decoded waits behind those whose rows are fetched
     until = time.monotonic() + 30
