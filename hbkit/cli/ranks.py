@@ -11,7 +11,7 @@ from typing import Any
 
 from hbkit.cli import console
 from hbkit.cli.building import adapter
-from hbkit.errors import Unsupported
+from hbkit.errors import InvalidArgument, Unsupported
 from hbkit.shuffle import Transport
 
 __all__ = ["Agreed", "gathered", "ranks", "shard_of"]
@@ -27,14 +27,15 @@ def ranks(backend: str, timeout: float) -> Iterator[Transport | None]:
     ------
     Unsupported
         torchrun started a training by TensorFlow.
+    InvalidArgument
+        TF_CONFIG is no JSON object.
     TransportError
         Ranks did not come.
     """
     by_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     if backend == "tensorflow" and by_torchrun:
         raise Unsupported("torchrun with --backend tensorflow", remedy="use --backend torch, or set TF_CONFIG instead")
-    in_cluster = bool(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"))
-    if not (by_torchrun if backend == "torch" else in_cluster):
+    if not (by_torchrun if backend == "torch" else _in_cluster()):
         yield None
         return
     transport: Transport = adapter(backend).distributed.GroupTransport(timeout=timeout)
@@ -47,6 +48,16 @@ def ranks(backend: str, timeout: float) -> Iterator[Transport | None]:
     finally:
         console.mute(False)
         transport.close()
+
+
+def _in_cluster() -> bool:
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        return bool(json.loads(text).get("cluster"))
+    except (ValueError, AttributeError):
+        raise InvalidArgument(
+            f"TF_CONFIG is {text[:60]!r}", remedy="set it as tf.distribute wants it, or not"
+        ) from None
 
 
 def shard_of(transport: Transport | None) -> tuple[int, int]:

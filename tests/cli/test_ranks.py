@@ -141,6 +141,11 @@ def test_killed_ranks_go_on_exactly_and_another_number_of_them_goes_on_too(click
     assert figures(out)["rows"] == 10_001 and "continuing from commit" in out
 
 
+def test_a_broken_tf_config_is_named(clicks):
+    command = [*COMMAND, "train", "--data", clicks / "test", "--label", "label", "--backend", "tensorflow"]
+    assert "hbkit: error: TF_CONFIG is 'worker'" in ended(started(command, TF_CONFIG="worker"), status=2)
+
+
 @torch
 def test_an_error_of_one_rank_ends_all_by_name(clicks, tmp_path):
     pq.write_table(pa.table({"label": [1.0, 5.0, 0.0], "k": [1, 2, 3]}), tmp_path / "fives.parquet")
