@@ -154,7 +154,8 @@ def test_losses_over_the_collection_are_those_over_keras_embedding(name):
     """Twins: the same start, SGD on both, 50 steps of repeating keys; what was seen before is a sequence of DIN's."""
     kind, n_keys, n_steps, batch = hb.models.MODELS[name], 100, 50, 64
     dim, past = kind.row_dim(8), {"seen": "item"} if name == "din" else {}
-    sgd, normal = embedding.SGD(lr=10.0), embedding.Normal(0, 0.3, seed=0)
+    rate = 1.0 if name == "din" else 10.0  # Dice divides by small deviations: larger steps blow up the rounding
+    sgd, normal = embedding.SGD(lr=rate), embedding.Normal(0, 0.3, seed=0)
     tables = [embedding.Table(name, dim, optimizer=sgd, initializer=normal) for name in ("user", "item")]
     features = {"user": "user", "item": "item", **past}
     layer = hb.nn.EmbeddingCollection(embedding.Collection(tables, features, dict.fromkeys(past)))
@@ -193,7 +194,7 @@ def test_losses_over_the_collection_are_those_over_keras_embedding(name):
         for variable, grad in zip(theirs.trainable_variables, weights, strict=True):
             variable.assign_sub(0.1 * grad)
         for table, grad in zip(tables, rows, strict=True):
-            table.assign_sub(10.0 * tf.convert_to_tensor(grad))
+            table.assign_sub(rate * tf.convert_to_tensor(grad))
         return loss
 
     rng = np.random.default_rng(0)
