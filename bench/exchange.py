@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 WIRES = ("float32", "float16", "int8")
-HOSTS = ("hbkit-bench-0", "hbkit-bench-1")
+HOSTS = [f"hbkit-{os.getpid()}-{i}" for i in range(2)]
 
 
 def hosts(rate: str, stack: ExitStack) -> tuple[str, list[list[str]]]:
@@ -186,6 +187,7 @@ def main() -> None:
     if "RANK" in os.environ:
         work(a)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # namespaces do not go away by themselves
     with tempfile.TemporaryDirectory() as d:
         a.data = str(Path(d) / "clicks.parquet")
         if a.train:

@@ -1,11 +1,12 @@
 """How much more two ranks get done than one, each with one core: DeepFM on synthetic clicks, through the pipeline.
 
-``python bench/ranks.py [--ranks 1,2] [--wire float32] [--dim 16] [--batch 4096] [--steps 60] [--rounds 5]``
+``python bench/ranks.py [--ranks 2] [--wire float32] [--dim 16] [--batch 16384] [--steps 30] [--rounds 3]``
 
 Each rank is a process over torch.distributed (Gloo), bound to a core of its own with all its threads, and takes its
 part of one Parquet file: ``--batch`` rows a step and rank. Sizes take turns within a round; medians over rounds. A
 machine whose cores share caches or memory gives two processes less than twice one's speed: ``alone`` runs as many
-single ranks at the same time, which exchange nothing, and so is the ceiling. Where other work shares the cores, only the time of a core says something.
+single ranks at the same time, which exchange nothing, and so is the ceiling. Where other work shares the cores, only
+the time of a core says something.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-WARM = 10
+WARM = 5
 
 
 def work(a: argparse.Namespace) -> None:
@@ -75,9 +76,9 @@ def main() -> None:
     ap.add_argument("--ranks", default="2")
     ap.add_argument("--wire", default="float32")
     ap.add_argument("--dim", type=int, default=16)
-    ap.add_argument("--batch", type=int, default=4096)
-    ap.add_argument("--steps", type=int, default=60)
-    ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--batch", type=int, default=16384)
+    ap.add_argument("--steps", type=int, default=30)
+    ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--limit", type=float, default=240)
     ap.add_argument("--data", help=argparse.SUPPRESS)
     a = ap.parse_args()

@@ -142,6 +142,7 @@ class _Members:
         self._backend = backend if backend in ("nccl", "mpi") else "gloo"
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self._ranks = dist.get_process_group_ranks(group)
+        self._local = self.size < dist.get_world_size()  # processes that are no members do not take part
         self._channels: list[dist.ProcessGroup] = []
         self._store: Any = None  # torch's, of the first channel
         self._lock = threading.Lock()
@@ -154,7 +155,7 @@ class _Members:
                 self._ranks,
                 timedelta(seconds=self.timeout - 3 * self._grace),  # there must be time to ask who is lost
                 self._backend,
-                use_local_synchronization=self._backend != "mpi",
+                use_local_synchronization=self._local,
             )
         assert isinstance(channel, dist.ProcessGroup)
         self._channels.append(channel)
@@ -165,7 +166,8 @@ class _Members:
     def leave(self, channel: dist.ProcessGroup) -> None:
         """Close one channel."""
         self._channels.remove(channel)
-        dist.destroy_process_group(channel)
+        if not self._local:  # there torch would give its name, and in the store its addresses, to the next one
+            dist.destroy_process_group(channel)
 
     @contextmanager
     def meeting(self, what: str) -> Generator[None]:
