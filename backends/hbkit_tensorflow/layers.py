@@ -266,6 +266,7 @@ def serializable(kind: type[keras.layers.Layer]) -> None:
 
     patched: Any = kind
     patched.__new__ = staticmethod(recording_new)
+    patched.__signature__ = signature  # what tools show: not that of recording_new
     patched.get_config, patched.from_config = config, classmethod(from_config)
 
 

@@ -474,7 +474,11 @@ class Staged:
     def _check_read(self, *states: str) -> None:
         if self._state not in states or not self._train:
             state = self._state if self._train else "staged for reading only"
-            raise Closed(f"the batch was {state}", remedy="stage with train=True, call outputs(), then apply() once")
+            raise Closed(
+                f"the batch was {state}",
+                feature=", ".join(self._collection.features),
+                remedy="stage with train=True, call outputs(), then apply() once",
+            )
 
     def _split(self, grads: Mapping[str, Any]) -> tuple[dict[str, Float32s], dict[str, Any]]:
         """Gradients of stacks, and of all features that have one, the stacks' ones being views."""
@@ -482,7 +486,7 @@ class Staged:
         grads = {name: grad for name, grad in grads.items() if grad is not None}
         for name in grads:
             if name not in c.stack and (name not in c.features or name in c._in_stack):
-                raise UnknownColumn(f"gradient of unknown output {name!r}", remedy="name outputs of the collection")
+                raise UnknownColumn(f"gradient of unknown feature {name!r}", remedy="name outputs of the collection")
         stacks = {name: self._stacked(name, grads.pop(name)) for name in c.stack if name in grads}
         for name, g in stacks.items():
             grads |= {f: g[:, i] for i, f in enumerate(c.stack[name])}
