@@ -41,8 +41,8 @@ def attach(model: keras.Model, embeddings: Any, lookahead: int = 8) -> keras.Mod
     Raises
     ------
     Unsupported
-        On ``compile(steps_per_execution=2)`` or more, ``class_weight``, an optimizer's ``gradient_accumulation_steps``
-        and `tf.distribute`.
+        On ``compile(steps_per_execution=2)`` or more, ``class_weight``, an optimizer's ``gradient_accumulation_steps``,
+        `tf.distribute`, and tables shared between ranks.
     InvalidArgument
         On data that is no hbkit dataset, or has no batch size, or no label for ``fit`` and ``evaluate``.
 
@@ -139,6 +139,12 @@ class _Attached:
             raise errors.Unsupported(
                 f"gradient_accumulation_steps={steps} with attached embeddings",
                 remedy="give the dataset larger batches, or accumulate in a loop over hb.pipeline",
+            )
+        collection = getattr(self.embeddings, "collection", self.embeddings)
+        if getattr(collection, "transport", None) is not None:
+            raise errors.Unsupported(
+                "tables shared between ranks under an attached model",
+                remedy="use hb.training.Trainer, or a loop over hb.pipeline with hb.distributed.reduce_gradients",
             )
         if model.distribute_strategy.num_replicas_in_sync > 1:
             raise errors.Unsupported("several replicas with attached embeddings", remedy="train in one replica")

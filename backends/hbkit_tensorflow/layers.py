@@ -250,6 +250,10 @@ def serializable(kind: type[keras.layers.Layer]) -> None:
             object.__setattr__(made, "_arguments", signature.bind(*args, **kwargs).arguments)
         return made
 
+    # What the class's signature is taken from; one of the class itself would pass for that of calling its objects.
+    cls = inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)
+    recording_new.__signature__ = signature.replace(parameters=[cls, *signature.parameters.values()])  # type: ignore[attr-defined]  # of any function
+
     def config(self: Any) -> dict[str, Any]:
         if type(self) is not kind:
             return get_config(self)  # a class of the user's, with arguments of its own
@@ -266,7 +270,6 @@ def serializable(kind: type[keras.layers.Layer]) -> None:
 
     patched: Any = kind
     patched.__new__ = staticmethod(recording_new)
-    patched.__signature__ = signature  # what tools show: not that of recording_new
     patched.get_config, patched.from_config = config, classmethod(from_config)
 
 

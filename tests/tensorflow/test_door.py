@@ -22,7 +22,7 @@ def test_door_gives_the_public_names_and_no_other_framework():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
-    names = "['data', 'metrics', 'models', 'nn', 'pipeline', 'training']"
+    names = "['data', 'distributed', 'metrics', 'models', 'nn', 'pipeline', 'training']"
     assert done.stdout.strip() == f"{names} True False"
 
 
