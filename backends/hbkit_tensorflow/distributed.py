@@ -69,6 +69,23 @@ class _Cluster:
             ) from None
         context.context().enable_collective_ops(server)
         atexit.register(time.sleep, LINGER)
+        self.calls: dict[object, tuple[float, float]] = {}  # those under way: when each is late, and its timeout
+        threading.Thread(target=self._watch, name="hbkit-collectives", daemon=True).start()
+
+    def _watch(self) -> None:
+        """End the group when a call is late. TensorFlow's own timeouts keep a thread each until they have passed."""
+        while not self.failure:
+            timeout = min((timeout for _, timeout in list(self.calls.values())), default=5.0)
+            time.sleep(min(1.0, timeout / 100))
+            for until, timeout in list(self.calls.values()):
+                if time.monotonic() > until and not self.failure:
+                    what = self.silent(timeout * (1 - PATIENCE)) or "some rank did not join"
+                    self.abort(f"rank {self.rank}: {what} within {timeout:g} s")
+
+    def silent(self, seconds: float) -> str:
+        """The ranks that do not answer, in words; nothing if all do."""
+        lost = ", ".join(f"rank {r} at {self.addresses[r]}" for r in self.lost(seconds))
+        return lost and f"{lost} does not answer"
 
     @classmethod
     def of(cls, resolver: Any) -> _Cluster:
@@ -164,7 +181,6 @@ class GroupTransport:
                     group_size=2,
                     group_key=self._key(self.rank, peer),
                     instance_key=n_sent[i],
-                    timeout_seconds=self.timeout * PATIENCE,
                 )
                 for i, (peer, words) in enumerate(zip(self._peers, sent, strict=True))
             ]
@@ -175,7 +191,6 @@ class GroupTransport:
                     instance_key=n_got[i],
                     shape=n_got[i : i + 1],
                     T=tf.int32,
-                    timeout_seconds=self.timeout * PATIENCE,
                 )
                 for i, peer in enumerate(self._peers)
             ]
@@ -222,11 +237,14 @@ class GroupTransport:
             raise Closed("the channel is closed", rank=self.rank, remedy="make a new one, or split another")
         if self._cluster.failure:
             raise self._error()
+        self._cluster.calls[call := object()] = time.monotonic() + self.timeout * PATIENCE, self.timeout
         try:
             return graph(*inputs)
         except tf.errors.OpError as e:
             self._failed(e)
             raise self._error() from e
+        finally:
+            del self._cluster.calls[call]
 
     def _failed(self, e: tf.errors.OpError) -> None:
         """Find out why, and end the group."""
@@ -234,10 +252,8 @@ class GroupTransport:
         if told := ABORTED.search(e.message):
             reason = told[1]
         else:
-            lost = ", ".join(f"rank {r} at {cluster.addresses[r]}" for r in cluster.lost(self.timeout * (1 - PATIENCE)))
-            what = f"{lost} does not answer" if lost else " ".join(SYMPTOM.findall(e.message)) or e.message
-            late = f" within {self.timeout:g} s" if isinstance(e, tf.errors.DeadlineExceededError) else ""
-            reason = f"rank {self.rank}: {what}{late}"
+            what = cluster.silent(self.timeout * (1 - PATIENCE)) or " ".join(SYMPTOM.findall(e.message)) or e.message
+            reason = f"rank {self.rank}: {what}"
         cluster.abort(reason)
 
     def _error(self) -> TransportError:
