@@ -61,12 +61,14 @@ test: install-dev ## install what the tests need, and run all but the long ones
 CORE := $(CURDIR)/tests --ignore=$(CURDIR)/tests/torch --ignore=$(CURDIR)/tests/tensorflow
 test-core: ## only the tests of the core (after `make test` has installed)
 	$(PYTEST) $(CORE) -m "not slow" -n 2
-test-slow: install-dev ## the long tests of the core: kills, races, power loss, soak
+test-slow: install-dev ## the long tests: kills, races, power loss, soak, lost ranks
+	$(PYTEST) $(CURDIR)/tests/torch -m slow
+	$(PYTEST) $(CURDIR)/tests/tensorflow -m slow
 	$(PYTEST) $(CORE) -m slow -n 2
 test-torch: ## only the tests of the PyTorch adapter
-	$(PYTEST) $(CURDIR)/tests/torch
+	$(PYTEST) $(CURDIR)/tests/torch -m "not slow"
 test-tensorflow: ## only the tests of the TensorFlow adapter
-	$(PYTEST) $(CURDIR)/tests/tensorflow
+	$(PYTEST) $(CURDIR)/tests/tensorflow -m "not slow"
 test-debug: ## the extensions' tests on a build with every Cython check on; leaves that build in .venv
 	@$(MAKE) --no-print-directory install-dev HBKIT_DEBUG=1
 	$(PYTEST) $(addprefix $(CURDIR)/tests/,ext ragged embedding) -n 2
