@@ -6,7 +6,7 @@ import atexit
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -277,6 +277,8 @@ def shard(
     group: Any = None,
     wire: str = "float32",
     timeout: float = 60.0,
+    placement: Mapping[str, Any] | None = None,
+    feedback: int = 0,
 ) -> EmbeddingCollection:
     """The embeddings, their tables divided by key over the ranks of a group; each rank has the rows that it owns.
 
@@ -288,17 +290,19 @@ def shard(
         As `GroupTransport` takes them; or any `hbkit.shuffle.Transport`.
     wire : "float32", "float16", "bfloat16" or "int8"
         What rows and their gradients travel as.
+    placement, feedback
+        As `hbkit.embedding.Sharded` takes them.
 
     Raises
     ------
     SchemaMismatch
-        Ranks differ in tables, features or wire.
+        Ranks differ in tables, features, wire or placement.
     TransportError
         A rank is lost or late.
     """
     collection = getattr(embeddings, "collection", embeddings)
     transport = group if hasattr(group, "all_to_all") else GroupTransport(group, timeout)
-    return EmbeddingCollection(Sharded(collection, transport, wire))
+    return EmbeddingCollection(Sharded(collection, transport, wire, placement, feedback))
 
 
 def broadcast(model: keras.Model, embeddings: Any) -> None:

@@ -123,7 +123,7 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
         InvalidArgument
             A feature's keys are not integers.
         Unsupported
-            Keys are a SparseTensor that is no matrix.
+            Keys are a SparseTensor that is no matrix; or, in a `tf.function`, features stand side by side (`stack`).
         Closed
             The layer was closed.
         """
@@ -160,6 +160,10 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
 
     def _call_in_graph(self, batch: Mapping[str, Any], training: bool) -> dict[str, Any]:
         collection = self.collection
+        if collection.stack:
+            raise errors.Unsupported(
+                "features side by side in a tf.function", feature=", ".join(collection.stack), remedy="use hb.pipeline"
+            )
         keys = {feature: feature_column(batch, feature) for feature in collection.features}
         # What a feature gives, and its shape, as the core decides by its column.
         kinds: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -270,6 +270,8 @@ def shard(
     group: dist.ProcessGroup | Transport | None = None,
     wire: str = "float32",
     timeout: float = 60.0,
+    placement: Mapping[str, Any] | None = None,
+    feedback: int = 0,
 ) -> EmbeddingCollection:
     """The embeddings, their tables divided by key over the ranks of a group; each rank has the rows that it owns.
 
@@ -281,17 +283,19 @@ def shard(
         As `GroupTransport` takes them; or any `hbkit.shuffle.Transport`.
     wire : "float32", "float16", "bfloat16" or "int8"
         What rows and their gradients travel as.
+    placement, feedback
+        As `hbkit.embedding.Sharded` takes them.
 
     Raises
     ------
     SchemaMismatch
-        Ranks differ in tables, features or wire.
+        Ranks differ in tables, features, wire or placement.
     TransportError
         A rank is lost or late.
     """
     collection: Any = getattr(embeddings, "collection", embeddings)
     transport: Any = group if hasattr(group, "all_to_all") else GroupTransport(group, timeout)
-    return EmbeddingCollection(Sharded(collection, transport, wire))
+    return EmbeddingCollection(Sharded(collection, transport, wire, placement, feedback))
 
 
 def broadcast(model: torch.nn.Module, embeddings: Any) -> None:

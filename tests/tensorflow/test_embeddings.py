@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import hbkit.tensorflow as hb
 from hbkit import embedding, errors
+from hbkit.shuffle import Loopback
 from hbkit_tensorflow.pipeline import Sequence
 
 MATCH = "update='backward'.*update='apply'"
@@ -321,3 +322,20 @@ def test_models_are_saved_and_loaded_whole(kind, features, more, tmp_path):
     found, expected = other(dense, rows), model(dense, rows)
     assert type(other) is kind and found.dtype == expected.dtype
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
+def test_features_side_by_side_are_one_output_but_not_in_a_graph():
+    tables = [embedding.Table(f, dim=4) for f in ("user", "item")]
+    layer = hb.nn.EmbeddingCollection(embedding.Collection(tables, stack={"both": ["user", "item"]}))
+    keys = {f: tf.constant([1, 2, 3]) for f in ("user", "item")}
+    assert {name: rows.shape.as_list() for name, rows in layer(keys, training=True).items()} == {"both": [3, 2, 4]}
+    layer.apply({"both": tf.ones((3, 2, 4))})
+    with pytest.raises(errors.Unsupported, match=r"side by side in a tf.function.*feature both"):
+        tf.function(layer, autograph=False)(keys)
+
+
+def test_shard_takes_any_transport_and_placements():
+    (alone,) = Loopback.group(1)
+    embeddings = embedding.Collection([embedding.Table("user", dim=4)])
+    sharded = hb.distributed.shard(embeddings, alone, "int8", placement={"user": 0}, feedback=100)
+    assert sharded.collection.placement == {"user": 0} and sharded.collection.feedback == 100

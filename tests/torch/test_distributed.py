@@ -11,12 +11,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch_ranks as ranks
 
-from hbkit import errors
+import hbkit.torch as hb
+from hbkit import embedding, errors
+from hbkit.shuffle import Loopback
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_exchange_brings_every_byte_on_two_channels_at_once(size):
     assert [ended.value or ended.error for ended in ranks.run(ranks.exchange, size, 7)] == [True] * size
+
+
+def test_shard_places_tables_and_keeps_what_rounding_leaves_out():
+    (alone,) = Loopback.group(1)
+    embeddings = embedding.Collection([embedding.Table("user", dim=4), embedding.Table("item", dim=4)])
+    sharded = hb.distributed.shard(embeddings, alone, "int8", placement={"user": "replicate"}, feedback=100)
+    assert sharded.collection.placement == {"user": "replicate"} and sharded.collection.feedback == 100
+    with pytest.raises(errors.HbkitError, match="nobody"):
+        hb.distributed.shard(embeddings, alone, placement={"nobody": "replicate"})
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "abort"])
