@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch_maps import doubled
 
 import hbkit
 import hbkit.torch as hb
@@ -84,11 +85,6 @@ def test_dataset_chain_is_that_of_the_core(clicks):
 
 
 # ------------------------------------------------------------------------------------------ DataLoader
-
-
-def doubled(columns):
-    """For `map` in a process that was spawned: it finds this by name."""
-    return {**columns, "age": columns["age"] * 2}
 
 
 def seen(batches):

@@ -281,10 +281,11 @@ def test_interrupt_while_waiting_ends_the_thread(clicks, collection):
 def test_interrupt_lets_go_of_rows(tmp_path):
     """A real signal, while the loop trains: the process ends by KeyboardInterrupt, without threads or pinned rows."""
     code = """
-import os, threading, numpy as np, pyarrow as pa, pyarrow.parquet as pq
+import os, signal, threading, numpy as np, pyarrow as pa, pyarrow.parquet as pq
 import hbkit.torch as hb
 from hbkit.embedding import Collection, Table
 from hbkit.store import cached_ssd
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 pq.write_table(pa.table({"k": np.arange(100_000) % 5000}), "k.parquet")
 c = Collection([Table("k", 4, store=cached_ssd("store", host_budget="4MiB"))])
 ds = hb.data.Dataset.from_parquet("k.parquet").batch(64).repeat()
