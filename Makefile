@@ -71,7 +71,7 @@ test-tensorflow: ## only the tests of the TensorFlow adapter
 	$(PYTEST) $(CURDIR)/tests/tensorflow -m "not slow"
 test-debug: ## the extensions' tests on a build with every Cython check on; leaves that build in .venv
 	@$(MAKE) --no-print-directory install-dev HBKIT_DEBUG=1
-	$(PYTEST) $(addprefix $(CURDIR)/tests/,ext ragged embedding) -n 2
+	$(PYTEST) $(addprefix $(CURDIR)/tests/,ext ragged embedding) -m "not slow" -n 2
 
 # $(call sanitize,NAME,KIND): the extensions by clang, with the sanitizers that setup.py means by KIND, in build/NAME/lib
 define sanitize
