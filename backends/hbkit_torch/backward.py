@@ -102,7 +102,7 @@ def _guard() -> None:
         if many:
             raise refused("Accumulation of gradients over several backwards")
 
-    torch.amp.GradScaler.scale = asking(torch.amp.GradScaler.scale, check_scaler)  # type: ignore[method-assign]
+    torch.amp.GradScaler.scale = asking(torch.amp.GradScaler.scale, check_scaler)  # type: ignore[method-assign]  # a guard around it
     clip = asking(torch.nn.utils.clip_grad_norm_, check_clipping)
     torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = clip
     register_optimizer_step_pre_hook(check_step)

@@ -35,7 +35,7 @@ def target(device: torch.device | str | int | None) -> torch.device | None:
         return None
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # as torch says that it was built without one
         raise errors.DeviceUnavailable(
             f"device={str(found)!r} cannot be used", remedy=f"leave device out, or mend this: {str(e).splitlines()[0]}"
         ) from e
