@@ -17,7 +17,7 @@ MAX_SCORE = (1 << 39) - 1
 MOST_SOON = 255
 MOST_STAMP = 2**32 - 1  # frequencies and last steps are held there
 FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
-SLOT, STATUS, VICTIM = range(3)  # parts of a placement's memory
+SLOT, STATUS, VICTIM = range(3)  # rows of a placement's memory
 
 
 class Held(NamedTuple):
@@ -78,21 +78,38 @@ class Placement:
         return self._placed[first_of_row : first_of_row + self.n]
 
 
-class Room:
-    """Memory for a batch of ids, deduped and in order: it lives as long as whoever uses the batch keeps it.
+class Victims(NamedTuple):
+    """Keys that lost their slots while their lines were dirty, by the positions of those that took them.
 
     Attributes
     ----------
-    keys, counts : int64[max_ids]
-        Distinct keys in the order of first occurrence, and how often each occurs.
-    inverse : int64[max_ids]
-        Number of the key of each position.
-    slots : int64[max_ids]
-        For the caller: where each distinct key is.
+    keys, slots, freq, last_step : int64[d]
+    """
+
+    keys: Any
+    slots: Any
+    freq: Any
+    last_step: Any
+
+
+class Room:
+    """Where a batch's arrays lie in device memory, as long as its owner likes; a new batch may be written over them.
+
+    Parameters
+    ----------
+    device : Device or HostDevice
+    max_ids : int
+        Ids of a batch at the most.
+
+    Attributes
+    ----------
+    keys, counts, inverse : int64[max_ids]
+        Of `Dedupe`: the distinct keys by first occurrence, how often each occurs, and each position's key number.
     order : int64[max_ids]
-        Positions by the number of their key, those of a key in the batch's order.
     starts : int64[max_ids + 1]
-        Where each key's positions begin in `order`.
+        Of `Order`: positions by key number, and where those of a key begin.
+    slots : int64[max_ids]
+        The caller's, for the lines of the keys.
     """
 
     def __init__(self, device: Any, max_ids: int) -> None:
@@ -102,21 +119,19 @@ class Room:
         )
         self.starts = device.empty((max_ids + 1,), np.int64)
 
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return 8 * (6 * self.max_ids + 1)
+
 
 @dataclass(frozen=True)
 class Distinct:
-    """A batch's distinct keys: views of its room.
+    """A batch's distinct keys, in the room that it was given."""
 
-    Attributes
-    ----------
-    n, n_distinct : int
-        Ids of the batch, and distinct ones.
-    room : Room
-    """
-
+    room: Room
     n: int
     n_distinct: int
-    room: Room
 
     @property
     def keys(self) -> Any:

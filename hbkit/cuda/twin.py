@@ -38,6 +38,7 @@ from hbkit.cuda.parts import (
     Held,
     Placement,
     Room,
+    Victims,
 )
 from hbkit.errors import DeviceUnavailable, InvalidArgument
 
@@ -208,6 +209,7 @@ class HostIndex:
         self._keys, self._words = np.zeros(n, np.int64), np.full(n, FREE, np.int64)
         self._freq, self._last_step = (np.zeros(n if metadata else 0, np.uint32) for _ in range(2))
         self._placed = np.empty((3, max_keys), np.int64)
+        self._victims = np.empty((2, max_keys), np.int64)  # their metadata
         self._n_evicted = self._n_refused = self._n_spilled = 0
 
     def __len__(self) -> int:
@@ -275,13 +277,24 @@ class HostIndex:
         self._keys[side] = keys[spilled]
         self._words[side] = PIN + (np.minimum(np.broadcast_to(scores, keys.shape)[spilled], MAX_SCORE) << 1)
         self._placed[SLOT, spilled], self._placed[STATUS, spilled] = side, NEW
+        self.put_metadata(side, 0 * side, 0 * side)
         self._n_spilled += len(side)
         return self._counted(len(keys))
 
-    def dirty_victims(self, placement: Placement) -> tuple[Int64s, Int64s]:
-        """Keys and slots of the victims that were dirty, by position."""
-        dirty = placement.status == EVICTED_DIRTY
-        return placement.victims[dirty], placement.slots[dirty]
+    def dirty_victims(self, placement: Placement) -> Victims:
+        """The victims that were dirty."""
+        at = np.flatnonzero(placement.status == EVICTED_DIRTY)
+        return Victims(placement.victims[at], placement.slots[at], *self._victims[:, at])
+
+    def take(self, values: Any, positions: Any, out: Any = None) -> Any:
+        """``values[positions]``: int64[n] (`out`)."""
+        taken = np.empty(len(positions), np.int64) if out is None else self._device.array(out)
+        taken[...] = self._device.array(values)[self._device.array(positions)]
+        return taken
+
+    def put(self, out: Any, positions: Any, values: Any) -> None:
+        """``out[positions] = values``; positions are distinct."""
+        self._device.array(out)[self._device.array(positions)] = self._device.array(values)
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
@@ -316,14 +329,13 @@ class HostIndex:
                 self._freq[there] = np.minimum(more, MOST_STAMP)
             self._last_step[there] = min(step, MOST_STAMP)
 
-    def metadata(self, slots: Any) -> tuple[Int64s, Int64s]:
-        """Frequencies and last steps: int64[n] each; 0 where the slot is -1 or none are kept."""
+    def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
+        """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
         slots = self._device.array(slots)
-        if not len(self._freq):
-            return np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
-        at = np.maximum(slots, 0)
-        freq, last_step = (np.where(slots >= 0, a[at], 0).astype(np.int64) for a in (self._freq, self._last_step))
-        return freq, last_step
+        both = [np.empty(len(slots), np.int64) if out is None else self._device.array(out[i]) for i in range(2)]
+        for to, kept in zip(both, (self._freq, self._last_step), strict=True):
+            to[...] = np.where(slots >= 0, kept[np.maximum(slots, 0)], 0) if len(kept) else 0
+        return both[0], both[1]
 
     def put_metadata(self, slots: Any, freq: Any, last_step: Any) -> None:
         """Write frequencies and last steps, int64[n] each; -1 is left out."""
@@ -365,6 +377,7 @@ class HostIndex:
         moved = placed.slots >= 0
         new = placed.slots[moved]
         self._words[new] += dirty[moved] - PIN
+        self.put_metadata(new, *self.metadata(old[moved]))
         self._words[old[moved]] = FREE
         return old, placed
 
@@ -397,7 +410,12 @@ class HostIndex:
         return slots[slots >= 0]
 
     def _place(self, keys: Int64s, scores: Int64s, evict: bool) -> None:
+        """Give slots to the keys of a placement that have none, and clear their metadata; that of victims is kept."""
+        found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
+        slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
+        self.metadata(slots, self._victims[:, : len(keys)])
+        self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
         """The placement of n keys."""
@@ -576,7 +594,7 @@ class HostDedupe:
             )
         distinct, inverse, counts = dedupe(np.ascontiguousarray(keys), "int64")
         room.keys[: len(distinct)], room.counts[: len(counts)], room.inverse[: len(keys)] = distinct, counts, inverse
-        return Distinct(len(keys), len(distinct), room)
+        return Distinct(room, len(keys), len(distinct))
 
 
 class HostOrder:
