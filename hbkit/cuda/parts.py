@@ -5,16 +5,19 @@ Nothing here imports Numba: `open_parts("cpu")` works without Numba CUDA and wit
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hbkit.errors import DeviceUnavailable
+
 # A slot's word: pins << 48 | soon << 40 | score << 1 | dirty. The least word of a bucket is its victim's.
-PIN, SOON, SCORE, DIRTY = 1 << 48, 1 << 40, 2, 1
+PIN, SOON, DIRTY = 1 << 48, 1 << 40, 1
 MAX_SCORE = (1 << 39) - 1
-MOST_SOON = 255
+MOST_PINS, MOST_SOON = 32767, 255
 MOST_STAMP = 2**32 - 1  # frequencies and last steps are held there
 FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
 SLOT, STATUS, VICTIM = range(3)  # rows of a placement's memory
@@ -174,6 +177,8 @@ def open_parts(name: str, allocate: Callable[[int], Any] | None = None) -> Parts
         Numba is not installed, or there is no such device or driver.
     """
     if name == "cpu":
+        if importlib.util.find_spec("numba") is None:
+            raise DeviceUnavailable("Numba is not installed", device=name, remedy="pip install 'hbkit[cuda]'")
         from hbkit.cuda import twin
 
         return Parts(twin.HostDevice(), twin.HostIndex, twin.HostLines, twin.HostDedupe, twin.HostOrder)

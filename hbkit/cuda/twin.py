@@ -9,22 +9,24 @@ What is in "device memory" here is NumPy's, or shares its memory with an array o
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from hbkit._ext.index import dedupe
 from hbkit._ext.segment import Segments
 from hbkit._ext.slabs import Slabs
+from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
     DIRTY,
     EVICTED_CLEAN,
     EVICTED_DIRTY,
     FOUND,
     MAX_SCORE,
+    MOST_PINS,
     MOST_SOON,
     MOST_STAMP,
     NEW,
@@ -40,11 +42,7 @@ from hbkit.cuda.parts import (
     Room,
     Victims,
 )
-from hbkit.errors import DeviceUnavailable, InvalidArgument
-
-if importlib.util.find_spec("numba") is None:
-    raise DeviceUnavailable("Numba is not installed", device="cpu", remedy="pip install 'hbkit[cuda]'")
-from numba import njit
+from hbkit.errors import InvalidArgument
 
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
@@ -95,8 +93,16 @@ class HostDevice:
         out[...] = array
         return out
 
+    def join(self, arrays: Sequence[Any], out: Any = None) -> Any:
+        """Arrays end to end, in `out` if it is given."""
+        return np.concatenate([self.array(a) for a in arrays], out=None if out is None else self.array(out))
+
     def sync(self) -> None:
         """Nothing is under way."""
+
+    def refuse(self, error: int) -> None:
+        """Raise what a kernel would report."""
+        raise InvalidArgument(ERRORS[error], device=self.name, remedy="this is a precondition")
 
 
 # --- the index --------------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ class HostIndex:
         if skip is not None:
             slots[keys == skip] = -1
             absent = (slots < 0) & (keys != skip)
-        pin(self._words, slots, scores, add)
+        self._pin(slots, scores, add)
         found = np.flatnonzero(absent)
         missing = np.empty(len(keys), np.int64) if missing is None else self._device.array(missing)
         missing[: len(found)] = found
@@ -268,8 +274,7 @@ class HostIndex:
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
         """Find distinct keys or give them slots, each pinned once more."""
         keys, scores = self._given(keys, self.max_keys), self._scores(keys, scores)
-        self.find(keys, self._placed[SLOT, : len(keys)])
-        pin(self._words, self._placed[SLOT, : len(keys)], scores, add)
+        self._pin(self.find(keys, self._placed[SLOT, : len(keys)]), scores, add)
         self._place(keys, scores, evict)
         refused = np.flatnonzero(self._placed[STATUS, : len(keys)] == REFUSED)
         side = self.n_slots + np.flatnonzero(self._words[self.n_slots :] == FREE)[: len(refused)]
@@ -312,7 +317,10 @@ class HostIndex:
 
     def settle(self, slots: Any) -> None:
         """Take one pin from distinct slots, -1 left out."""
-        self._words[self._there(slots)] -= PIN
+        slots = self._there(slots)
+        if (self._words[slots] < PIN).any():
+            self._device.refuse(BAD_RELEASE)
+        self._words[slots] -= PIN
 
     def clean(self, slots: Any) -> None:
         """Slots whose lines were written are not dirty any more, -1 left out."""
@@ -361,9 +369,7 @@ class HostIndex:
         slots[pinned] = -1
         self._words[slots[slots >= 0]] = FREE
         if pinned.any():
-            raise InvalidArgument(
-                "a key that is pinned was to be erased", device=self._device.name, remedy="this is a precondition"
-            )
+            self._device.refuse(BAD_ERASE)
         return slots
 
     def drain(self) -> tuple[Int64s, Placement]:
@@ -408,6 +414,11 @@ class HostIndex:
     def _there(self, slots: Any) -> Int64s:
         slots = self._device.array(slots)
         return slots[slots >= 0]
+
+    def _pin(self, slots: Int64s, scores: Int64s, add: bool) -> None:
+        if (self._words[self._there(slots)] >= MOST_PINS * PIN).any():
+            self._device.refuse(BAD_HOLD)
+        pin(self._words, slots, scores, add)
 
     def _place(self, keys: Int64s, scores: Int64s, evict: bool) -> None:
         """Give slots to the keys of a placement that have none, and clear their metadata; that of victims is kept."""
