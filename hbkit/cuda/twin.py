@@ -76,7 +76,7 @@ class HostDevice:
 
     def send(self, array: npt.NDArray[Any]) -> Any:
         """A contiguous copy."""
-        return np.array(array, order="C")
+        return array.copy()
 
     def array(self, array: Any) -> Any:
         """The same memory as an array of NumPy's."""
@@ -89,7 +89,7 @@ class HostDevice:
     def fetch(self, array: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """A copy, in `out` if it is given."""
         if out is None:
-            return np.array(array, order="C")
+            return self.send(self.array(array))
         out[...] = array
         return out
 
