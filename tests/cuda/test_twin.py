@@ -312,6 +312,7 @@ def test_index_without_metadata_keeps_dirty_bits_alone():
     assert [a.tolist() for a in index.metadata(slots)] == [[0, 0], [0, 0]] and len(index.dirty()[0]) == 2
     out = np.ones(2, np.int64), np.ones(2, np.int64)
     index.metadata(slots, out)
+    assert index.nbytes < HostIndex(device, 32, 8).nbytes == HostIndex.nbytes_of(50, 8)
     assert out[0].tolist() == out[1].tolist() == [0, 0]
 
 
@@ -371,7 +372,12 @@ def test_lines_come_and_go_by_parts(dtype):
     rows = np.empty((901, 5), np.float32)
     lines.gather(np.append(new, -1), rows)
     assert np.array_equal(rows[:-1], values[:900, :5]) and not rows[-1].any()
-    assert lines.nbytes >= 5000 * lines.line_nbytes(8, 12, dtype) and lines.buffer_nbytes(3, 12) >= 3 * 48
+    some = int64s([-1, 3, -1, 4])
+    near, before = lines.incoming(4), lines.incoming(4)
+    near[...], before[...] = 7, np.arange(4)[:, None]
+    lines.land(some)
+    assert lines.leave(int64s([3, 4]))[:, 11].tolist() == [1, 3] and lines.incoming(4).base is near.base
+    assert lines.nbytes_of(5000, 12, 700, 8, dtype) == 5000 * (4 * 4 + 8 * (4 if dtype == "float32" else 2)) + 100_800
 
 
 @here
