@@ -481,3 +481,205 @@ def test_without_numba_there_is_no_twin(monkeypatch):
         open_parts("cpu")
     with pytest.raises(InvalidArgument, match="tpu"):
         open_parts("tpu")
+
+
+# --- a device's parts do what the twin's do ------------------------------------------------------------------------
+
+
+def both_sides(device):
+    """The parts of the lane's device and those in host memory, whose buckets are as wide."""
+    cuda, cpu = open_parts("cuda"), open_parts("cpu")
+    from hbkit.cuda.index import BUCKET
+
+    class Twin(HostIndex):
+        bucket = BUCKET
+
+    return cuda._replace(device=device), cpu._replace(index=Twin)
+
+
+@pytest.fixture
+def sides(lane, device):
+    if lane == "cpu":
+        pytest.skip("lane cpu: no device")
+    return both_sides(device)
+
+
+def same(device, *pairs):
+    for far, near in pairs:
+        assert device.fetch(far).tolist() == near.tolist()
+
+
+def test_indexes_give_the_same_slots_victims_words_and_metadata(sides, lane):
+    cuda, cpu = sides
+    rng = np.random.default_rng(7)
+    n_buckets, n, n_calls = (2, 40, 14) if lane == "cudasim" else (200, 5000, 30)
+    size = n_buckets * cpu.index.bucket + 5, n, 6
+    far, near = cuda.index(cuda.device, *size), cpu.index(cpu.device, *size)
+    send = cuda.device.send
+    universe = rng.integers(-(2**63), 2**63 - 1, 3 * far.n_slots)
+    universe[:3] = 0, -1, 2**63 - 1
+    held = []
+    for call in range(n_calls):
+        keys = rng.choice(universe, rng.integers(0, n), replace=False)
+        scores = rng.integers(0, 9, len(keys)) if call % 3 else int64s([call + 2**38])
+        add, evict, skip = call % 2 == 0, call % 4 != 0, None if call % 3 else int(universe[call])
+        a = far.hold(send(keys), send(scores), add=add, skip=skip)
+        b = near.hold(keys, scores, add=add, skip=skip)
+        assert a.n_missing == b.n_missing
+        same(cuda.device, (a.slots, b.slots), (a.missing, b.missing))
+        some = keys[b.missing]
+        same(cuda.device, (far.take(send(keys), a.missing), some))
+        if len(scores) > 1:
+            scores = scores[b.missing]
+        p, q = (
+            i.insert(k, s, evict=evict, add=add) for i, k, s in ((far, send(some), send(scores)), (near, some, scores))
+        )
+        same(
+            cuda.device,
+            (p.slots, q.slots),
+            (p.status, q.status),
+            *zip(far.dirty_victims(p), near.dirty_victims(q), strict=True),
+        )
+        evicted = (q.status == EVICTED_CLEAN) | (q.status == EVICTED_CLEAN + 1)
+        assert cuda.device.fetch(p.victims)[evicted].tolist() == q.victims[evicted].tolist()
+        assert [getattr(p, name) for name in COUNTS] == [getattr(q, name) for name in COUNTS]
+        slots = b.slots.copy()
+        far.put(a.slots, a.missing, p.slots)
+        near.put(slots, b.missing, q.slots)
+        same(cuda.device, (a.slots, slots))
+        freq = rng.integers(0, 2**33, len(slots))
+        for side, at in ((far, send(slots)), (near, slots)):
+            if call % 4 == 1:
+                side.put_metadata(at, freq, freq // 2)
+            side.stamp(at, 2**31 + call, freq // 8 if call % 2 else None)
+        held.append(slots)
+        for _ in range(len(held) - call % 3):
+            done = held.pop(0)
+            far.settle(send(done))
+            near.settle(done)
+        wanted, every = rng.choice(universe, n // 2, replace=False), rng.choice(universe, n)
+        for side in (far, near):
+            side.mark(wanted, call % 5 * 60)
+            if call % 5 == 4:
+                side.age()
+        same(cuda.device, (far.find(every), near.find(every)))
+        first = None if call % 2 else 5
+        same(cuda.device, *zip(far.dirty(first), near.dirty(first), strict=True))
+        if call % 4 == 3:
+            for done in held:
+                far.settle(send(done))
+                near.settle(done)
+            held = []
+            gone = rng.choice(universe, n // 4, replace=False)
+            assert far.erase(gone).tolist() == near.erase(gone).tolist()
+            some = near.dirty()[1][::2]
+            far.clean(send(some))
+            near.clean(some)
+            (old, p), (other, q) = far.drain(), near.drain()
+            assert old.tolist() == other.tolist()
+            same(cuda.device, (p.slots, q.slots), *zip(far.dirty_victims(p), near.dirty_victims(q), strict=True))
+        keys, slots = far.contents()
+        words = cuda.device.fetch(far._entries)[slots, 1]
+        assert dict(zip(slots.tolist(), zip(keys.tolist(), words.tolist(), strict=True), strict=True)) == words_of(near)
+        same(cuda.device, *zip(far.metadata(send(slots)), near.metadata(slots), strict=True))
+        assert far.stats() == near.stats()
+        far.validate()
+        near.validate()
+    assert min(near.stats().values()) > 0
+
+
+COUNTS = ("n", "n_new", "n_evicted", "n_refused", "n_dirty")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_lines_hold_the_same_bits(sides, lane, dtype):
+    cuda, _ = sides
+    rng = np.random.default_rng(8)
+    n, dim = (24, 4) if lane == "cudasim" else (3000, 16)
+    width = 3 * dim
+    far, near = (p.lines(p.device, n, width, 10, dim, dtype) for p in sides)
+    send = cuda.device.send
+
+    def same_lines(slots):
+        got = []
+        for side, at in ((far, send(slots)), (near, slots)):
+            parts = []
+            side.take_out(at, lambda part, lines, parts=parts: parts.append(lines.copy()))
+            got.append(np.concatenate(parts))
+        assert np.array_equal(got[0].view(np.int32), got[1].view(np.int32))
+
+    values = np.abs(rng.standard_normal((n, width)).astype(np.float32))
+    every = rng.permutation(n)
+    for side, at in ((far, send(every)), (near, every)):
+        side.bring(at, lambda part, lines: lines.__setitem__(slice(None), values[part]))
+    same_lines(every)
+    half = n // 2
+    far.move(send(every[:half]), send(every[half:]))
+    near.move(every[:half], every[half:])
+    same_lines(every)
+    # A batch: gathered, pooled, and updated by sums of gradients.
+    slots = np.append(every[: half - 1], -1)
+    index, splits = rng.integers(0, half, 2 * half), np.arange(0, 2 * half + 1, 4)
+    weight, scale = (rng.standard_normal(k).astype(np.float32) for k in (2 * half, len(splits) - 1))
+    for shape, call in (
+        ((2 * half, dim), lambda side, send, out: side.gather(send(slots), out, send(index))),
+        (
+            (len(splits) - 1, dim),
+            lambda side, send, out: side.pool(send(slots), send(index), send(splits), out, send(weight), send(scale)),
+        ),
+    ):
+        out, want = cuda.device.empty(shape, np.float32), np.empty(shape, np.float32)
+        call(far, send, out)
+        call(near, np.asarray, want)
+        assert np.array_equal(cuda.device.fetch(out).view(np.int32), want.view(np.int32))
+    order = np.argsort(index, kind="stable")
+    starts = np.searchsorted(index[order], np.arange(half + 1))
+    grads = rng.standard_normal((5, dim)).astype(np.float32)
+    picked = rng.integers(0, 5, 2 * half)
+    out, want = cuda.device.empty((half, dim), np.float32), np.empty((half, dim), np.float32)
+    far.sums(*map(send, (grads, order, starts)), out, send(picked), send(weight))
+    near.sums(grads, order, starts, want, picked, weight)
+    assert np.array_equal(cuda.device.fetch(out).view(np.int32), want.view(np.int32))
+    hyper = np.float32([0.1, 0.9, 0.999, 1e-8, 0.1, 0.001, 0, 0])
+    keys = rng.integers(-(2**63), 2**63 - 1, half)
+    for step in (1, 2):
+        rest = grads, order, starts
+        far.apply_segments(3, send(slots), *map(send, rest), hyper, send(keys), 5, step, send(picked), send(weight))
+        near.apply_segments(3, slots, *rest, hyper, keys, 5, step, picked, weight)
+    far.apply(3, send(slots), out, hyper, send(keys), 5, 3)
+    near.apply(3, slots, want, hyper, keys, 5, 3)
+    same_lines(every)
+
+
+def test_batches_are_deduped_and_ordered_alike(sides, lane):
+    cuda, cpu = sides
+    n = 90 if lane == "cudasim" else 50_000
+    rng = np.random.default_rng(9)
+    far, near = ((p.dedupe(p.device, n), p.order(p.device, n), Room(p.device, n)) for p in (cuda, cpu))
+    for ids in (rng.zipf(1.4, n), rng.permutation(n), np.zeros(n, np.int64), rng.integers(-3, 3, 7)):
+        a, b = far[0](cuda.device.send(ids), far[2]), near[0](ids, near[2])
+        assert (a.n, a.n_distinct) == (b.n, b.n_distinct)
+        for side, batch in ((far, a), (near, b)):
+            side[1](side[2], batch.n, batch.n_distinct)
+        same(cuda.device, (a.keys, b.keys), (a.counts, b.counts), (a.inverse, b.inverse))
+        same(cuda.device, (far[2].order[: a.n], near[2].order[: b.n]))
+        same(cuda.device, *((side[2].starts[: b.n_distinct + 1] for side in (far, near)),))
+
+
+def test_what_is_not_finite_is_found_alike(sides):
+    cuda, cpu = sides
+    far, near = (p.lines(p.device, 9, 8, 9, 4) for p in (cuda, cpu))
+    send, rng = cuda.device.send, np.random.default_rng(3)
+    for bad in (None, np.nan, np.inf, -np.inf):
+        sums = rng.standard_normal((20, 4)).astype(np.float32)
+        scale = np.ones(20, np.float32)
+        slots = np.where(np.arange(20) % 4 == 3, -1, np.arange(20))
+        if bad is not None:
+            sums[[2, 7, 9], [0, 3, 1]] = bad
+        assert far.all_finite(send(sums)) == near.all_finite(sums) == (bad is None)
+        (a, n), (b, m) = far.skip_bad(send(slots), send(sums)), near.skip_bad(slots, sums)
+        same(cuda.device, (a, b))
+        assert n == m
+        if bad is not None:
+            scale[4] = bad
+        assert far.all_finite(send(sums[10:]), send(scale)) == near.all_finite(sums[10:], scale) == (bad is None)
