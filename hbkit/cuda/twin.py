@@ -76,7 +76,7 @@ class HostDevice:
 
     def send(self, array: npt.NDArray[Any]) -> Any:
         """A contiguous copy."""
-        return np.array(array, order="C")
+        return array.copy()
 
     def array(self, array: Any) -> Any:
         """The same memory as an array of NumPy's."""
@@ -89,7 +89,7 @@ class HostDevice:
     def fetch(self, array: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """A copy, in `out` if it is given."""
         if out is None:
-            return np.array(array, order="C")
+            return self.send(self.array(array))
         out[...] = array
         return out
 
@@ -221,10 +221,16 @@ class HostIndex:
     def __len__(self) -> int:
         return int(np.count_nonzero(self._words != FREE))
 
+    @staticmethod
+    def nbytes_of(n_slots: int, max_keys: int, n_side: int = 1024, metadata: bool = True) -> int:
+        """Bytes that an index takes."""
+        slots = n_slots // HostIndex.bucket * HostIndex.bucket + n_side
+        return slots * (24 if metadata else 16) + max_keys * 40
+
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(a.nbytes for a in (self._keys, self._words, self._freq, self._last_step, self._placed))
+        return self.nbytes_of(self.n_slots, self.max_keys, self.max_side, len(self._freq) > 0)
 
     @property
     def n_side(self) -> int:
@@ -465,18 +471,13 @@ class HostLines:
         self._device, self._batch, self._dim = device, batch_lines, width if dim is None else dim
         self._slabs = Slabs(width, CHUNK_NBYTES, dim=self._dim, row_dtype=row_dtype)
         self._slabs.reserve(n_lines)
-        self._buffers = [np.empty((batch_lines, width), np.float32) for _ in range(2)]
+        self._coming, self._other, self._leaving = (np.empty((batch_lines, width), np.float32) for _ in range(3))
         self.nbytes = int(self._slabs.nbytes)
 
     @staticmethod
-    def line_nbytes(dim: int, width: int, row_dtype: str) -> int:
-        """Bytes that a line takes."""
-        return int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes)
-
-    @staticmethod
-    def buffer_nbytes(n_lines: int, width: int) -> int:
-        """Bytes of one of the two buffers for so many lines on their way."""
-        return 4 * n_lines * width
+    def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
+        """Bytes of so many lines, and of the buffers of those on their way."""
+        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 3 * batch_lines * width * 4
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``, or ``slots[index[i]]``; 0 where -1."""
@@ -495,19 +496,34 @@ class HostLines:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order."""
         self._slabs.pool(*map(self._device.array, (slots, index, splits, out)), self._if(weight), self._if(row_scale))
 
+    def incoming(self, n: int) -> Float32s:
+        """float32[n, width] for lines that `land` is to write: one of two buffers in turn."""
+        self._coming, self._other = self._other, self._coming
+        return self._coming[:n]
+
+    def land(self, slots: Any) -> None:
+        """The lines that were written where `incoming` said last go to these slots; those of -1 are left out."""
+        slots = self._device.array(slots)
+        self._slabs.scatter(slots[slots >= 0], self._coming[: len(slots)][slots >= 0])
+
+    def leave(self, slots: Any) -> Float32s:
+        """Whole lines: float32[n, width] in a buffer that the next call uses again."""
+        near = self._leaving[: len(slots)]
+        self._slabs.gather(self._device.array(slots), near)
+        return near
+
     def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
         """Lines that `fill` writes, a part at a time, go to these slots."""
         slots = self._device.array(slots)
-        for part, near in self._parts(len(slots)):
-            fill(part, near)
-            self._slabs.scatter(slots[part], near)
+        for part in self._parts(len(slots)):
+            fill(part, self.incoming(part.stop - part.start))
+            self.land(slots[part])
 
     def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
         """Lines at these slots go to `drain`, a part at a time, in order."""
         slots = self._device.array(slots)
-        for part, near in self._parts(len(slots)):
-            self._slabs.gather(slots[part], near)
-            drain(part, near)
+        for part in self._parts(len(slots)):
+            drain(part, self.leave(slots[part]))
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots `old` to slots `new`; no slot is in both."""
@@ -565,11 +581,9 @@ class HostLines:
     def _if(self, array: Any) -> Any:
         return None if array is None else self._device.array(array)
 
-    def _parts(self, n: int) -> Any:
-        """Parts of n lines, each with a buffer."""
-        for number, first in enumerate(range(0, n, self._batch)):
-            part = slice(first, min(n, first + self._batch))
-            yield part, self._buffers[number % 2][: part.stop - first]
+    def _parts(self, n: int) -> list[slice]:
+        """Parts of n lines."""
+        return [slice(first, min(n, first + self._batch)) for first in range(0, n, self._batch)]
 
     def _summands(self, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> Any:
         """Gradients of the C kernels, by positions that are in order already."""
