@@ -36,6 +36,8 @@ from hbkit.cuda.parts import (
     SOON,
     STATUS,
     VICTIM,
+    VICTIM_FREQ,
+    VICTIM_LAST,
     Distinct,
     Held,
     Placement,
@@ -214,8 +216,7 @@ class HostIndex:
         n = self.n_slots + n_side
         self._keys, self._words = np.zeros(n, np.int64), np.full(n, FREE, np.int64)
         self._freq, self._last_step = (np.zeros(n if metadata else 0, np.uint32) for _ in range(2))
-        self._placed = np.empty((3, max_keys), np.int64)
-        self._victims = np.empty((2, max_keys), np.int64)  # their metadata
+        self._placed = np.empty((5, max_keys), np.int64)
         self._n_evicted = self._n_refused = self._n_spilled = 0
 
     def __len__(self) -> int:
@@ -295,7 +296,7 @@ class HostIndex:
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims that were dirty."""
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
-        return Victims(placement.victims[at], placement.slots[at], *self._victims[:, at])
+        return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
 
     def take(self, values: Any, positions: Any, out: Any = None) -> Any:
         """``values[positions]``: int64[n] (`out`)."""
@@ -382,13 +383,12 @@ class HostIndex:
         """Move what nobody pins from the side list into the buckets, evicting: old slots, and the placement of them."""
         words = self._words[self.n_slots :]
         old = self.n_slots + np.flatnonzero((words != FREE) & (words < PIN))[: self.max_keys]
-        keys, dirty, scores = self._keys[old], self._words[old] & DIRTY, (self._words[old] & SCORES) >> 1
         self._placed[SLOT, : len(old)] = -1
-        self._place(keys, scores, True)
+        self._place(self._keys[old], np.zeros(1, np.int64), True)
         placed = self._counted(len(old))
         moved = placed.slots >= 0
         new = placed.slots[moved]
-        self._words[new] += dirty[moved] - PIN
+        self._words[new] = self._words[old[moved]]
         self.put_metadata(new, *self.metadata(old[moved]))
         self._words[old[moved]] = FREE
         return old, placed
@@ -431,7 +431,7 @@ class HostIndex:
         found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
         slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
-        self.metadata(slots, self._victims[:, : len(keys)])
+        self.metadata(slots, [self._placed[row, : len(keys)] for row in (VICTIM_FREQ, VICTIM_LAST)])
         self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
