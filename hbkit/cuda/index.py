@@ -35,14 +35,33 @@ it when pins are gone, and what finds it full too gets the slot -1 and is counte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
+from hbkit.cuda.parts import (
+    EVICTED_CLEAN,
+    EVICTED_DIRTY,
+    FOUND,
+    MAX_SCORE,
+    MOST_PINS,
+    MOST_SOON,
+    MOST_STAMP,
+    NEW,
+    PIN,
+    REFUSED,
+    SLOT,
+    SOON,
+    STATUS,
+    VICTIM,
+    Held,
+    Placement,
+    Victims,
+)
 from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
 from hbkit.errors import InvalidArgument
 
@@ -50,16 +69,11 @@ Int64s = npt.NDArray[np.int64]
 
 BUCKET = WARP  # slots a bucket
 KEY, WORD = 0, 1  # of an entry
-PIN, SOON = 1 << 48, 1 << 40
-MAX_PINNED = (2**15 - 1) * PIN  # words are signed
-MAX_SOON = 2**8 - 1
-MAX_SCORE = 2**39 - 1
-SCORED = 2 * MAX_SCORE  # the score's bits of a word
+MOST_PINNED = MOST_PINS * PIN
+SOONS, SCORED = MOST_SOON * SOON, 2 * MAX_SCORE  # bits of a word
 HOLE = -1  # the word of a free place of the side list
 FREQ, LAST = 0, 1  # of a slot's metadata
-MAX_NOTE = 2**32 - 1
-FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
-SLOT, STATUS, VICTIM, VICTIM_FREQ, VICTIM_LAST = range(5)  # rows of `placed`
+VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
 POSITION, AT, KEY_AT, FREQ_AT, LAST_AT = range(5)  # rows of `listed`
 N_WORK, N_NEW, N_EVICTED, N_DIRTY, N_REFUSED = range(5)  # counters; there are two sets, which calls take in turns
 COUNTERS = 16
@@ -134,7 +148,7 @@ def given_score(scores: Any, i: Any) -> Any:
 def pin(entries: Any, slot: Any, score: Any, add: Any, error: Any) -> Any:
     """Pin an entry and score it; nobody waits for it any more. Its slot, or -1 where there are too many pins."""
     old = entries[slot, WORD]
-    if old >= MAX_PINNED:
+    if old >= MOST_PINNED:
         error[0] = BAD_HOLD
         return np.int64(-1)
     score = min(score + add * ((old & SCORED) >> 1), MAX_SCORE)
@@ -367,9 +381,9 @@ def mark(digests: Any, entries: Any, keys: Any, soon: Any, error: Any) -> None:
         slot = look(digests, entries, keys[i])
         if slot >= 0:
             old = entries[slot, WORD]
-            rest = old & ~(MAX_SOON * SOON)
+            rest = old & ~SOONS
             if soon > 0:
-                soonest = max(soon * SOON, old & (MAX_SOON * SOON))
+                soonest = max(soon * SOON, old & SOONS)
                 entries[slot, WORD] = rest | soonest
             else:
                 entries[slot, WORD] = rest
@@ -410,7 +424,7 @@ def stamp(entries: Any, notes: Any, slots: Any, counts: Any, step: Any, error: A
             entries[slot, WORD] |= 1
             if notes.shape[0] > 0:
                 if counts.shape[0] > 0:
-                    notes[slot, FREQ] = min(np.int64(notes[slot, FREQ]) + counts[i], MAX_NOTE)
+                    notes[slot, FREQ] = min(np.int64(notes[slot, FREQ]) + counts[i], MOST_STAMP)
                 notes[slot, LAST] = step
 
 
@@ -430,8 +444,8 @@ def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error:
     for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
         slot = slots[i]
         if within(slot, entries, error):
-            notes[slot, FREQ] = min(freq[i], MAX_NOTE)
-            notes[slot, LAST] = min(last_step[i], MAX_NOTE)
+            notes[slot, FREQ] = min(freq[i], MOST_STAMP)
+            notes[slot, LAST] = min(last_step[i], MOST_STAMP)
 
 
 def take(values: Any, positions: Any, out: Any, error: Any) -> None:
@@ -610,75 +624,6 @@ for _kernel, _signature in SIGNATURES.items():
     _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
 
 
-class Held(NamedTuple):
-    """Which of a batch's keys are there.
-
-    Attributes
-    ----------
-    slots : int64[n], in device memory
-        The key's slot, pinned; -1 where it has none.
-    n_missing : int
-    missing : int64[n_missing], in device memory
-        Positions of the keys that have none, ascending, without the one to skip.
-    """
-
-    slots: Any
-    n_missing: int
-    missing: Any
-
-
-class Victims(NamedTuple):
-    """Dirty keys that lost their slots: int64[n] each in device memory. Their lines stay until the caller writes."""
-
-    keys: Any
-    slots: Any
-    freq: Any
-    last_step: Any
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What became of a batch's keys; the arrays are in device memory, by the keys' positions, until the next call.
-
-    Attributes
-    ----------
-    n : int
-        Keys of the batch.
-    n_new, n_evicted, n_refused : int
-        Keys that took a free slot, took a victim's, and have none. The others were found.
-    n_dirty : int
-        Victims that were dirty.
-    """
-
-    _placed: Any  # int64[5 * max_keys]
-    n: int
-    n_new: int
-    n_evicted: int
-    n_refused: int
-    n_dirty: int
-
-    @property
-    def slots(self) -> Any:
-        """int64[n]: the key's slot, pinned; -1 where there was no room at all."""
-        return row(self._placed, SLOT, self.n)
-
-    @property
-    def status(self) -> Any:
-        """int64[n]: FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY (the slot was taken from a victim) or REFUSED."""
-        return row(self._placed, STATUS, self.n)
-
-    @property
-    def victims(self) -> Any:
-        """int64[n]: the victim's key where there is one. Its line is in `slots` until the caller writes there."""
-        return row(self._placed, VICTIM, self.n)
-
-
-def row(flat: Any, which: int, n: int) -> Any:
-    """The first n of a row of five that lie one after the other."""
-    first_of_row = which * (flat.shape[0] // 5)
-    return flat[first_of_row : first_of_row + n]
-
-
 class DeviceIndex:
     """Slots of keys in device memory; see the page's beginning.
 
@@ -725,7 +670,8 @@ class DeviceIndex:
         self._n_missed_of = [missed[TILES:] for missed in self._missed_of]
         self._turn = self._hold_turn = 0
         self._placed, self._listed = (device.empty((5, max_keys), np.int64) for _ in range(2))
-        self._flat, self._flat_listed = (rows.reshape(5 * max_keys) for rows in (self._placed, self._listed))
+        self._flat = self._placed.reshape(5 * max_keys)[: 3 * max_keys]
+        self._rows = self._listed.reshape(5 * max_keys)
         self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
@@ -734,11 +680,19 @@ class DeviceIndex:
     def __len__(self) -> int:
         return self._n_keys
 
+    @staticmethod
+    def nbytes_of(n_slots: int, max_keys: int, n_side: int = 1024, metadata: bool = True) -> int:
+        """Device memory of an index made so, in bytes."""
+        n_buckets = n_slots // BUCKET
+        a_slot = 24 if metadata else 16
+        fixed = 4 * (COUNTERS + 2 * (TILES + 1) + TILES)
+        return n_buckets * (BUCKET * (1 + a_slot) + 4) + n_side * a_slot + max_keys * (2 * 5 * 8 + 2 * 4) + fixed
+
     @property
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
-        arrays = (self._digests, self._entries, self._notes, self._lists, self._placed, self._listed)
-        return sum(int(a.size * a.dtype.itemsize) for a in arrays)
+        index, keys = (self._digests, self._entries, self._notes), (self._lists, self._placed, self._listed)
+        return sum(int(a.size * a.dtype.itemsize) for a in (*index, *keys, self._missed, self._totals))
 
     @property
     def n_side(self) -> int:
@@ -835,14 +789,14 @@ class DeviceIndex:
         device, some = self._device, (placement.n, least, most)
         device.launch(count, TILES * WARP, self._placed, *some, self._totals)
         device.launch(select, TILES * WARP, self._placed, *some, self._totals, self._listed)
-        return row(self._flat_listed, POSITION, n)
+        return self._row(POSITION, n)
 
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims whose lines are newer than those of the store below, by position; until the next insertion."""
         n = placement.n_dirty
         if n:
             self.positions(placement, EVICTED_DIRTY, EVICTED_DIRTY, n)
-        return Victims(*(row(self._flat_listed, which, n) for which in (KEY_AT, AT, FREQ_AT, LAST_AT)))
+        return Victims(*(self._row(which, n) for which in (KEY_AT, AT, FREQ_AT, LAST_AT)))
 
     def mark(self, keys: Any, soon: int) -> None:
         """Say how soon announced batches want distinct keys: the larger, the sooner; what is not there is left out.
@@ -854,9 +808,9 @@ class DeviceIndex:
             From 1 to 255 (more is held there): raise what was said before to this. 0: take it away.
         """
         if soon < 0:
-            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MAX_SOON}")
+            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
         keys = self._given(keys)
-        self._device.launch(mark, keys.shape[0], self._digests, self._searched, keys, min(soon, MAX_SOON))
+        self._device.launch(mark, keys.shape[0], self._digests, self._searched, keys, min(soon, MOST_SOON))
 
     def age(self) -> None:
         """Halve every score."""
@@ -886,7 +840,7 @@ class DeviceIndex:
         slots = self._given(slots)
         counts = self._device.none(np.int64) if counts is None else self._given(counts)
         self._device.launch(
-            stamp, slots.shape[0], self._entries, self._notes, slots, counts, min(max(step, 0), MAX_NOTE)
+            stamp, slots.shape[0], self._entries, self._notes, slots, counts, min(max(step, 0), MOST_STAMP)
         )
 
     def metadata(self, slots: Any, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
@@ -990,6 +944,10 @@ class DeviceIndex:
         used = self._device.fetch(self._bytes) != 0
         slots = np.flatnonzero(np.concatenate([used, entries[self.n_slots :, WORD] != HOLE]))
         return entries[slots, KEY], slots
+
+    def _row(self, which: int, n: int) -> Any:
+        """The first n of a row of `listed`."""
+        return self._rows[which * self.max_keys : which * self.max_keys + n]
 
     def _given(self, values: Any, most: int | None = None) -> Any:
         values = self._device.array(values)

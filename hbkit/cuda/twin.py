@@ -48,6 +48,7 @@ Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 FREE = -1  # the word of a slot that nobody has
+VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
 CHUNK_NBYTES = 1 << 22
 
 MIX1, MIX2, S32, LOW32 = map(np.uint64, (0x9FB2_1C65_1E98_DF25, 0xD6E8_FEB8_6659_FD93, 32, 0xFFFF_FFFF))
@@ -173,7 +174,7 @@ def place(
         else:
             continue
         resident[chosen] = keys[i]
-        words[chosen] = PIN + (min(scores[i if len(scores) > 1 else 0], MAX_SCORE) << 1)
+        words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
         placed[SLOT, i] = chosen
 
 
@@ -214,8 +215,7 @@ class HostIndex:
         n = self.n_slots + n_side
         self._keys, self._words = np.zeros(n, np.int64), np.full(n, FREE, np.int64)
         self._freq, self._last_step = (np.zeros(n if metadata else 0, np.uint32) for _ in range(2))
-        self._placed = np.empty((3, max_keys), np.int64)
-        self._victims = np.empty((2, max_keys), np.int64)  # their metadata
+        self._placed = np.empty((5, max_keys), np.int64)
         self._n_evicted = self._n_refused = self._n_spilled = 0
 
     def __len__(self) -> int:
@@ -266,7 +266,7 @@ class HostIndex:
     ) -> Held:
         """Pin and score the keys that are there; list the others."""
         keys, scores = self._given(keys), self._scores(keys, scores)
-        slots = self.find(keys, slots)
+        slots = self.find(keys, None if slots is None else self._device.array(slots)[: len(keys)])
         absent = slots < 0
         if skip is not None:
             slots[keys == skip] = -1
@@ -286,7 +286,7 @@ class HostIndex:
         side = self.n_slots + np.flatnonzero(self._words[self.n_slots :] == FREE)[: len(refused)]
         spilled = refused[: len(side)]
         self._keys[side] = keys[spilled]
-        self._words[side] = PIN + (np.minimum(np.broadcast_to(scores, keys.shape)[spilled], MAX_SCORE) << 1)
+        self._words[side] = PIN + (np.broadcast_to(scores, keys.shape)[spilled] << 1)
         self._placed[SLOT, spilled], self._placed[STATUS, spilled] = side, NEW
         self.put_metadata(side, 0 * side, 0 * side)
         self._n_spilled += len(side)
@@ -295,7 +295,7 @@ class HostIndex:
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims that were dirty."""
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
-        return Victims(placement.victims[at], placement.slots[at], *self._victims[:, at])
+        return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
 
     def take(self, values: Any, positions: Any, out: Any = None) -> Any:
         """``values[positions]``: int64[n] (`out`)."""
@@ -309,10 +309,11 @@ class HostIndex:
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
-        slots = self.find(keys)
-        slots = slots[slots >= 0]
+        if soon < 0:
+            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
+        slots = self._there(self.find(keys))
         words = self._words[slots]
-        wanted = np.maximum(words & SOONS, soon * SOON) if soon else 0
+        wanted = np.maximum(words & SOONS, min(soon, MOST_SOON) * SOON) if soon else 0
         self._words[slots] = (words & ~SOONS) | wanted
 
     def age(self) -> None:
@@ -341,7 +342,7 @@ class HostIndex:
             if counts is not None:
                 more = self._freq[there] + self._device.array(counts)[slots >= 0]
                 self._freq[there] = np.minimum(more, MOST_STAMP)
-            self._last_step[there] = min(step, MOST_STAMP)
+            self._last_step[there] = min(max(step, 0), MOST_STAMP)
 
     def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
         """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
@@ -382,13 +383,12 @@ class HostIndex:
         """Move what nobody pins from the side list into the buckets, evicting: old slots, and the placement of them."""
         words = self._words[self.n_slots :]
         old = self.n_slots + np.flatnonzero((words != FREE) & (words < PIN))[: self.max_keys]
-        keys, dirty, scores = self._keys[old], self._words[old] & DIRTY, (self._words[old] & SCORES) >> 1
         self._placed[SLOT, : len(old)] = -1
-        self._place(keys, scores, True)
+        self._place(self._keys[old], np.zeros(1, np.int64), True)
         placed = self._counted(len(old))
         moved = placed.slots >= 0
         new = placed.slots[moved]
-        self._words[new] += dirty[moved] - PIN
+        self._words[new] = self._words[old[moved]]
         self.put_metadata(new, *self.metadata(old[moved]))
         self._words[old[moved]] = FREE
         return old, placed
@@ -415,7 +415,7 @@ class HostIndex:
             raise InvalidArgument(
                 f"{len(scores)} scores for {len(keys)} keys", remedy="give each key its score, or one"
             )
-        return scores
+        return np.clip(scores, 0, MAX_SCORE)
 
     def _there(self, slots: Any) -> Int64s:
         slots = self._device.array(slots)
@@ -431,7 +431,7 @@ class HostIndex:
         found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
         slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
-        self.metadata(slots, self._victims[:, : len(keys)])
+        self.metadata(slots, [self._placed[row, : len(keys)] for row in (VICTIM_FREQ, VICTIM_LAST)])
         self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
@@ -440,7 +440,7 @@ class HostIndex:
         n_evicted = count[EVICTED_CLEAN] + count[EVICTED_DIRTY]
         self._n_evicted += n_evicted
         self._n_refused += count[REFUSED]
-        return Placement(self._placed.reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
+        return Placement(self._placed[:3].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
 
 
 # --- lines ------------------------------------------------------------------------------------------------------

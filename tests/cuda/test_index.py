@@ -355,4 +355,7 @@ def test_index_refuses_what_does_not_fit(lane, device):
             DeviceIndex(device, n_slots, max_keys)
     empty = index.insert(one[:0], one[:0])
     assert empty.n_new == 0 and index.erase(one[:0]).tolist() == [] and index.find(one[:0]).shape == (0,)
-    assert index.drain()[0].tolist() == [] and index.nbytes > 17 * BUCKET
+    assert index.drain()[0].tolist() == [] and index.nbytes > 25 * BUCKET
+    for n_slots, max_keys, n_side, metadata in ((BUCKET, 4, 1024, True), (3 * BUCKET + 1, 50, 0, False)):
+        made = DeviceIndex(device, n_slots, max_keys, n_side, metadata)
+        assert made.nbytes == DeviceIndex.nbytes_of(n_slots, max_keys, n_side, metadata)
