@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Segments
+from hbkit._ext.segment import Gradients, Segments
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -541,7 +541,8 @@ class HostLines:
         bad: str = "apply",
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. Gives how many lines "skip" left out."""
-        slots, grads = self._device.array(slots), self._device.array(grads)
+        slots = self._device.array(slots)
+        grads = grads if isinstance(grads, Gradients) else self._device.array(grads)
         keys = slots if keys is None else self._device.array(keys)
         return int(self._slabs.apply(rule, slots, grads, hyper, keys, seed, step, bad))
 
