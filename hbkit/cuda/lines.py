@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from hbkit._ext.segment import expand, retained
 from hbkit.cuda import rules
-from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.arith import fours, shift_of
+from hbkit.cuda.device import COOPERATING, Device
+from hbkit.cuda.finite import Finite
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
 from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
@@ -53,19 +55,6 @@ def on_device(array: Any) -> bool:
     return hasattr(array, "__cuda_array_interface__") or hasattr(
         array, "copy_to_host"
     )  # the simulator's have the latter
-
-
-def shift_of(width: int) -> int:
-    """log2 of how many threads share a row, four columns each."""
-    most = 3 if simulated() else 5
-    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
-
-
-def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
-    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
-    if any(m % 4 for m in multiples):
-        return False
-    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 def row_words(dim: int, dtype: str) -> int:
@@ -175,6 +164,7 @@ class DeviceLines:
         self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
         self._hyper: tuple[Float32s, Any] | None = None
+        self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
     @staticmethod
@@ -408,6 +398,14 @@ class DeviceLines:
     def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
         sum_segments(self._device, values, order, starts, out, picked, scale)
+
+    def all_finite(self, values: Any, scale: Any = None) -> bool:
+        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
+        return self._finite.all_finite(values, scale)
+
+    def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
+        """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""
+        return self._finite.skip_bad(slots, sums)
 
     # --- launches ---------------------------------------------------------------------------------------------
 
