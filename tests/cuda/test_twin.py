@@ -135,7 +135,8 @@ def same_placement(index, placement, want):
     assert list(zip(*(a.tolist() for a in index.dirty_victims(placement)), strict=True)) == dirty
 
 
-KEYS = st.lists(st.integers(-12, 12) | st.sampled_from([-(2**63), 2**63 - 1]), unique=True, max_size=14)
+KEY = st.integers(-12, 12) | st.sampled_from([-(2**63), 2**63 - 1])
+KEYS, MANY = st.lists(KEY, unique=True, max_size=14), st.lists(KEY, unique=True, min_size=9, max_size=14)
 SCORES = st.integers(-1, 4) | st.sampled_from([MAX_SCORE - 1, MAX_SCORE, 2**45])
 
 
@@ -150,6 +151,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = Narrow(HostDevice(), 4 * n_buckets + 3, 14, n_side)
         self.model = Model(n_buckets, 4, n_side)
         self.held = []
+        self.put_in(range(n_buckets * 4 + n_side - 1), range(14), False, False)
 
     @rule(keys=KEYS, score=SCORES, add=st.booleans(), skip=st.none() | st.integers(-12, 12))
     def hold(self, keys, score, add, skip):
@@ -160,9 +162,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert got.missing.tolist() == missing and got.n_missing == len(missing)
         self.held.append(want)
 
-    @rule(keys=KEYS, data=st.data(), evict=st.booleans(), add=st.booleans())
+    @rule(keys=KEYS | MANY, data=st.data(), evict=st.booleans(), add=st.booleans())
     def insert(self, keys, data, evict, add):
-        scores = data.draw(st.lists(SCORES, min_size=len(keys), max_size=len(keys)))
+        self.put_in(keys, data.draw(st.lists(SCORES, min_size=len(keys), max_size=len(keys))), evict, add)
+
+    def put_in(self, keys, scores, evict, add):
+        keys, scores = list(keys)[:14], list(scores)[: len(keys)]
         want = self.model.insert(keys, scores, evict, add)
         same_placement(self.index, self.index.insert(int64s(keys), int64s(scores), evict=evict, add=add), want)
         self.held.append([slot for slot, _, _ in want])
@@ -171,7 +176,10 @@ class IndexMachine(RuleBasedStateMachine):
     def settle(self, data, step, counts):
         if not self.held:
             return
-        slots = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.settle_one(data.draw(st.integers(0, len(self.held) - 1)), step, counts)
+
+    def settle_one(self, which, step, counts):
+        slots = self.held.pop(which)
         there = [self.model.entries[slot] for slot in slots if slot >= 0]
         if step is not None:
             more = np.arange(len(slots)) * (2**31 if step > 9 else 1)
@@ -223,8 +231,10 @@ class IndexMachine(RuleBasedStateMachine):
         for slot in want:
             self.model.entries.pop(slot, None)
 
-    @rule()
-    def drain(self):
+    @rule(release=st.booleans(), step=st.none() | st.integers(0, 9))
+    def drain(self, release, step):
+        while release and self.held:
+            self.settle_one(0, step, True)
         want_old, want = self.model.drain()
         for slot, _, _ in want:
             if slot >= 0:
@@ -250,7 +260,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = here(IndexMachine.TestCase)
-TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=40)
+TestIndexMachine.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 # --- the index at its full size ------------------------------------------------------------------------------------
