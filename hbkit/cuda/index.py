@@ -138,9 +138,11 @@ def look(digests: Any, entries: Any, key: Any) -> Any:
 
 
 @inline
-def given_score(scores: Any, i: Any) -> Any:
-    """Score of the key at i, of one for each or one for all."""
-    return max(min(scores[min(i, scores.shape[0] - 1)], MAX_SCORE), 0)
+def given_score(scores: Any, score: Any, i: Any) -> Any:
+    """Score of the key at i: of one for each, or one for all, which is `score` where there are no `scores`."""
+    if scores.shape[0] > 0:
+        score = scores[min(i, scores.shape[0] - 1)]
+    return max(min(score, MAX_SCORE), 0)
 
 
 @inline
@@ -192,6 +194,7 @@ def hold(
     entries: Any,
     keys: Any,
     scores: Any,
+    score: Any,
     add: Any,
     skip: Any,
     skips: Any,
@@ -218,7 +221,7 @@ def hold(
                 slot = look(digests, entries, keys[i])
                 missed = slot < 0
                 if slot >= 0:
-                    slot = pin(entries, slot, given_score(scores, i), add, error)
+                    slot = pin(entries, slot, given_score(scores, score, i), add, error)
             slots[i] = slot
         missing = ballot(missed)
         if missing != 0 and lane() == 0:
@@ -242,7 +245,16 @@ def list_missing(keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, miss
 
 
 def probe(
-    digests: Any, entries: Any, keys: Any, scores: Any, add: Any, placed: Any, lists: Any, turn: Any, error: Any
+    digests: Any,
+    entries: Any,
+    keys: Any,
+    scores: Any,
+    score: Any,
+    add: Any,
+    placed: Any,
+    lists: Any,
+    turn: Any,
+    error: Any,
 ) -> None:
     """Pin and score the keys that are there, and list the others by bucket. Keys are distinct.
 
@@ -260,7 +272,7 @@ def probe(
         if i < n:
             slot = look(digests, entries, keys[i])
             if slot >= 0:
-                placed[SLOT, i] = pin(entries, slot, given_score(scores, i), add, error)
+                placed[SLOT, i] = pin(entries, slot, given_score(scores, score, i), add, error)
                 placed[STATUS, i] = FOUND
             else:
                 placed[SLOT, i] = -1
@@ -287,6 +299,7 @@ def place(
     notes: Any,
     keys: Any,
     scores: Any,
+    score: Any,
     evict: Any,
     placed: Any,
     lists: Any,
@@ -368,7 +381,7 @@ def place(
                 if notes.shape[0] > 0:
                     placed[VICTIM_NOTE, i] = notes[mine]
                     notes[mine] = 0
-                value = PIN + (given_score(scores, i) << 1)
+                value = PIN + (given_score(scores, score, i) << 1)
                 entries[mine, KEY] = keys[i]
                 entries[mine, WORD] = value
                 digest = digest_of(mix(keys[i]))
@@ -581,14 +594,22 @@ def sum_before(totals: Any, tile: Any) -> Any:
 
 
 def spill(
-    entries: Any, notes: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any
+    entries: Any,
+    notes: Any,
+    keys: Any,
+    scores: Any,
+    score: Any,
+    positions: Any,
+    sides: Any,
+    placed: Any,
+    error: Any,
 ) -> None:
     """Write the keys at these positions to places of the side list, pinned; places are distinct."""
     for i in range(cuda.grid(1), sides.shape[0], cuda.gridsize(1)):
         p = positions[i]
         side = sides[i]
         entries[side, KEY] = keys[p]
-        entries[side, WORD] = PIN + (given_score(scores, p) << 1)
+        entries[side, WORD] = PIN + (given_score(scores, score, p) << 1)
         if notes.shape[0] > 0:
             notes[side] = 0
         placed[SLOT, p] = side
@@ -606,12 +627,13 @@ def rehouse(entries: Any, notes: Any, old: Any, new: Any, error: Any) -> None:
 
 
 _A64, _A32, _E64 = "int64[::1]", "int32[::1]", "int64[:,::1]"
+_SCORED = f"{_A64}, {_A64}, int64"  # keys, scores, score
 SIGNATURES = {
     find: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    hold: f"void({_A64}, {_E64}, {_A64}, {_A64}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
+    hold: f"void({_A64}, {_E64}, {_SCORED}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
     list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A64}, {_A32})",
-    probe: f"void({_A64}, {_E64}, {_A64}, {_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
-    place: f"void(uint8[::1], {_E64}, {_A64}, {_A64}, {_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
+    probe: f"void({_A64}, {_E64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
+    place: f"void(uint8[::1], {_E64}, {_A64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
     mark: f"void({_A64}, {_E64}, {_A64}, int64, {_A32})",
     age: f"void({_E64}, {_A32})",
     settle: f"void({_E64}, {_A64}, {_A32})",
@@ -626,7 +648,7 @@ SIGNATURES = {
     select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
     count_dirty: f"void({_E64}, {_A32}, {_A32})",
     list_dirty: f"void({_E64}, {_A32}, {_A64}, {_A64}, {_A32})",
-    spill: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A64}, {_E64}, {_A32})",
+    spill: f"void({_E64}, {_A64}, {_SCORED}, {_A64}, {_A64}, {_E64}, {_A32})",
     rehouse: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A32})",
 }
 
@@ -757,7 +779,7 @@ class DeviceIndex:
             return Held(slots, 0, none)
         turn, self._hold_turn = self._hold_turn, self._hold_turn ^ 1  # `hold` clears the other totals in any case
         skipped = (0, 0) if skip is None else (skip, 1)
-        searched = (self._digests, self._searched, keys, scores, int(add), *skipped)
+        searched = (self._digests, self._searched, keys, *scores, int(add), *skipped)
         device.launch(hold, n, *searched, slots, self._missed, turn * (TILES + 1))
         try:
             n_missing = int(device.fetch(self._n_missed_of[turn])[0])
@@ -919,7 +941,7 @@ class DeviceIndex:
         side = device.fetch(self._entries[self.n_slots : end]) if end > self.n_slots else np.zeros((0, 2), np.int64)
         at = np.flatnonzero((side[:, WORD] != HOLE) & (side[:, WORD] < PIN))[: self.max_keys]
         old = at + self.n_slots
-        keys, scores = device.send(side[at, KEY]), device.send((side[at, WORD] & SCORED) >> 1)
+        keys, scores = device.send(side[at, KEY]), (device.send((side[at, WORD] & SCORED) >> 1), 0)
         searched, self._searched = self._searched, self._entries[: self.n_slots]
         try:
             placed = self._place(keys, scores, True, False)
@@ -970,20 +992,23 @@ class DeviceIndex:
             )
         return values
 
-    def _scores(self, keys: Any, scores: Any) -> Any:
+    def _scores(self, keys: Any, scores: Any) -> tuple[Any, int]:
+        """Scores in device memory; one of the host's for all keys goes with the launch, which costs no memory."""
+        if isinstance(scores, np.ndarray) and scores.shape == (1,) and scores.dtype == np.int64:
+            return self._device.none(np.int64), int(scores[0])
         scores = self._given(scores)
         if scores.shape[0] not in (1, keys.shape[0]):
             raise InvalidArgument(
                 f"{scores.shape[0]} scores for {keys.shape[0]} keys", remedy="give each key its score, or one for all"
             )
-        return scores
+        return scores, 0
 
-    def _place(self, keys: Any, scores: Any, evict: bool, add: bool) -> Placement:
+    def _place(self, keys: Any, scores: tuple[Any, int], evict: bool, add: bool) -> Placement:
         n = keys.shape[0]
         if n == 0:
             return Placement(self._flat, 0, 0, 0, 0, 0)
         device, turn = self._device, self._turn * (COUNTERS // 2)
-        searched, rest = (keys, scores), (self._placed, self._lists, turn)
+        searched, rest = (keys, *scores), (self._placed, self._lists, turn)
         device.launch(probe, n, self._digests, self._searched, *searched, int(add), *rest)
         warps = min(n, PLACERS)
         device.launch(place, warps * WARP, self._bytes, self._entries, self._notes, *searched, int(evict), *rest)
@@ -996,7 +1021,7 @@ class DeviceIndex:
             raise
         return self._counted(counted, n)
 
-    def _spill(self, placed: Placement, keys: Any, scores: Any) -> Placement:
+    def _spill(self, placed: Placement, keys: Any, scores: tuple[Any, int]) -> Placement:
         """Write what was refused to the side list, as far as there is room."""
         device = self._device
         refused = device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
@@ -1007,7 +1032,7 @@ class DeviceIndex:
         self._searched = self._entries[: end + n_grown]
         n = len(sides)
         places = (device.send(refused), device.send(sides))
-        device.launch(spill, n, self._entries, self._notes, keys, scores, *places, self._placed)
+        device.launch(spill, n, self._entries, self._notes, keys, *scores, *places, self._placed)
         self._n_spilled += n
         self._n_keys += n
         return replace(placed, n_new=placed.n_new + n, n_refused=placed.n_refused - n)

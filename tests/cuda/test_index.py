@@ -165,6 +165,7 @@ class Oracle:
 
 
 def scores_of(keys, scores):
+    scores = scores if isinstance(scores, np.ndarray) else scores.copy_to_host()
     return scores.tolist() * (len(keys) if len(scores) == 1 else 1)
 
 
@@ -223,7 +224,8 @@ class Pair:
         """Keys with scores, for each or for all."""
         keys = self.some(self.n)
         counts = self.rng.integers(0, 9, len(keys))
-        return keys, counts, counts[:1] if self.rng.random() < 0.3 else counts
+        one = counts[:1] if self.rng.random() < 0.5 else self.device.send(counts[:1])
+        return keys, counts, one if self.rng.random() < 0.3 else counts
 
     def insert(self):
         """Without `hold` before."""
@@ -244,7 +246,7 @@ class Pair:
         slots, missing = self.oracle.hold(keys, scores, add, skip)
         assert fetch(got.slots).tolist() == slots and got.n_missing == len(missing)
         assert fetch(got.missing).tolist() == missing
-        given = scores if len(scores) == 1 else counts[missing]
+        given = counts[missing] if scores is counts else scores
         placed = index.insert(index.take(keys, got.missing), given, evict=evict, add=add)
         want = self.oracle.insert(keys[missing], given, evict, add)
         same(self.device, index, placed, want)
