@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Gradients, Segments
+from hbkit._ext.segment import Gradients, Segments, pool
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -517,6 +517,23 @@ class HostLines:
     def pool(self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order."""
         self._slabs.pool(*map(self._device.array, (slots, index, splits, out)), self._if(weight), self._if(row_scale))
+
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of an array."""
+        source, slots = self._device.array(source), self._device.array(slots)
+        slots = slots if index is None else slots[self._device.array(index)]
+        self._device.array(out)[...] = np.where(slots[:, None] >= 0, source[slots], np.float32(0))
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """Write rows of an array at distinct positions; those of -1 go nowhere."""
+        positions = self._device.array(positions)
+        self._device.array(target)[positions[positions >= 0]] = self._device.array(values)[positions >= 0]
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of an array: ``source[index[p]]``."""
+        pool(*map(self._device.array, (source, index, splits, out)), self._if(weight), self._if(row_scale))
 
     def incoming(self, n: int) -> Float32s:
         """float32[n, width] for lines that `land` is to write: one of two buffers in turn."""

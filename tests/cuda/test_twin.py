@@ -400,6 +400,27 @@ def test_lines_come_and_go(dtype):
 
 
 @here
+def test_rows_of_arrays_are_gathered_scattered_and_pooled():
+    parts = open_parts("cpu")
+    lines = parts.lines(parts.device, 8, 4, 8)
+    rng = np.random.default_rng(4)
+    rows = rng.integers(-9, 9, (7, 4)).astype(np.float32)
+    slots, index = int64s([6, -1, 0]), rng.integers(0, 3, 20)
+    out = np.empty((20, 4), np.float32)
+    lines.gather_from(rows, slots, out, index)
+    assert np.array_equal(out, np.append(rows, 0 * rows[:1], 0)[slots][index])
+    lines.gather_from(rows, slots, out[:3])
+    assert np.array_equal(out[:3], [rows[6], 0 * rows[0], rows[0]])
+    want = rows.copy()
+    want[[2, 5]] = [[1], [3]]
+    lines.scatter_into(rows, int64s([2, -1, 5]), np.float32([1, 2, 3])[:, None].repeat(4, 1))
+    assert np.array_equal(rows, want)
+    index, weight = rng.integers(0, 7, 20), rng.integers(-3, 3, 20).astype(np.float32)
+    lines.pool_from(rows, index, np.arange(0, 21, 4), out[:5], weight, np.full(5, 2, np.float32))
+    assert np.array_equal(out[:5], 2 * (rows[index] * weight[:, None]).reshape(5, 4, 4).sum(axis=1))
+
+
+@here
 def test_order_and_sums_of_a_batch_are_those_of_numpy():
     parts = open_parts("cpu")
     rng = np.random.default_rng(1)
