@@ -68,6 +68,12 @@ def stride_of(dim: int, width: int, dtype: str) -> int:
     return stride if dim % 4 or words % 4 else -(-stride // 4) * 4
 
 
+def check_counts(*counts: int) -> None:
+    """Kernels count rows and positions by 32 bits, and a launch goes on from one by as many as it has threads."""
+    if max(counts) >= 2**30:
+        raise InvalidArgument(f"{max(counts)} rows or positions in one call", remedy="give fewer than 2**30 at once")
+
+
 def buffer_nbytes(n_lines: int, width: int) -> int:
     """Bytes of a `Buffer` for so many lines with their slots and keys."""
     return n_lines * (4 * width + 16) + 48
@@ -156,6 +162,8 @@ class DeviceLines:
         dim: int | None = None,
         row_dtype: str = "float32",
     ) -> None:
+        if n_lines >= 2**31:
+            raise InvalidArgument(f"{n_lines} lines", device=device.name, remedy="give a smaller cache_budget")
         self._device, self._width, self._batch, self._dtype = device, width, batch_lines, row_dtype
         self._dim = width if dim is None else dim
         self._stride = stride_of(self._dim, width, row_dtype)
@@ -364,6 +372,7 @@ class DeviceLines:
         found = self._rule(rule, hyper, (len(slots), values.shape[1]), len(slots))
         if len(order) == 0:
             raise InvalidArgument("sums of no positions", remedy="give at least one gradient")
+        check_counts(len(slots), len(values), len(order))
         send, none = self._device.array, self._device.none
         sums = _Sums(
             send(values),
@@ -415,6 +424,7 @@ class DeviceLines:
         return parts
 
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
+        check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
             kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
             shift = shift_of(width)
@@ -442,6 +452,7 @@ class DeviceLines:
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape
+        check_counts(n, slots.shape[0], index.shape[0])
         shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
         self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
 
@@ -567,6 +578,7 @@ def sum_segments(
     )
     out = send(out)
     n, dim = out.shape
+    check_counts(n, len(values), len(order))
     shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
     partials = device.empty((n_partials(sums.order.size), dim), np.float32)
     device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
