@@ -16,7 +16,9 @@ import numpy.typing as npt
 from hbkit._ext.segment import expand, retained
 from hbkit._ext.slabs import n_state
 from hbkit.cuda import rules
-from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.arith import fours, shift_of
+from hbkit.cuda.device import COOPERATING, Device
+from hbkit.cuda.finite import Finite
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
 from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
@@ -52,19 +54,6 @@ def on_device(array: Any) -> bool:
     )  # the simulator's have the latter
 
 
-def shift_of(width: int) -> int:
-    """log2 of how many threads share a row, four columns each."""
-    most = 3 if simulated() else 5
-    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
-
-
-def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
-    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
-    if any(m % 4 for m in multiples):
-        return False
-    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
-
-
 def row_words(dim: int, dtype: str) -> int:
     """Floats that a row takes."""
     return dim if dtype == "float32" else (dim + 1) // 2
@@ -89,14 +78,18 @@ class Buffer:
         self._device, self._at = device, 0
         self._near, self._far = device.pinned(nbytes), device.empty((nbytes,), np.uint8)
         self._used, self._moved = device.event(), device.event()
-        self._asked: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._asked: list[tuple[Callable[[npt.NDArray[Any]], None], npt.NDArray[Any]]] = []
 
     def begin(self) -> None:
         """Wait until all is done that the buffer was used for, and hand over what was asked for."""
         self._used.synchronize()
-        for out, near in self._asked:
-            out[...] = near
-        self._asked, self._at = [], 0
+        asked, self._asked, self._at = self._asked, [], 0
+        for take, near in asked:
+            take(near)
+
+    def forget(self) -> None:
+        """Hand over nothing of what was asked for."""
+        self._asked = []
 
     def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
         """An array in pinned memory and its twin in the device's."""
@@ -115,12 +108,20 @@ class Buffer:
         self._device.copy_in(pairs, self._moved)
         return [far for far, _ in pairs]
 
-    def ask(self, out: npt.NDArray[Any], launch: Callable[[Any], None]) -> None:
-        """What `launch` writes into an array in device memory goes to `out`, by the time the buffer is used again."""
-        near, far = self.place(out.shape, out.dtype)
+    def fill(self, shape: tuple[int, ...], fill: Callable[[Float32s], None]) -> Any:
+        """What `fill` writes into pinned memory, float32, in device memory."""
+        near, far = self.place(shape, np.float32)
+        fill(near)
+        self._device.copy_in([(far, near)], self._moved)
+        return far
+
+    def ask(self, shape: tuple[int, ...], launch: Callable[[Any], None], take: Callable[[Float32s], None]) -> None:
+        """What `launch` writes into float32 in device memory is given to `take`, in pinned memory, by the time the
+        buffer is used again."""
+        near, far = self.place(shape, np.float32)
         launch(far)
         self._device.copy_out(near, far, self._moved, self._used)
-        self._asked.append((out, near))
+        self._asked.append((take, near))
 
     def end(self) -> None:
         """The buffer is in use until all that was launched is done."""
@@ -162,6 +163,7 @@ class DeviceLines:
         self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
         self._kept: dict[str, Any] = {}
         self._hyper: tuple[Float32s, list[Any]] | None = None
+        self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
     @property
@@ -178,13 +180,13 @@ class DeviceLines:
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
         """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
         out: Float32s = retained((len(slots), self._at + self._width - self._dim))
-        self._to_host(slots, out, [("float32", self._lines, 0, 0, out.shape[1])])
+        self._to_host(slots, out, self._words(out.shape[1]))
         return out.view(np.uint8)
 
     def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
         """Write lines that `pack` gave."""
         words = np.ascontiguousarray(lines).view(np.float32)
-        self._from_host(slots, words, [("float32", self._lines, 0, 0, words.shape[1])])
+        self._from_host(slots, words, self._words(words.shape[1]))
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
@@ -212,6 +214,46 @@ class DeviceLines:
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
+
+    def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
+        """Write whole lines from the host into ``slots[n]``, distinct and in device memory, part by part.
+
+        ``fill(part, near)`` writes those of ``slots[part]`` to ``near[m, width]`` in pinned memory, float32; it does so
+        while the part before is on its way. Returns once all is launched: what is launched later comes after it. Where
+        `fill` raises, the parts before are written.
+        """
+        slots, parts = self._device.array(slots), self._parts(self._width)
+        for buffer, part in self._batches(len(slots)):
+            far = buffer.fill((part.stop - part.start, self._width), partial(fill, part))
+            self._scatter(slots[part], far, parts)
+            buffer.end()
+
+    def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
+        """Whole lines of ``slots[n]``, which are in device memory, to the host, part by part, in order.
+
+        ``drain(part, near)`` is given those of ``slots[part]`` as ``near[m, width]`` in pinned memory, float32, which
+        is used again once it returns; meanwhile the next part is on its way. Returns when all are drained.
+        """
+        slots, none, parts = self._device.array(slots), self._device.none(np.int64), self._parts(self._width)
+        try:
+            for buffer, part in self._batches(len(slots)):
+                launch = partial(self._gather, slots[part], none, parts=parts)
+                buffer.ask((part.stop - part.start, self._width), launch, partial(drain, part))
+            self._settle()
+        except BaseException:
+            for buffer in self._buffers:
+                buffer.forget()
+            raise
+
+    def move(self, old: Any, new: Any) -> None:
+        """Lines at slots ``old[n]`` to slots ``new[n]``, distinct, disjoint and in device memory; does not wait."""
+        old, new = self._device.array(old), self._device.array(new)
+        none, whole = self._device.none(np.int64), self._words(self._stride)
+        for buffer, part in self._batches(len(old)):
+            _, far = buffer.place((part.stop - part.start, self._stride), np.float32)
+            self._gather(old[part], none, far, whole)
+            self._scatter(new[part], far, whole)
+            buffer.end()
 
     def pool(self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order.
@@ -284,6 +326,7 @@ class DeviceLines:
             far = buffer.send(*near)
             self._apply(found, far[0], far[1], hyper, far[-1] if len(far) == 3 else far[0], seed, step)
             buffer.end()
+        self._settle()
         return left_out
 
     def apply_segments(
@@ -330,22 +373,41 @@ class DeviceLines:
         )
         self._apply(found, send(slots), sums, hyper, send(slots if keys is None else keys), seed, step)
 
+    def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
+        """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
+        sum_segments(self._device, values, order, starts, out, picked, scale)
+
+    def all_finite(self, values: Any, scale: Any = None) -> bool:
+        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
+        return self._finite.all_finite(values, scale)
+
+    def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
+        """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""
+        return self._finite.skip_bad(slots, sums)
+
     # --- launches ---------------------------------------------------------------------------------------------
 
     def _batches(self, n: int) -> Iterator[tuple[Buffer, slice]]:
-        """Parts of n lines, each with a buffer that is free; at the end all of it is done."""
-        for number, first in enumerate(range(0, n, self._batch)):
-            buffer = self._buffers[number % 2]
-            buffer.begin()
-            yield buffer, slice(first, min(n, first + self._batch))
+        """Parts of n lines, each with a buffer that is free."""
+        for first in range(0, n, self._batch):
+            self._buffers.reverse()  # the one used longer ago comes first
+            self._buffers[1].begin()
+            yield self._buffers[1], slice(first, min(n, first + self._batch))
+
+    def _settle(self) -> None:
+        """Return once all is done and handed over."""
         for buffer in self._buffers:
             buffer.begin()
         self._device.sync()
 
+    def _words(self, n: int) -> list[Part]:
+        """The first n words of lines as they lie in memory."""
+        return [("float32", self._lines, 0, 0, n)]
+
     def _parts(self, width: int) -> list[Part]:
         """The first `width` floats of lines."""
         if self._dtype == "float32":
-            return [("float32", self._lines, 0, 0, width)]
+            return self._words(width)
         parts: list[Part] = [(self._dtype, self._rows, 0, 0, min(width, self._dim))]
         if width > self._dim:
             parts.append(("float32", self._lines, self._at, self._dim, width - self._dim))
@@ -366,13 +428,16 @@ class DeviceLines:
     def _to_host(self, slots: Int64s, out: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
             (some,) = buffer.send(slots[part])
-            buffer.ask(out[part], partial(self._gather, some, self._device.none(np.int64), parts=parts))
+            launch = partial(self._gather, some, self._device.none(np.int64), parts=parts)
+            buffer.ask(out[part].shape, launch, partial(np.copyto, out[part]))
+        self._settle()
 
     def _from_host(self, slots: Int64s, values: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
             some, far = buffer.send(slots[part], values[part])
             self._scatter(some, far, parts)
             buffer.end()
+        self._settle()
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape

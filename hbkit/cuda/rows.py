@@ -172,7 +172,7 @@ def padded(splits: Any, tail: Any, out: Any, error: Any) -> None:
 
 _ARRAYS = {"float32": "float32[:,::1]", "float16": "uint16[:,::1]", "bfloat16": "uint16[:,::1]"}
 _FLOATS, _INTS, _ERROR = "float32[:,::1]", "int64[::1]", "int32[::1]"
-# By dtype, and whether columns are read and written in fours (`hbkit.cuda.lines.fours`).
+# By dtype, and whether columns are read and written in fours (`hbkit.cuda.arith.fours`).
 GATHER = {(dtype, vec): _gather(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}
 SCATTER = {(dtype, vec): _scatter(ROWS[dtype][1], vec) for dtype in ROWS for vec in (False, True)}
 POOL = {(dtype, vec): _pool(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}

@@ -21,10 +21,10 @@ COUNTING = ("adagrad_decay", "row_step_adam")  # their lines end with a count; t
 KERNELS = [
     *(f"{kind}_{dtype}" for kind in ("gather", "scatter", "pool") for dtype in DTYPES),
     *(f"{rule}_{dtype}" for rule in RULES if rule not in ("nesterov", *COUNTING) for dtype in DTYPES),
-    "block_sums", "segment_sum", "quantize", "dequantize",
+    "block_sums", "segment_sum", "look", "leave_out", "quantize", "dequantize",
 ]  # fmt: skip
 COMPILED = ("gather_float32_fours", "pool_bfloat16_fours", "adam_float32_fours", "rowwise_adam_float16_fours",
-            "block_sums_fours", "segment_sum_fours", "quantize_fours")  # fmt: skip
+            "block_sums_fours", "segment_sum_fours", "look_fours", "quantize_fours")  # fmt: skip
 KERNELS += ["padded", "own", "change", *(f"{name}_fours" for name in KERNELS)]
 
 

@@ -83,3 +83,66 @@ def test_torch_reads_and_writes_the_same_memory(device, lane):
     found = np.empty((50, 8), np.float32)
     twin.gather(np.arange(50), found)
     assert np.array_equal(view.cpu().numpy(), found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_lines", [1, 3, 100])
+def test_lines_come_and_go_in_pinned_memory(device, batch_lines, dtype):
+    from hbkit.cuda.lines import DeviceLines
+
+    rng = np.random.default_rng(0)
+    lines = DeviceLines(device, 20, 7, batch_lines, 4, dtype)
+    want = rng.integers(-8, 8, (20, 7)).astype(np.float32)  # which bfloat16 holds
+    lines.scatter(np.arange(20), want)
+    for n in (0, 1, 13, 20):
+        slots, data = rng.permutation(20)[:n], rng.integers(-8, 8, (n, 7)).astype(np.float32)
+        far, seen = device.send(slots), []
+
+        def fill(part, near, data=data, seen=seen):
+            near[:] = data[part]
+            seen.append(part)
+
+        lines.bring(far, fill)
+        want[slots] = data
+        assert [p.start for p in seen] == list(range(0, n, batch_lines)) and (not n or seen[-1].stop == n)
+
+        asked, found = rng.permutation(20)[:n], []
+        lines.take_out(device.send(asked), lambda part, near, found=found: found.append((part, near.copy())))
+        assert [p.start for p, _ in found] == list(range(0, n, batch_lines))  # in order
+        assert all(near.shape == (part.stop - part.start, 7) for part, near in found)
+        assert np.array_equal(np.concatenate([want[:0], *(near for _, near in found)]), want[asked])
+
+        both = rng.permutation(20)[: n // 2 * 2]
+        lines.move(device.send(both[: n // 2]), device.send(both[n // 2 :]))
+        want[both[n // 2 :]] = want[both[: n // 2]]
+        out = np.empty((20, 7), np.float32)
+        lines.gather(np.arange(20), out)
+        assert np.array_equal(out, want)
+
+
+def test_a_failing_fill_or_drain_leaves_the_lines_usable(device):
+    from hbkit.cuda.lines import DeviceLines
+
+    lines, want = DeviceLines(device, 20, 6, 4), np.arange(120, dtype=np.float32).reshape(20, 6)
+    lines.scatter(np.arange(20), want)
+    slots, drained = device.send(np.arange(20)), []
+
+    def fill(part, near):
+        if part.start:
+            raise errors.StorageError("test", remedy="none")
+        near[:] = -1
+
+    def drain(part, near):
+        if drained:
+            raise errors.StorageError("test", remedy="none")
+        drained.append(near.copy())
+
+    with pytest.raises(errors.StorageError):
+        lines.bring(slots, fill)
+    want[:4] = -1
+    with pytest.raises(errors.StorageError):
+        lines.take_out(slots, drain)
+    assert np.array_equal(drained, [want[:4]])
+    out = np.empty((20, 6), np.float32)
+    lines.gather(np.arange(20), out)  # nothing more is drained
+    assert np.array_equal(out, want) and len(drained) == 1

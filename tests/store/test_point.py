@@ -33,6 +33,12 @@ def put(table, keys, value=4.0):
     table.store.put(Chunk(keys, np.full(n, 7), np.full(n, table.step), row, state))
 
 
+def give(table, keys, value):
+    """As a tier above gives rows back."""
+    n, width = len(keys), table.store.layout.width
+    table.store.write(keys, np.full((n, width), value, np.float32), np.full(n, 7), np.full(n, table.step))
+
+
 def act(table, action, keys, seed):
     """One act; the keys that it may have changed."""
     keys = np.array(keys)
@@ -47,6 +53,8 @@ def act(table, action, keys, seed):
         table.store.erase(np.unique(keys))
     elif action == "put":
         put(table, np.unique(keys), seed)
+    elif action == "give":
+        give(table, np.unique(keys), seed)
     elif action == "evict":
         before = set(held(table.store.scan()))
         table.evict()
@@ -60,7 +68,7 @@ def act(table, action, keys, seed):
     return set(keys.tolist())
 
 
-ACTS = ["train", "train", "create", "update", "erase", "put", "evict", "again", "lookup"]
+ACTS = ["train", "train", "create", "update", "erase", "put", "give", "evict", "again", "lookup"]
 acts = st.lists(
     st.tuples(st.sampled_from([*ACTS, "read", "read"]), st.lists(st.integers(-9, 40), min_size=1, max_size=12)),
     max_size=14,
