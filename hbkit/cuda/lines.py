@@ -456,7 +456,9 @@ class DeviceLines:
                 momentum = own.size > 1 and bool(own[1])
                 fits &= 0 <= column < column + count <= dim and 0 <= state
                 fits &= state + n_state(code, count, momentum) <= n_left
-                slices.append(Slice(code, "momentum" if code == 0 and momentum else KERNELS[code], column, count, state))
+                slices.append(
+                    Slice(code, "momentum" if code == 0 and momentum else KERNELS[code], column, count, state)
+                )
         if not slices or not fits:
             raise InvalidArgument(
                 f"grads of shape {shape} and {len(packed)} hyper-parameters do not fit {n} slots, {len(parts)} slices or "
@@ -506,7 +508,9 @@ class DeviceLines:
         rows, out = self._device.none(np.float32, 2), self._room("changed", n, dim)
         if decays:
             rows = self._room("rows", n, dim)
-            self._gather(slots, self._device.none(np.int64), rows, [(self._dtype, self._rows, s.column, s.column, s.count)])
+            self._gather(
+                slots, self._device.none(np.int64), rows, [(self._dtype, self._rows, s.column, s.column, s.count)]
+            )
         shift = shift_of(s.count)
         end = s.column + s.count
         self._device.launch(rules.change, n << shift, rows, slots, values, hyper, s.column, end, shift, out)
