@@ -45,6 +45,7 @@ class Slice(NamedTuple):
 
 # By the codes of _ext/kernels.h; SGD with momentum is "momentum".
 KERNELS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "ftrl", "adagrad", "adam")
+N_BUFFERS = 6  # for what NumPy has; for lines that come; for lines that go: two of each
 
 
 def on_device(array: Any) -> bool:
@@ -66,6 +67,12 @@ def stride_of(dim: int, width: int, dtype: str) -> int:
     return stride if dim % 4 or words % 4 else -(-stride // 4) * 4
 
 
+def check_counts(*counts: int) -> None:
+    """Kernels count rows and positions by 32 bits, and a launch goes on from one by as many as it has threads."""
+    if max(counts) >= 2**30:
+        raise InvalidArgument(f"{max(counts)} rows or positions in one call", remedy="give fewer than 2**30 at once")
+
+
 def buffer_nbytes(n_lines: int, width: int) -> int:
     """Bytes of a `Buffer` for so many lines with their slots and keys."""
     return n_lines * (4 * width + 16) + 48
@@ -83,13 +90,9 @@ class Buffer:
     def begin(self) -> None:
         """Wait until all is done that the buffer was used for, and hand over what was asked for."""
         self._used.synchronize()
-        asked, self._asked, self._at = self._asked, [], 0
-        for take, near in asked:
+        for take, near in self._asked:
             take(near)
-
-    def forget(self) -> None:
-        """Hand over nothing of what was asked for."""
-        self._asked = []
+        self._asked, self._at = [], 0
 
     def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
         """An array in pinned memory and its twin in the device's."""
@@ -105,15 +108,16 @@ class Buffer:
             near, far = self.place(array.shape, array.dtype)
             near[...] = array
             pairs.append((far, near))
-        self._device.copy_in(pairs, self._moved)
+        self.copy(pairs)
         return [far for far, _ in pairs]
 
-    def fill(self, shape: tuple[int, ...], fill: Callable[[Float32s], None]) -> Any:
-        """What `fill` writes into pinned memory, float32, in device memory."""
-        near, far = self.place(shape, np.float32)
-        fill(near)
-        self._device.copy_in([(far, near)], self._moved)
-        return far
+    def copy(self, pairs: list[tuple[Any, npt.NDArray[Any]]]) -> None:
+        """What was written to `place`s, for kernels launched from now on."""
+        self._device.copy_in(pairs, self._moved)
+
+    def slots(self, slots: Any) -> Any:
+        """Slots in device memory, where they may be already."""
+        return self.send(slots)[0] if isinstance(slots, np.ndarray) else self._device.array(slots)
 
     def ask(self, shape: tuple[int, ...], launch: Callable[[Any], None], take: Callable[[Float32s], None]) -> None:
         """What `launch` writes into float32 in device memory is given to `take`, in pinned memory, by the time the
@@ -137,8 +141,8 @@ class DeviceLines:
     n_lines, width : int
         Lines, and floats a line as `gather` and `scatter` see it.
     batch_lines : int
-        Lines that come from the host or go there at once, which bounds the memory beside the lines: two such batches,
-        of which one is filled while the other is on its way.
+        Lines that come from the host or go there at once, which bounds the memory beside the lines: of each buffer
+        there are two, and one is filled while the other is on its way.
     dim : int, optional
         Floats of the row, all of them when left out.
     row_dtype : "float32", "float16" or "bfloat16"
@@ -154,17 +158,25 @@ class DeviceLines:
         dim: int | None = None,
         row_dtype: str = "float32",
     ) -> None:
+        if n_lines >= 2**31:
+            raise InvalidArgument(f"{n_lines} lines", device=device.name, remedy="give a smaller cache_budget")
         self._device, self._width, self._batch, self._dtype = device, width, batch_lines, row_dtype
         self._dim = width if dim is None else dim
         self._stride = stride_of(self._dim, width, row_dtype)
         self._at = row_words(self._dim, row_dtype)  # float of a line where its state begins
         self._lines = device.empty((n_lines, self._stride), np.float32)
         self._rows = self._lines if row_dtype == "float32" else self._lines.view(np.uint16)
-        self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
+        nbytes = buffer_nbytes(batch_lines, width)
+        self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
         self._hyper: tuple[Float32s, list[Any]] | None = None
         self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
+
+    @staticmethod
+    def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
+        """Bytes of device memory that so many lines take with their buffers."""
+        return 4 * n_lines * stride_of(dim, width, row_dtype) + N_BUFFERS * buffer_nbytes(batch_lines, width)
 
     @property
     def lines(self) -> Any:
@@ -215,35 +227,52 @@ class DeviceLines:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
 
-    def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
-        """Write whole lines from the host into ``slots[n]``, distinct and in device memory, part by part.
+    def incoming(self, n: int) -> Float32s:
+        """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
 
-        ``fill(part, near)`` writes those of ``slots[part]`` to ``near[m, width]`` in pinned memory, float32; it does so
-        while the part before is on its way. Returns once all is launched: what is launched later comes after it. Where
-        `fill` raises, the parts before are written.
+        One of two buffers in turn; waits until what was sent from it before has come. `incoming`, `land` and `leave`
+        have buffers of their own: a thread may use them beside one that uses what else there is.
         """
-        slots, parts = self._device.array(slots), self._parts(self._width)
-        for buffer, part in self._batches(len(slots)):
-            far = buffer.fill((part.stop - part.start, self._width), partial(fill, part))
-            self._scatter(slots[part], far, parts)
-            buffer.end()
+        self._coming.reverse()
+        buffer = self._coming[0]
+        buffer.begin()
+        near, far = buffer.place((n, self._width), np.float32)
+        self._sent = near, far
+        return near
 
-    def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
-        """Whole lines of ``slots[n]``, which are in device memory, to the host, part by part, in order.
+    def land(self, slots: Any) -> None:
+        """The lines that were written where `incoming` said last go to ``slots[n]``, distinct; those of -1 go nowhere.
 
-        ``drain(part, near)`` is given those of ``slots[part]`` as ``near[m, width]`` in pinned memory, float32, which
-        is used again once it returns; meanwhile the next part is on its way. Returns when all are drained.
+        Does not wait; what is launched later comes after it.
         """
-        slots, none, parts = self._device.array(slots), self._device.none(np.int64), self._parts(self._width)
-        try:
-            for buffer, part in self._batches(len(slots)):
-                launch = partial(self._gather, slots[part], none, parts=parts)
-                buffer.ask((part.stop - part.start, self._width), launch, partial(drain, part))
-            self._settle()
-        except BaseException:
-            for buffer in self._buffers:
-                buffer.forget()
-            raise
+        buffer, (near, far) = self._coming[0], self._sent
+        buffer.copy([(far, near)])
+        self._scatter(buffer.slots(slots), far, self._parts(self._width))
+        buffer.end()
+
+    def depart(self, slots: Any) -> Callable[[], Float32s]:
+        """Begin to send n <= batch_lines whole lines to the host; what is given waits for them: float32[n, width].
+
+        They come in pinned memory, one of two buffers in turn: with the next but one `depart` they are gone.
+        """
+        self._leaving.reverse()
+        buffer = self._leaving[0]
+        buffer.begin()
+        found: list[Float32s] = []
+        slots = buffer.slots(slots)
+        launch = partial(self._gather, slots, self._device.none(np.int64), parts=self._parts(self._width))
+        buffer.ask((slots.shape[0], self._width), launch, found.append)
+
+        def wait() -> Float32s:
+            buffer.begin()
+            near: Float32s = found[0]
+            return near
+
+        return wait
+
+    def leave(self, slots: Any) -> Float32s:
+        """`depart`, and wait."""
+        return self.depart(slots)()
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots ``old[n]`` to slots ``new[n]``, distinct, disjoint and in device memory; does not wait."""
@@ -363,6 +392,7 @@ class DeviceLines:
         found = self._slices(rule, hyper, (len(slots), values.shape[1]), len(slots))
         if len(order) == 0:
             raise InvalidArgument("sums of no positions", remedy="give at least one gradient")
+        check_counts(len(slots), len(values), len(order))
         send, none = self._device.array, self._device.none
         sums = _Sums(
             send(values),
@@ -414,6 +444,7 @@ class DeviceLines:
         return parts
 
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
+        check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
             kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
             shift = shift_of(width)
@@ -441,6 +472,7 @@ class DeviceLines:
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape
+        check_counts(n, slots.shape[0], index.shape[0])
         shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
         self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
 
@@ -592,6 +624,7 @@ def sum_segments(
     )
     out = send(out)
     n, dim = out.shape
+    check_counts(n, len(values), len(order))
     shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
     partials = device.empty((n_partials(sums.order.size), dim), np.float32)
     device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)

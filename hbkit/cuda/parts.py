@@ -20,7 +20,7 @@ MAX_SCORE = (1 << 39) - 1
 MOST_PINS, MOST_SOON = 32767, 255
 MOST_STAMP = 2**32 - 1  # frequencies and last steps are held there
 FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
-SLOT, STATUS, VICTIM, VICTIM_FREQ, VICTIM_LAST = range(5)  # rows of a placement's memory
+SLOT, STATUS, VICTIM = range(3)  # rows of a placement's memory
 
 
 class Held(NamedTuple):
@@ -54,7 +54,7 @@ class Placement:
         Victims that were dirty.
     """
 
-    _placed: Any  # int64[5 * max_keys]
+    _placed: Any  # int64[3 * max_keys]
     n: int
     n_new: int
     n_evicted: int
@@ -64,23 +64,21 @@ class Placement:
     @property
     def slots(self) -> Any:
         """int64[n]: the key's slot, pinned; -1 where there was no room at all."""
-        return row(self._placed, SLOT, self.n)
+        return self._row(SLOT)
 
     @property
     def status(self) -> Any:
         """int64[n]: FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY (the slot was taken from a victim) or REFUSED."""
-        return row(self._placed, STATUS, self.n)
+        return self._row(STATUS)
 
     @property
     def victims(self) -> Any:
         """int64[n]: the victim's key where there is one. Its line is in `slots` until the caller writes there."""
-        return row(self._placed, VICTIM, self.n)
+        return self._row(VICTIM)
 
-
-def row(flat: Any, which: int, n: int) -> Any:
-    """The first n of a row of five that lie one after the other."""
-    first_of_row = which * (flat.shape[0] // 5)
-    return flat[first_of_row : first_of_row + n]
+    def _row(self, row: int) -> Any:
+        first_of_row = row * (self._placed.shape[0] // 3)
+        return self._placed[first_of_row : first_of_row + self.n]
 
 
 class Victims(NamedTuple):

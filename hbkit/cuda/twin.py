@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Segments
+from hbkit._ext.segment import Gradients, Segments
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -36,8 +36,6 @@ from hbkit.cuda.parts import (
     SOON,
     STATUS,
     VICTIM,
-    VICTIM_FREQ,
-    VICTIM_LAST,
     Distinct,
     Held,
     Placement,
@@ -50,6 +48,7 @@ Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 FREE = -1  # the word of a slot that nobody has
+VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
 CHUNK_NBYTES = 1 << 22
 
 MIX1, MIX2, S32, LOW32 = map(np.uint64, (0x9FB2_1C65_1E98_DF25, 0xD6E8_FEB8_6659_FD93, 32, 0xFFFF_FFFF))
@@ -175,7 +174,7 @@ def place(
         else:
             continue
         resident[chosen] = keys[i]
-        words[chosen] = PIN + (min(scores[i if len(scores) > 1 else 0], MAX_SCORE) << 1)
+        words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
         placed[SLOT, i] = chosen
 
 
@@ -267,7 +266,7 @@ class HostIndex:
     ) -> Held:
         """Pin and score the keys that are there; list the others."""
         keys, scores = self._given(keys), self._scores(keys, scores)
-        slots = self.find(keys, slots)
+        slots = self.find(keys, None if slots is None else self._device.array(slots)[: len(keys)])
         absent = slots < 0
         if skip is not None:
             slots[keys == skip] = -1
@@ -287,7 +286,7 @@ class HostIndex:
         side = self.n_slots + np.flatnonzero(self._words[self.n_slots :] == FREE)[: len(refused)]
         spilled = refused[: len(side)]
         self._keys[side] = keys[spilled]
-        self._words[side] = PIN + (np.minimum(np.broadcast_to(scores, keys.shape)[spilled], MAX_SCORE) << 1)
+        self._words[side] = PIN + (np.broadcast_to(scores, keys.shape)[spilled] << 1)
         self._placed[SLOT, spilled], self._placed[STATUS, spilled] = side, NEW
         self.put_metadata(side, 0 * side, 0 * side)
         self._n_spilled += len(side)
@@ -310,10 +309,11 @@ class HostIndex:
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
-        slots = self.find(keys)
-        slots = slots[slots >= 0]
+        if soon < 0:
+            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
+        slots = self._there(self.find(keys))
         words = self._words[slots]
-        wanted = np.maximum(words & SOONS, soon * SOON) if soon else 0
+        wanted = np.maximum(words & SOONS, min(soon, MOST_SOON) * SOON) if soon else 0
         self._words[slots] = (words & ~SOONS) | wanted
 
     def age(self) -> None:
@@ -342,7 +342,7 @@ class HostIndex:
             if counts is not None:
                 more = self._freq[there] + self._device.array(counts)[slots >= 0]
                 self._freq[there] = np.minimum(more, MOST_STAMP)
-            self._last_step[there] = min(step, MOST_STAMP)
+            self._last_step[there] = min(max(step, 0), MOST_STAMP)
 
     def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
         """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
@@ -415,7 +415,7 @@ class HostIndex:
             raise InvalidArgument(
                 f"{len(scores)} scores for {len(keys)} keys", remedy="give each key its score, or one"
             )
-        return scores
+        return np.clip(scores, 0, MAX_SCORE)
 
     def _there(self, slots: Any) -> Int64s:
         slots = self._device.array(slots)
@@ -440,7 +440,7 @@ class HostIndex:
         n_evicted = count[EVICTED_CLEAN] + count[EVICTED_DIRTY]
         self._n_evicted += n_evicted
         self._n_refused += count[REFUSED]
-        return Placement(self._placed.reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
+        return Placement(self._placed[:3].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
 
 
 # --- lines ------------------------------------------------------------------------------------------------------
@@ -541,7 +541,8 @@ class HostLines:
         bad: str = "apply",
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. Gives how many lines "skip" left out."""
-        slots, grads = self._device.array(slots), self._device.array(grads)
+        slots = self._device.array(slots)
+        grads = grads if isinstance(grads, Gradients) else self._device.array(grads)
         keys = slots if keys is None else self._device.array(keys)
         return int(self._slabs.apply(rule, slots, grads, hyper, keys, seed, step, bad))
 

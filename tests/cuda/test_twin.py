@@ -72,7 +72,7 @@ class Model:
         slot = self.find(key)
         if slot >= 0:
             e = self.entries[slot]
-            e.pins, e.soon, e.score = e.pins + 1, 0, min(score + add * e.score, MAX_SCORE)
+            e.pins, e.soon, e.score = e.pins + 1, 0, min(max(score, 0) + add * e.score, MAX_SCORE)
         return slot
 
     def rank(self, slot):
@@ -87,7 +87,7 @@ class Model:
             return -1, REFUSED, None
         slot = free[0] if free else min(victims, key=self.rank)
         victim = self.entries.pop(slot, None)
-        score = min(score, MAX_SCORE)
+        score = min(max(score, 0), MAX_SCORE)
         self.entries[slot] = SimpleNamespace(key=key, pins=1, soon=0, score=score, dirty=0, freq=0, last_step=0)
         return slot, NEW if victim is None else EVICTED_CLEAN + victim.dirty, victim
 
@@ -136,7 +136,7 @@ def same_placement(index, placement, want):
 
 
 KEYS = st.lists(st.integers(-12, 12) | st.sampled_from([-(2**63), 2**63 - 1]), unique=True, max_size=14)
-SCORES = st.integers(0, 4) | st.sampled_from([MAX_SCORE - 1, MAX_SCORE, 2**45])
+SCORES = st.integers(-1, 4) | st.sampled_from([MAX_SCORE - 1, MAX_SCORE, 2**45])
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -183,12 +183,12 @@ class IndexMachine(RuleBasedStateMachine):
         for e in there:
             e.pins -= 1
 
-    @rule(keys=KEYS, soon=st.integers(0, 3) | st.just(255))
+    @rule(keys=KEYS, soon=st.integers(0, 3) | st.just(300))
     def mark(self, keys, soon):
         self.index.mark(int64s(keys), soon)
         for slot in filter(lambda slot: slot >= 0, map(self.model.find, keys)):
             e = self.model.entries[slot]
-            e.soon = max(e.soon, soon) if soon else 0
+            e.soon = max(e.soon, min(soon, 255)) if soon else 0
 
     @rule()
     def age(self):
