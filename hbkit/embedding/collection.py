@@ -342,7 +342,7 @@ class Staged:
 
         Notes
         -----
-        Rows written on a device equal those that NumPy gets; but a -0 of a sequence, or of a row times its weight, is 0.
+        Rows written on a device equal those that NumPy gets; a -0 of a sequence, or of a row times its weight, is 0.
 
         Raises
         ------
@@ -356,9 +356,10 @@ class Staged:
             request.create(self._train, step)
         return self._read(step, empty)
 
-    def device(self, output: str) -> str | None:
-        """`Collection.device`: arrays in that device's memory are taken as the output's gradient."""
-        return self._collection.device(output)
+    @property
+    def collection(self) -> Collection:
+        """What the batch goes through."""
+        return self._collection
 
     def _begin(self) -> int:
         """The step that the batch is read for, once."""
@@ -472,8 +473,9 @@ class Staged:
         Parameters
         ----------
         grads : mapping of output to float32 array of its shape (of a sequence's `values`)
-            Or, for a table of named columns, a mapping of their names to such arrays. Where `device` names one, a
-            contiguous array in its memory is used there; it must stay as it is until the device has come so far.
+            Or, for a table of named columns, a mapping of their names to such arrays. Where
+            `Collection.device` names one, a contiguous array in its memory is used there; it must stay as it is until
+            the device has come so far.
             An output left out had no part in the loss.
         held : sequence of (Staged, its gradients)
             Earlier batches, which `hold` was called on: one update for all, as if they and this, which may be held too,
@@ -545,7 +547,7 @@ class Staged:
         stacks = {}
         for name, features in c.stack.items():
             if name in grads:
-                table = None if self.device(name) is None else c.tables[c.features[features[0]]]
+                table = None if c.device(name) is None else c.tables[c.features[features[0]]]
                 there = table is not None and table.is_there(grads[name])
                 shape = (self.size, len(features), c.dim(features[0]))
                 stacks[name] = g = _checked(name, grads.pop(name), shape, table)
@@ -756,4 +758,3 @@ def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
     n = [len(values) if rows is None else len(rows) for values, rows, _ in parts]
     ones = (np.ones(m, np.float32) for m in n)
     return np.concatenate([one if p[2] is None else p[2] for one, p in zip(ones, parts, strict=True)])
-

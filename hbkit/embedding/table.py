@@ -165,7 +165,7 @@ class Table:
                 raise
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
-        """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits; those on its device stay there."""
+        """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits; on its device if they are."""
         return self._keys_there(keys) if self.is_there(keys) else as_keys(keys, self.key_dtype, self.name)
 
     def is_there(self, array: Any) -> bool:
@@ -382,7 +382,7 @@ class Table:
         }
 
     def all_finite(self, values: Any, scale: Float32s | None) -> bool:
-        """Whether neither gradients, which may be on the table's device, nor what scales them hold NaN or infinities."""
+        """Whether gradients, which may be on the table's device, and what scales them hold no NaN or infinities."""
         if isinstance(values, np.ndarray):
             return all_finite(values, scale)
         found: bool = self.store.all_finite(values, scale)  # type: ignore[attr-defined]  # those on a device have it
@@ -597,9 +597,7 @@ class Request:
         else:
             self._from_rows(out, lambda to: expand(self.rows(), self._near(self.inverse[part]), to))
 
-    def pool(
-        self, part: slice, splits: Int64s, out: Any, weight: Float32s | None, row_scale: Float32s | None
-    ) -> None:
+    def pool(self, part: slice, splits: Int64s, out: Any, weight: Float32s | None, row_scale: Float32s | None) -> None:
         """Weighted sums of the rows of a part of the keys; see `hbkit._ext.segment.pool`."""
         store = self.table.store
         if self._keys is not None and self._open and isinstance(store, HostStore):
