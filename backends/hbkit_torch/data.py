@@ -80,8 +80,8 @@ def to_column(column: Any, name: str = "", there: torch.device | None = None) ->
         The tensor has another sparse layout.
     """
     if isinstance(column, torch.Tensor):
-        if column.device == there and column.layout == torch.strided and not column.dtype.is_floating_point:
-            return _keys(column.detach())
+        if column.device == there and column.layout == torch.strided:
+            return _keys(column.detach(), name)
         if column.device.type != "cpu":
             raise errors.InvalidArgument(
                 f"keys on device {column.device}", feature=name, remedy="its table is elsewhere: pass .cpu()"
@@ -106,8 +106,10 @@ def to_column(column: Any, name: str = "", there: torch.device | None = None) ->
     return column
 
 
-def _keys(keys: torch.Tensor) -> torch.Tensor:
+def _keys(keys: torch.Tensor, name: str) -> torch.Tensor:
     """Integers as a table on their device takes them."""
+    if keys.dtype.is_floating_point or keys.dtype.is_complex or keys.dtype == torch.bool:
+        raise errors.InvalidArgument(f"keys of type {keys.dtype}", feature=name, remedy="keys are integers: cast them")
     return (keys if keys.dtype == torch.uint64 else keys.to(torch.int64)).contiguous()
 
 

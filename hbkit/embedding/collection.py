@@ -669,14 +669,14 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any, there: Table | N
             feature=feature,
             remedy="give integers as array[n], array[n, L] or Ragged of rank 1; hash strings: Field(hash_to='int64')",
         )
-    kind = keys.dtype if dictionary is None else getattr(dictionary, "dtype", type(dictionary).__name__)
-    near = isinstance(keys, np.ndarray)  # of others, the table looks at the dtype
-    if near and keys.size and (keys.dtype.kind not in "iu" or getattr(kind, "kind", "") not in "iu"):
-        raise InvalidArgument(
-            f"keys of type {kind}",
-            feature=feature,
-            remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
-        )
+    if isinstance(keys, np.ndarray) and keys.size:  # of others, the table looks at the dtype
+        kind = keys.dtype if dictionary is None else getattr(dictionary, "dtype", type(dictionary).__name__)
+        if keys.dtype.kind not in "iu" or getattr(kind, "kind", "") not in "iu":
+            raise InvalidArgument(
+                f"keys of type {kind}",
+                feature=feature,
+                remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
+            )
     if weight is not None:
         weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)
         if len(weight) != len(keys):
