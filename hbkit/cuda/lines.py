@@ -44,6 +44,7 @@ RULES = {
 }
 MOMENTUM = Rule("momentum", False, lambda dim: dim)
 WITHOUT = {6: "AdagradDecay", 7: "Adam with correction='row'"}
+N_BUFFERS = 6  # for what NumPy has; for lines that come; for lines that go: two of each
 N_OWN = 8  # hyper-parameters of a rule itself
 
 
@@ -91,13 +92,13 @@ class Buffer:
         self._device, self._at = device, 0
         self._near, self._far = device.pinned(nbytes), device.empty((nbytes,), np.uint8)
         self._used, self._moved = device.event(), device.event()
-        self._asked: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._asked: list[tuple[Callable[[npt.NDArray[Any]], None], npt.NDArray[Any]]] = []
 
     def begin(self) -> None:
         """Wait until all is done that the buffer was used for, and hand over what was asked for."""
         self._used.synchronize()
-        for out, near in self._asked:
-            out[...] = near
+        for take, near in self._asked:
+            take(near)
         self._asked, self._at = [], 0
 
     def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
@@ -114,15 +115,24 @@ class Buffer:
             near, far = self.place(array.shape, array.dtype)
             near[...] = array
             pairs.append((far, near))
-        self._device.copy_in(pairs, self._moved)
+        self.copy(pairs)
         return [far for far, _ in pairs]
 
-    def ask(self, out: npt.NDArray[Any], launch: Callable[[Any], None]) -> None:
-        """What `launch` writes into an array in device memory goes to `out`, by the time the buffer is used again."""
-        near, far = self.place(out.shape, out.dtype)
+    def copy(self, pairs: list[tuple[Any, npt.NDArray[Any]]]) -> None:
+        """What was written to `place`s, for kernels launched from now on."""
+        self._device.copy_in(pairs, self._moved)
+
+    def slots(self, slots: Any) -> Any:
+        """Slots in device memory, where they may be already."""
+        return self.send(slots)[0] if isinstance(slots, np.ndarray) else self._device.array(slots)
+
+    def ask(self, shape: tuple[int, ...], launch: Callable[[Any], None], take: Callable[[Float32s], None]) -> None:
+        """What `launch` writes into float32 in device memory is given to `take`, in pinned memory, by the time the
+        buffer is used again."""
+        near, far = self.place(shape, np.float32)
         launch(far)
         self._device.copy_out(near, far, self._moved, self._used)
-        self._asked.append((out, near))
+        self._asked.append((take, near))
 
     def end(self) -> None:
         """The buffer is in use until all that was launched is done."""
@@ -138,8 +148,8 @@ class DeviceLines:
     n_lines, width : int
         Lines, and floats a line as `gather` and `scatter` see it.
     batch_lines : int
-        Lines that come from the host or go there at once, which bounds the memory beside the lines: two such batches,
-        of which one is filled while the other is on its way.
+        Lines that come from the host or go there at once, which bounds the memory beside the lines: of each buffer
+        there are two, and one is filled while the other is on its way.
     dim : int, optional
         Floats of the row, all of them when left out.
     row_dtype : "float32", "float16" or "bfloat16"
@@ -161,10 +171,16 @@ class DeviceLines:
         self._at = row_words(self._dim, row_dtype)  # float of a line where its state begins
         self._lines = device.empty((n_lines, self._stride), np.float32)
         self._rows = self._lines if row_dtype == "float32" else self._lines.view(np.uint16)
-        self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
+        nbytes = buffer_nbytes(batch_lines, width)
+        self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
         self._hyper: tuple[Float32s, Any] | None = None
         self.nbytes = n_lines * self._stride * 4
+
+    @staticmethod
+    def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
+        """Bytes of device memory that so many lines take with their buffers."""
+        return 4 * n_lines * stride_of(dim, width, row_dtype) + N_BUFFERS * buffer_nbytes(batch_lines, width)
 
     @property
     def lines(self) -> Any:
@@ -180,13 +196,13 @@ class DeviceLines:
     def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
         """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
         out: Float32s = retained((len(slots), self._at + self._width - self._dim))
-        self._to_host(slots, out, [("float32", self._lines, 0, 0, out.shape[1])])
+        self._to_host(slots, out, self._words(out.shape[1]))
         return out.view(np.uint8)
 
     def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
         """Write lines that `pack` gave."""
         words = np.ascontiguousarray(lines).view(np.float32)
-        self._from_host(slots, words, [("float32", self._lines, 0, 0, words.shape[1])])
+        self._from_host(slots, words, self._words(words.shape[1]))
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
@@ -214,6 +230,63 @@ class DeviceLines:
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
+
+    def incoming(self, n: int) -> Float32s:
+        """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
+
+        One of two buffers in turn; waits until what was sent from it before has come. `incoming`, `land` and `leave`
+        have buffers of their own: a thread may use them beside one that uses what else there is.
+        """
+        self._coming.reverse()
+        buffer = self._coming[0]
+        buffer.begin()
+        near, far = buffer.place((n, self._width), np.float32)
+        self._sent = near, far
+        return near
+
+    def land(self, slots: Any) -> None:
+        """The lines that were written where `incoming` said last go to ``slots[n]``, distinct; those of -1 go nowhere.
+
+        Does not wait; what is launched later comes after it.
+        """
+        buffer, (near, far) = self._coming[0], self._sent
+        buffer.copy([(far, near)])
+        self._scatter(buffer.slots(slots), far, self._parts(self._width))
+        buffer.end()
+
+    def depart(self, slots: Any) -> Callable[[], Float32s]:
+        """Begin to send n <= batch_lines whole lines to the host; what is given waits for them: float32[n, width].
+
+        They come in pinned memory, one of two buffers in turn: with the next but one `depart` they are gone.
+        """
+        self._leaving.reverse()
+        buffer = self._leaving[0]
+        buffer.begin()
+        found: list[Float32s] = []
+        slots = buffer.slots(slots)
+        launch = partial(self._gather, slots, self._device.none(np.int64), parts=self._parts(self._width))
+        buffer.ask((slots.shape[0], self._width), launch, found.append)
+
+        def wait() -> Float32s:
+            buffer.begin()
+            near: Float32s = found[0]
+            return near
+
+        return wait
+
+    def leave(self, slots: Any) -> Float32s:
+        """`depart`, and wait."""
+        return self.depart(slots)()
+
+    def move(self, old: Any, new: Any) -> None:
+        """Lines at slots ``old[n]`` to slots ``new[n]``, distinct, disjoint and in device memory; does not wait."""
+        old, new = self._device.array(old), self._device.array(new)
+        none, whole = self._device.none(np.int64), self._words(self._stride)
+        for buffer, part in self._batches(len(old)):
+            _, far = buffer.place((part.stop - part.start, self._stride), np.float32)
+            self._gather(old[part], none, far, whole)
+            self._scatter(new[part], far, whole)
+            buffer.end()
 
     def pool(self, slots: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order.
@@ -286,6 +359,7 @@ class DeviceLines:
             far = buffer.send(*near)
             self._apply(found, far[0], far[1], hyper, far[-1] if len(far) == 3 else far[0], seed, step)
             buffer.end()
+        self._settle()
         return left_out
 
     def apply_segments(
@@ -331,22 +405,33 @@ class DeviceLines:
         )
         self._apply(found, send(slots), sums, hyper, send(slots if keys is None else keys), seed, step)
 
+    def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
+        """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
+        sum_segments(self._device, values, order, starts, out, picked, scale)
+
     # --- launches ---------------------------------------------------------------------------------------------
 
     def _batches(self, n: int) -> Iterator[tuple[Buffer, slice]]:
-        """Parts of n lines, each with a buffer that is free; at the end all of it is done."""
-        for number, first in enumerate(range(0, n, self._batch)):
-            buffer = self._buffers[number % 2]
-            buffer.begin()
-            yield buffer, slice(first, min(n, first + self._batch))
+        """Parts of n lines, each with a buffer that is free."""
+        for first in range(0, n, self._batch):
+            self._buffers.reverse()  # the one used longer ago comes first
+            self._buffers[1].begin()
+            yield self._buffers[1], slice(first, min(n, first + self._batch))
+
+    def _settle(self) -> None:
+        """Return once all is done and handed over."""
         for buffer in self._buffers:
             buffer.begin()
         self._device.sync()
 
+    def _words(self, n: int) -> list[Part]:
+        """The first n words of lines as they lie in memory."""
+        return [("float32", self._lines, 0, 0, n)]
+
     def _parts(self, width: int) -> list[Part]:
         """The first `width` floats of lines."""
         if self._dtype == "float32":
-            return [("float32", self._lines, 0, 0, width)]
+            return self._words(width)
         parts: list[Part] = [(self._dtype, self._rows, 0, 0, min(width, self._dim))]
         if width > self._dim:
             parts.append(("float32", self._lines, self._at, self._dim, width - self._dim))
@@ -367,13 +452,16 @@ class DeviceLines:
     def _to_host(self, slots: Int64s, out: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
             (some,) = buffer.send(slots[part])
-            buffer.ask(out[part], partial(self._gather, some, self._device.none(np.int64), parts=parts))
+            launch = partial(self._gather, some, self._device.none(np.int64), parts=parts)
+            buffer.ask(out[part].shape, launch, partial(np.copyto, out[part]))
+        self._settle()
 
     def _from_host(self, slots: Int64s, values: npt.NDArray[Any], parts: list[Part]) -> None:
         for buffer, part in self._batches(len(slots)):
             some, far = buffer.send(slots[part], values[part])
             self._scatter(some, far, parts)
             buffer.end()
+        self._settle()
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape

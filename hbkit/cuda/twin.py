@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Segments
+from hbkit._ext.segment import Gradients, Segments
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -48,6 +48,7 @@ Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 FREE = -1  # the word of a slot that nobody has
+VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
 CHUNK_NBYTES = 1 << 22
 
 MIX1, MIX2, S32, LOW32 = map(np.uint64, (0x9FB2_1C65_1E98_DF25, 0xD6E8_FEB8_6659_FD93, 32, 0xFFFF_FFFF))
@@ -76,7 +77,7 @@ class HostDevice:
 
     def send(self, array: npt.NDArray[Any]) -> Any:
         """A contiguous copy."""
-        return np.array(array, order="C")
+        return array.copy()
 
     def array(self, array: Any) -> Any:
         """The same memory as an array of NumPy's."""
@@ -89,7 +90,7 @@ class HostDevice:
     def fetch(self, array: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """A copy, in `out` if it is given."""
         if out is None:
-            return np.array(array, order="C")
+            return self.send(self.array(array))
         out[...] = array
         return out
 
@@ -173,7 +174,7 @@ def place(
         else:
             continue
         resident[chosen] = keys[i]
-        words[chosen] = PIN + (min(scores[i if len(scores) > 1 else 0], MAX_SCORE) << 1)
+        words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
         placed[SLOT, i] = chosen
 
 
@@ -214,17 +215,22 @@ class HostIndex:
         n = self.n_slots + n_side
         self._keys, self._words = np.zeros(n, np.int64), np.full(n, FREE, np.int64)
         self._freq, self._last_step = (np.zeros(n if metadata else 0, np.uint32) for _ in range(2))
-        self._placed = np.empty((3, max_keys), np.int64)
-        self._victims = np.empty((2, max_keys), np.int64)  # their metadata
+        self._placed = np.empty((5, max_keys), np.int64)
         self._n_evicted = self._n_refused = self._n_spilled = 0
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._words != FREE))
 
+    @staticmethod
+    def nbytes_of(n_slots: int, max_keys: int, n_side: int = 1024, metadata: bool = True) -> int:
+        """Bytes that an index takes."""
+        slots = n_slots // HostIndex.bucket * HostIndex.bucket + n_side
+        return slots * (24 if metadata else 16) + max_keys * 40
+
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(a.nbytes for a in (self._keys, self._words, self._freq, self._last_step, self._placed))
+        return self.nbytes_of(self.n_slots, self.max_keys, self.max_side, len(self._freq) > 0)
 
     @property
     def n_side(self) -> int:
@@ -260,7 +266,7 @@ class HostIndex:
     ) -> Held:
         """Pin and score the keys that are there; list the others."""
         keys, scores = self._given(keys), self._scores(keys, scores)
-        slots = self.find(keys, slots)
+        slots = self.find(keys, None if slots is None else self._device.array(slots)[: len(keys)])
         absent = slots < 0
         if skip is not None:
             slots[keys == skip] = -1
@@ -280,7 +286,7 @@ class HostIndex:
         side = self.n_slots + np.flatnonzero(self._words[self.n_slots :] == FREE)[: len(refused)]
         spilled = refused[: len(side)]
         self._keys[side] = keys[spilled]
-        self._words[side] = PIN + (np.minimum(np.broadcast_to(scores, keys.shape)[spilled], MAX_SCORE) << 1)
+        self._words[side] = PIN + (np.broadcast_to(scores, keys.shape)[spilled] << 1)
         self._placed[SLOT, spilled], self._placed[STATUS, spilled] = side, NEW
         self.put_metadata(side, 0 * side, 0 * side)
         self._n_spilled += len(side)
@@ -289,7 +295,7 @@ class HostIndex:
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims that were dirty."""
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
-        return Victims(placement.victims[at], placement.slots[at], *self._victims[:, at])
+        return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
 
     def take(self, values: Any, positions: Any, out: Any = None) -> Any:
         """``values[positions]``: int64[n] (`out`)."""
@@ -303,10 +309,11 @@ class HostIndex:
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
-        slots = self.find(keys)
-        slots = slots[slots >= 0]
+        if soon < 0:
+            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
+        slots = self._there(self.find(keys))
         words = self._words[slots]
-        wanted = np.maximum(words & SOONS, soon * SOON) if soon else 0
+        wanted = np.maximum(words & SOONS, min(soon, MOST_SOON) * SOON) if soon else 0
         self._words[slots] = (words & ~SOONS) | wanted
 
     def age(self) -> None:
@@ -335,7 +342,7 @@ class HostIndex:
             if counts is not None:
                 more = self._freq[there] + self._device.array(counts)[slots >= 0]
                 self._freq[there] = np.minimum(more, MOST_STAMP)
-            self._last_step[there] = min(step, MOST_STAMP)
+            self._last_step[there] = min(max(step, 0), MOST_STAMP)
 
     def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
         """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
@@ -376,13 +383,12 @@ class HostIndex:
         """Move what nobody pins from the side list into the buckets, evicting: old slots, and the placement of them."""
         words = self._words[self.n_slots :]
         old = self.n_slots + np.flatnonzero((words != FREE) & (words < PIN))[: self.max_keys]
-        keys, dirty, scores = self._keys[old], self._words[old] & DIRTY, (self._words[old] & SCORES) >> 1
         self._placed[SLOT, : len(old)] = -1
-        self._place(keys, scores, True)
+        self._place(self._keys[old], np.zeros(1, np.int64), True)
         placed = self._counted(len(old))
         moved = placed.slots >= 0
         new = placed.slots[moved]
-        self._words[new] += dirty[moved] - PIN
+        self._words[new] = self._words[old[moved]]
         self.put_metadata(new, *self.metadata(old[moved]))
         self._words[old[moved]] = FREE
         return old, placed
@@ -409,7 +415,7 @@ class HostIndex:
             raise InvalidArgument(
                 f"{len(scores)} scores for {len(keys)} keys", remedy="give each key its score, or one"
             )
-        return scores
+        return np.clip(scores, 0, MAX_SCORE)
 
     def _there(self, slots: Any) -> Int64s:
         slots = self._device.array(slots)
@@ -425,7 +431,7 @@ class HostIndex:
         found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
         slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
-        self.metadata(slots, self._victims[:, : len(keys)])
+        self.metadata(slots, [self._placed[row, : len(keys)] for row in (VICTIM_FREQ, VICTIM_LAST)])
         self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
@@ -434,7 +440,7 @@ class HostIndex:
         n_evicted = count[EVICTED_CLEAN] + count[EVICTED_DIRTY]
         self._n_evicted += n_evicted
         self._n_refused += count[REFUSED]
-        return Placement(self._placed.reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
+        return Placement(self._placed[:3].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
 
 
 # --- lines ------------------------------------------------------------------------------------------------------
@@ -465,18 +471,13 @@ class HostLines:
         self._device, self._batch, self._dim = device, batch_lines, width if dim is None else dim
         self._slabs = Slabs(width, CHUNK_NBYTES, dim=self._dim, row_dtype=row_dtype)
         self._slabs.reserve(n_lines)
-        self._buffers = [np.empty((batch_lines, width), np.float32) for _ in range(2)]
+        self._coming, self._other, self._leaving = (np.empty((batch_lines, width), np.float32) for _ in range(3))
         self.nbytes = int(self._slabs.nbytes)
 
     @staticmethod
-    def line_nbytes(dim: int, width: int, row_dtype: str) -> int:
-        """Bytes that a line takes."""
-        return int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes)
-
-    @staticmethod
-    def buffer_nbytes(n_lines: int, width: int) -> int:
-        """Bytes of one of the two buffers for so many lines on their way."""
-        return 4 * n_lines * width
+    def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
+        """Bytes of so many lines, and of the buffers of those on their way."""
+        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 3 * batch_lines * width * 4
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``, or ``slots[index[i]]``; 0 where -1."""
@@ -495,19 +496,34 @@ class HostLines:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order."""
         self._slabs.pool(*map(self._device.array, (slots, index, splits, out)), self._if(weight), self._if(row_scale))
 
+    def incoming(self, n: int) -> Float32s:
+        """float32[n, width] for lines that `land` is to write: one of two buffers in turn."""
+        self._coming, self._other = self._other, self._coming
+        return self._coming[:n]
+
+    def land(self, slots: Any) -> None:
+        """The lines that were written where `incoming` said last go to these slots; those of -1 are left out."""
+        slots = self._device.array(slots)
+        self._slabs.scatter(slots[slots >= 0], self._coming[: len(slots)][slots >= 0])
+
+    def leave(self, slots: Any) -> Float32s:
+        """Whole lines: float32[n, width] in a buffer that the next call uses again."""
+        near = self._leaving[: len(slots)]
+        self._slabs.gather(self._device.array(slots), near)
+        return near
+
     def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
         """Lines that `fill` writes, a part at a time, go to these slots."""
         slots = self._device.array(slots)
-        for part, near in self._parts(len(slots)):
-            fill(part, near)
-            self._slabs.scatter(slots[part], near)
+        for part in self._parts(len(slots)):
+            fill(part, self.incoming(part.stop - part.start))
+            self.land(slots[part])
 
     def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
         """Lines at these slots go to `drain`, a part at a time, in order."""
         slots = self._device.array(slots)
-        for part, near in self._parts(len(slots)):
-            self._slabs.gather(slots[part], near)
-            drain(part, near)
+        for part in self._parts(len(slots)):
+            drain(part, self.leave(slots[part]))
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots `old` to slots `new`; no slot is in both."""
@@ -525,7 +541,8 @@ class HostLines:
         bad: str = "apply",
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. Gives how many lines "skip" left out."""
-        slots, grads = self._device.array(slots), self._device.array(grads)
+        slots = self._device.array(slots)
+        grads = grads if isinstance(grads, Gradients) else self._device.array(grads)
         keys = slots if keys is None else self._device.array(keys)
         return int(self._slabs.apply(rule, slots, grads, hyper, keys, seed, step, bad))
 
@@ -565,11 +582,9 @@ class HostLines:
     def _if(self, array: Any) -> Any:
         return None if array is None else self._device.array(array)
 
-    def _parts(self, n: int) -> Any:
-        """Parts of n lines, each with a buffer."""
-        for number, first in enumerate(range(0, n, self._batch)):
-            part = slice(first, min(n, first + self._batch))
-            yield part, self._buffers[number % 2][: part.stop - first]
+    def _parts(self, n: int) -> list[slice]:
+        """Parts of n lines."""
+        return [slice(first, min(n, first + self._batch)) for first in range(0, n, self._batch)]
 
     def _summands(self, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> Any:
         """Gradients of the C kernels, by positions that are in order already."""

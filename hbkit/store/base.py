@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent, mixed
+from hbkit._ext.batch import absent, mixed, n_absent
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Gradients
+from hbkit.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from hbkit.store.changes import Changes
@@ -95,6 +96,23 @@ class Layout:
         lines[:, : self.dim] = self.initialize(keys)
         lines[:, self.dim :] = self.initial_state
         return lines
+
+
+def check_lines(layout: Layout, lines: Float32s, *columns: Int64s) -> None:
+    """Whether lines and columns beside them are of one size: InvalidArgument where they are not."""
+    n = len(columns[0])
+    if lines.shape != (n, layout.width) or any(column.shape != (n,) for column in columns):
+        raise InvalidArgument(
+            f"lines of shape {lines.shape} and columns of {[len(column) for column in columns]}",
+            table=layout.table,
+            remedy=f"give lines of {layout.width} floats, and one of each number a line",
+        )
+
+
+def check_rows(layout: Layout, slots: Int64s) -> None:
+    """Whether all keys have rows: InvalidArgument where a slot of a lease says that one has none."""
+    if n_absent(slots):
+        raise InvalidArgument("a key has no row", table=layout.table, remedy="look at the slots of the lease")
 
 
 class Filter(Protocol):
@@ -291,6 +309,23 @@ class Store(Protocol):
 
     def release(self, lease: Lease) -> None:
         """Unpin the lease's rows. Idempotent."""
+        ...
+
+    def read(self, lease: Lease, at: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Whole lines and metadata of the lease's keys number ``at[m]``, all of which have rows, for a tier above.
+
+        They are written to ``lines[m, dim + n_state]``, ``freq[m]`` and ``last_step[m]``, which may be pinned memory:
+        there is no copy beside.
+        """
+        ...
+
+    def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Take back whole lines, ``lines[n, dim + n_state]``, and metadata of distinct rows that a tier above had.
+
+        Rows that there are not yet are made. As `put`, but that rows whose `last_step` shows that they changed are not
+        noted beside (`changes`). Where it fails, some rows may have been written and the others are as they were: it
+        may be tried again.
+        """
         ...
 
     def erase(self, keys: Int64s) -> int:

@@ -126,6 +126,17 @@ class Changes:
         while self._n_keys > max(LEAST_KEYS, n_rows // KEYS):
             self._forget_oldest()
 
+    def note_stamped(self, keys: Int64s, n_rows: int, last_step: Int64s) -> None:
+        """`note` those keys whose rows, stamped with ``last_step[n]`` by a tier above, do not show it. Never fails."""
+        if not self._marks:
+            return
+        try:
+            untold = np.where(np.minimum(last_step, MOST_STAMP) > self._newest, -1, 0)
+        except MemoryError:
+            self.forget()
+            return
+        self.note(keys, n_rows, untold)
+
     def forget(self) -> None:
         """Forget all marks: the rows are to be replaced."""
         self._marks.clear()

@@ -19,7 +19,20 @@ from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import Closed, SchemaMismatch
-from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
+from hbkit.store.base import (
+    CHUNK_ROWS,
+    Chunk,
+    Filter,
+    Float32s,
+    Int64s,
+    Layout,
+    Lease,
+    Part,
+    Rule,
+    admitted,
+    check_lines,
+    check_rows,
+)
 from hbkit.store.changes import Changes
 from hbkit.store.locks import SharedLock
 from hbkit.store.point import READ_ROWS, InPlace, Point
@@ -210,6 +223,25 @@ class HostStore:
 
     def release(self, lease: Lease) -> None:
         """Nothing is pinned in this tier."""
+
+    def read(self, lease: Lease, at: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Whole lines and metadata of the lease's keys number `at`, all of which have rows."""
+        check_lines(self.layout, lines, at, freq, last_step)
+        with self.lock.shared:
+            lease.refresh(self._index, self.version)
+            slots = lease.slots[at]
+            check_rows(self.layout, slots)
+            self._slabs.gather(slots, lines)
+            freq[:], last_step[:] = self._metadata.get(slots)
+
+    def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was."""
+        check_lines(self.layout, lines, keys, freq, last_step)
+        with self.lock.exclusive:
+            with self._inserted(keys) as slots:
+                self._metadata.put(slots, freq, last_step)
+                self._slabs.scatter(slots, lines)
+            self.changes.note_stamped(keys, len(self._index), last_step)
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""

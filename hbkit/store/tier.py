@@ -40,7 +40,20 @@ from hbkit._ext.pool import give_back
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
-from hbkit.store.base import CHUNK_ROWS, Chunk, Filter, Float32s, Int64s, Layout, Lease, Part, Rule, admitted
+from hbkit.store.base import (
+    CHUNK_ROWS,
+    Chunk,
+    Filter,
+    Float32s,
+    Int64s,
+    Layout,
+    Lease,
+    Part,
+    Rule,
+    admitted,
+    check_lines,
+    check_rows,
+)
 from hbkit.store.cache import Cache, Window
 from hbkit.store.changes import Changes, Since
 from hbkit.store.point import InPlace, Point
@@ -577,10 +590,8 @@ class TieredStore(ABC):
                 self._cache.dirty[lines] = True
                 lease.slots[new[part][:n]] = lines
                 if n < len(some):
-                    zeros, scratch = np.zeros(len(some) - n, np.int64), np.arange(len(some) - n)
-                    self._scratch.reserve(len(scratch))
-                    self._scratch.scatter(scratch, values[n:])
-                    self._write_home(some[n:], self._scratch.pack(scratch), zeros, zeros)
+                    zeros = np.zeros(len(some) - n, np.int64)
+                    self._home_lines(some[n:], values[n:], zeros, zeros)
                     lease.slots[new[part][n:]] = AWAY
         except BaseException as e:
             self._erase(keys, self._home.drop if isinstance(e, UNFIT) else self._home.erase)
@@ -674,6 +685,49 @@ class TieredStore(ABC):
                 lease.batch = None
             lease.fetched = True
 
+    def read(self, lease: Lease, at: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Whole lines and metadata of the lease's keys number `at`, all of which have rows."""
+        check_lines(self.layout, lines, at, freq, last_step)
+        with self._open():
+            near, _ = self._ready(lease)
+            near = near[at]
+            away = np.flatnonzero(near < 0)
+            check_rows(self.layout, lease.slots[at[away]])
+            self._gather(near, away, lease.keys[at], lines)
+            freq[:], last_step[:] = self._metadata_of(lease.keys[at], near)
+
+    def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Take back lines and metadata of distinct rows that a tier above had; those that are not near go straight
+        home."""
+        check_lines(self.layout, lines, keys, freq, last_step)
+        freq, last_step = np.clip(freq, 0, 2**32 - 1), np.clip(last_step, 0, 2**32 - 1)
+        with self._open():
+            for part in _parts(len(keys), self._scratch_lines):
+                self._write(keys[part], lines[part], freq[part], last_step[part])
+                self.changes.note_stamped(keys[part], len(self._home), last_step[part])
+
+    def _write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Lines of distinct rows, no more of them than the scratch holds. All or none."""
+        self._make_room(int(np.count_nonzero(~self._home.find(keys))))
+        slots = self._find(keys)
+        if self._point is not None:
+            old = self._home.find(keys)
+            self._set_aside(self._point, keys[old], slots[old])
+            self._set_aside(self._point, keys[~old], None)
+        near, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        self._home_lines(keys[away], lines[away], freq[away], last_step[away])
+        self._lines.scatter(slots[near], lines[near])
+        self._metadata.put(slots[near], freq[near], last_step[near])
+        self._cache.dirty[slots[near]] = True
+        self._version += 1
+
+    def _home_lines(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Write whole lines home, no more of them than the scratch holds."""
+        at = np.arange(len(keys))
+        self._scratch.reserve(len(at))
+        self._scratch.scatter(at, lines)
+        self._write_home(keys, self._scratch.pack(at), freq, last_step)
+
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
         with self._open(), self._change():
@@ -762,22 +816,8 @@ class TieredStore(ABC):
         with self._open(), self._change():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]
-                values = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
-                self._make_room(int(np.count_nonzero(~self._home.find(keys))))
-                lines = self._find(keys)
-                if self._point is not None:
-                    old = self._home.find(keys)
-                    self._set_aside(self._point, keys[old], lines[old])
-                    self._set_aside(self._point, keys[~old], None)
-                near, away = np.flatnonzero(lines >= 0), np.flatnonzero(lines < 0)
-                at = np.arange(len(away))
-                self._scratch.reserve(len(at))
-                self._scratch.scatter(at, values[away])
-                self._write_home(keys[away], self._scratch.pack(at), freq[part][away], last_step[part][away])
-                self._lines.scatter(lines[near], values[near])
-                self._metadata.put(lines[near], freq[part][near], last_step[part][near])
-                self._cache.dirty[lines[near]] = True
-                self._version += 1
+                lines = np.concatenate([chunk.row[part], chunk.state[part]], axis=1, dtype=np.float32)
+                self._write(keys, lines, freq[part], last_step[part])
                 self.changes.note(keys, len(self._home))
 
     # --- points -----------------------------------------------------------------------------------------------

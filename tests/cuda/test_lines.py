@@ -15,10 +15,11 @@ def test_lines_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
-@pytest.fixture(autouse=True)
-def _with_a_device(lane):
+@pytest.fixture
+def device(device, lane):
     if lane == "cpu":
         pytest.skip("lane cpu: lines in host memory are tested in tests/ext")
+    return device
 
 
 @pytest.mark.parametrize("batch_lines", [1, 3, 100])
@@ -83,3 +84,53 @@ def test_torch_reads_and_writes_the_same_memory(device, lane):
     found = np.empty((50, 8), np.float32)
     twin.gather(np.arange(50), found)
     assert np.array_equal(view.cpu().numpy(), found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_lines_come_and_go_in_pinned_memory(device, dtype, on_host):
+    from hbkit.cuda.lines import DeviceLines
+
+    send = np.asarray if on_host else device.send
+    rng = np.random.default_rng(0)
+    lines = DeviceLines(device, 20, 7, 6, 4, dtype)
+    want = rng.integers(-8, 8, (20, 7)).astype(np.float32)  # which bfloat16 holds
+    lines.scatter(np.arange(20), want)
+    for n in (0, 1, 5, 6, 6):
+        slots = rng.permutation(20)[: 2 * n]
+        slots[rng.random(2 * n) < 0.2] = -1  # left out
+        for some in (slots[:n], slots[n:]):
+            near = lines.incoming(n)
+            assert near.shape == (n, 7)
+            near[:] = data = rng.integers(-8, 8, (n, 7))
+            lines.land(send(some))
+            want[some[some >= 0]] = data[some >= 0]
+
+        asked = rng.permutation(20)
+        first = lines.depart(send(asked[:n]))
+        second = lines.depart(send(asked[6:12]))  # on its way meanwhile
+        assert np.array_equal(first(), want[asked[:n]]) and np.array_equal(second(), want[asked[6:12]])
+        assert np.array_equal(lines.leave(send(asked[:n])), want[asked[:n]])
+
+        old, new = rng.permutation(20).reshape(2, 10)
+        lines.move(send(old), send(new))
+        want[new] = want[old]
+        out = np.empty((20, 7), np.float32)
+        lines.gather(np.arange(20), out)
+        assert np.array_equal(out, want)
+
+
+def test_lines_take_the_memory_that_they_say(device, monkeypatch):
+    from hbkit.cuda.lines import DeviceLines
+
+    for dim, width, dtype in ((4, 7, "float32"), (3, 9, "bfloat16"), (8, 8, "float16")):
+        taken = []
+
+        def empty(shape, dtype, taken=taken, make=device.empty):
+            taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            return make(shape, dtype)
+
+        with monkeypatch.context() as m:
+            m.setattr(device, "empty", empty)
+            lines = DeviceLines(device, 20, width, 6, dim, dtype)
+        assert sum(taken) == DeviceLines.nbytes_of(20, width, 6, dim, dtype) > lines.nbytes

@@ -170,6 +170,11 @@ def put(table, rng):
     table.store.put(Chunk(keys, keys + 100, np.full(50, table.step), row, state))
 
 
+def give(table, rng):
+    keys, lines = rng.permutation(400)[:50] - 100, rng.random((50, table.store.layout.width)).astype(np.float32)
+    table.store.write(keys, lines, keys + 100, np.full(50, table.step))
+
+
 def ahead(table, rng):
     """Batches reserved and some fetched before the first is used; one is closed unused, one is forgotten."""
     batches = [rng.integers(0, 300, 30) for _ in range(5)]
@@ -198,6 +203,7 @@ ACTS = {
     "nonfinite": lambda t, rng: t.update(rng.integers(0, 200, 9), np.where(rng.random((9, t.dim)) < 0.1, np.nan, 1)),
     "big": lambda t, rng: step(t, rng, 3000, 900),
     "ahead": ahead,
+    "give": give,
     "erase": lambda t, rng: t.store.erase(np.concatenate([rng.integers(0, 300, 20)] * 2)),
     "evict": lambda t, rng: t.evict(),
     "put": put,

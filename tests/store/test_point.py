@@ -7,12 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit.embedding import SGD, Adagrad, Adam, Ftrl, IdleSteps, Table
-from hbkit.store import cached_ssd, host_memory
+from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store import point as points
 from hbkit.store.base import Chunk
 
 DIM = 3
-FEW = {"host": lambda path: host_memory(), "ssd": lambda path: cached_ssd(path, "300KiB")}
+FEW = {
+    "host": lambda path: host_memory(),
+    "ssd": lambda path: cached_ssd(path, "300KiB"),
+    "device": lambda path: device_cached(host_memory(), "12KiB", "cpu"),
+}
 RULES = [SGD(lr=0.1), Adagrad(lr=0.1), Adam(), Ftrl(lr=0.1)]
 
 
@@ -33,6 +37,12 @@ def put(table, keys, value=4.0):
     table.store.put(Chunk(keys, np.full(n, 7), np.full(n, table.step), row, state))
 
 
+def give(table, keys, value):
+    """As a tier above gives rows back."""
+    n, width = len(keys), table.store.layout.width
+    table.store.write(keys, np.full((n, width), value, np.float32), np.full(n, 7), np.full(n, table.step))
+
+
 def act(table, action, keys, seed):
     """One act; the keys that it may have changed."""
     keys = np.array(keys)
@@ -47,6 +57,8 @@ def act(table, action, keys, seed):
         table.store.erase(np.unique(keys))
     elif action == "put":
         put(table, np.unique(keys), seed)
+    elif action == "give":
+        give(table, np.unique(keys), seed)
     elif action == "evict":
         before = set(held(table.store.scan()))
         table.evict()
@@ -60,7 +72,7 @@ def act(table, action, keys, seed):
     return set(keys.tolist())
 
 
-ACTS = ["train", "train", "create", "update", "erase", "put", "evict", "again", "lookup"]
+ACTS = ["train", "train", "create", "update", "erase", "put", "give", "evict", "again", "lookup"]
 acts = st.lists(
     st.tuples(st.sampled_from([*ACTS, "read", "read"]), st.lists(st.integers(-9, 40), min_size=1, max_size=12)),
     max_size=14,
