@@ -72,8 +72,7 @@ KEY, WORD = 0, 1  # of an entry
 MOST_PINNED = MOST_PINS * PIN
 SOONS, SCORED = MOST_SOON * SOON, 2 * MAX_SCORE  # bits of a word
 HOLE = -1  # the word of a free place of the side list
-FREQ, LAST = 0, 1  # of a slot's metadata
-VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
+VICTIM_NOTE = 3  # a row of `placed`, after those of a `Placement`
 POSITION, AT, KEY_AT, FREQ_AT, LAST_AT = range(5)  # rows of `listed`
 N_WORK, N_NEW, N_EVICTED, N_DIRTY, N_REFUSED = range(5)  # counters; there are two sets, which calls take in turns
 COUNTERS = 16
@@ -84,7 +83,7 @@ TILES = 8 if simulated() else 4096  # warps that share a scan
 BYTES, LOWS = word_of(0x0101_0101_0101_0101), word_of(0x7F7F_7F7F_7F7F_7F7F)
 TO_TOP_BYTE = word_of(0x0102_0408_1020_4080)
 MIX1, MIX2 = word_of(0x9FB2_1C65_1E98_DF25), word_of(0xD6E8_FEB8_6659_FD93)
-S8, S32, S7, S56, LOW32, LOW8 = map(word_of, (8, 32, 7, 56, 0xFFFF_FFFF, 0xFF))
+S32, S7, S56, LOW32, LOW8 = map(word_of, (32, 7, 56, 0xFFFF_FFFF, 0xFF))
 
 
 @inline
@@ -139,9 +138,11 @@ def look(digests: Any, entries: Any, key: Any) -> Any:
 
 
 @inline
-def given_score(scores: Any, i: Any) -> Any:
-    """Score of the key at i, of one for each or one for all."""
-    return max(min(scores[min(i, scores.shape[0] - 1)], MAX_SCORE), 0)
+def given_score(scores: Any, score: Any, i: Any) -> Any:
+    """Score of the key at i: of one for each, or one for all, which is `score` where there are no `scores`."""
+    if scores.shape[0] > 0:
+        score = scores[min(i, scores.shape[0] - 1)]
+    return max(min(score, MAX_SCORE), 0)
 
 
 @inline
@@ -154,6 +155,24 @@ def pin(entries: Any, slot: Any, score: Any, add: Any, error: Any) -> Any:
     score = min(score + add * ((old & SCORED) >> 1), MAX_SCORE)
     entries[slot, WORD] = (old & ~(PIN - 2)) + PIN + (score << 1)
     return slot
+
+
+@inline
+def note_of(freq: Any, last_step: Any) -> Any:
+    """A slot's metadata as one number, of 32 bits each."""
+    return np.int64(last_step) << 32 | np.int64(freq)
+
+
+@inline
+def freq_of(note: Any) -> Any:
+    """How often a slot's line was updated."""
+    return note & MOST_STAMP
+
+
+@inline
+def last_step_of(note: Any) -> Any:
+    """In which step it was last."""
+    return note >> 32 & MOST_STAMP
 
 
 @inline
@@ -175,6 +194,7 @@ def hold(
     entries: Any,
     keys: Any,
     scores: Any,
+    score: Any,
     add: Any,
     skip: Any,
     skips: Any,
@@ -201,7 +221,7 @@ def hold(
                 slot = look(digests, entries, keys[i])
                 missed = slot < 0
                 if slot >= 0:
-                    slot = pin(entries, slot, given_score(scores, i), add, error)
+                    slot = pin(entries, slot, given_score(scores, score, i), add, error)
             slots[i] = slot
         missing = ballot(missed)
         if missing != 0 and lane() == 0:
@@ -225,7 +245,16 @@ def list_missing(keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, miss
 
 
 def probe(
-    digests: Any, entries: Any, keys: Any, scores: Any, add: Any, placed: Any, lists: Any, turn: Any, error: Any
+    digests: Any,
+    entries: Any,
+    keys: Any,
+    scores: Any,
+    score: Any,
+    add: Any,
+    placed: Any,
+    lists: Any,
+    turn: Any,
+    error: Any,
 ) -> None:
     """Pin and score the keys that are there, and list the others by bucket. Keys are distinct.
 
@@ -243,7 +272,7 @@ def probe(
         if i < n:
             slot = look(digests, entries, keys[i])
             if slot >= 0:
-                placed[SLOT, i] = pin(entries, slot, given_score(scores, i), add, error)
+                placed[SLOT, i] = pin(entries, slot, given_score(scores, score, i), add, error)
                 placed[STATUS, i] = FOUND
             else:
                 placed[SLOT, i] = -1
@@ -270,6 +299,7 @@ def place(
     notes: Any,
     keys: Any,
     scores: Any,
+    score: Any,
     evict: Any,
     placed: Any,
     lists: Any,
@@ -347,15 +377,11 @@ def place(
                 if digest != 0:
                     placed[VICTIM, i] = entries[mine, KEY]
                     status = EVICTED_CLEAN + (value & 1)
+                placed[VICTIM_NOTE, i] = 0
                 if notes.shape[0] > 0:
-                    placed[VICTIM_FREQ, i] = notes[mine, FREQ]
-                    placed[VICTIM_LAST, i] = notes[mine, LAST]
-                    notes[mine, FREQ] = 0
-                    notes[mine, LAST] = 0
-                else:
-                    placed[VICTIM_FREQ, i] = 0
-                    placed[VICTIM_LAST, i] = 0
-                value = PIN + (given_score(scores, i) << 1)
+                    placed[VICTIM_NOTE, i] = notes[mine]
+                    notes[mine] = 0
+                value = PIN + (given_score(scores, score, i) << 1)
                 entries[mine, KEY] = keys[i]
                 entries[mine, WORD] = value
                 digest = digest_of(mix(keys[i]))
@@ -423,9 +449,10 @@ def stamp(entries: Any, notes: Any, slots: Any, counts: Any, step: Any, error: A
         if within(slot, entries, error):
             entries[slot, WORD] |= 1
             if notes.shape[0] > 0:
+                freq = freq_of(notes[slot])
                 if counts.shape[0] > 0:
-                    notes[slot, FREQ] = min(np.int64(notes[slot, FREQ]) + counts[i], MOST_STAMP)
-                notes[slot, LAST] = step
+                    freq = min(freq + counts[i], MOST_STAMP)
+                notes[slot] = note_of(freq, step)
 
 
 def recall(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
@@ -435,8 +462,8 @@ def recall(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, erro
         freq[i] = 0
         last_step[i] = 0
         if within(slot, entries, error) and notes.shape[0] > 0:
-            freq[i] = notes[slot, FREQ]
-            last_step[i] = notes[slot, LAST]
+            freq[i] = freq_of(notes[slot])
+            last_step[i] = last_step_of(notes[slot])
 
 
 def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
@@ -444,8 +471,7 @@ def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error:
     for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
         slot = slots[i]
         if within(slot, entries, error):
-            notes[slot, FREQ] = min(freq[i], MOST_STAMP)
-            notes[slot, LAST] = min(last_step[i], MOST_STAMP)
+            notes[slot] = note_of(min(freq[i], MOST_STAMP), min(last_step[i], MOST_STAMP))
 
 
 def take(values: Any, positions: Any, out: Any, error: Any) -> None:
@@ -505,8 +531,8 @@ def select(placed: Any, n: Any, least: Any, most: Any, totals: Any, listed: Any,
                 listed[POSITION, to] = i
                 listed[AT, to] = placed[SLOT, i]
                 listed[KEY_AT, to] = placed[VICTIM, i]
-                listed[FREQ_AT, to] = placed[VICTIM_FREQ, i]
-                listed[LAST_AT, to] = placed[VICTIM_LAST, i]
+                listed[FREQ_AT, to] = freq_of(placed[VICTIM_NOTE, i])
+                listed[LAST_AT, to] = last_step_of(placed[VICTIM_NOTE, i])
             at += ones(chosen)
 
 
@@ -568,17 +594,24 @@ def sum_before(totals: Any, tile: Any) -> Any:
 
 
 def spill(
-    entries: Any, notes: Any, keys: Any, scores: Any, positions: Any, sides: Any, placed: Any, error: Any
+    entries: Any,
+    notes: Any,
+    keys: Any,
+    scores: Any,
+    score: Any,
+    positions: Any,
+    sides: Any,
+    placed: Any,
+    error: Any,
 ) -> None:
     """Write the keys at these positions to places of the side list, pinned; places are distinct."""
     for i in range(cuda.grid(1), sides.shape[0], cuda.gridsize(1)):
         p = positions[i]
         side = sides[i]
         entries[side, KEY] = keys[p]
-        entries[side, WORD] = PIN + (given_score(scores, p) << 1)
+        entries[side, WORD] = PIN + (given_score(scores, score, p) << 1)
         if notes.shape[0] > 0:
-            notes[side, FREQ] = 0
-            notes[side, LAST] = 0
+            notes[side] = 0
         placed[SLOT, p] = side
         placed[STATUS, p] = NEW
 
@@ -590,25 +623,24 @@ def rehouse(entries: Any, notes: Any, old: Any, new: Any, error: Any) -> None:
             entries[new[i], WORD] = entries[old[i], WORD]
             entries[old[i], WORD] = HOLE
             if notes.shape[0] > 0:
-                notes[new[i], FREQ] = notes[old[i], FREQ]
-                notes[new[i], LAST] = notes[old[i], LAST]
+                notes[new[i]] = notes[old[i]]
 
 
 _A64, _A32, _E64 = "int64[::1]", "int32[::1]", "int64[:,::1]"
-_NOTES = "uint32[:,::1]"
+_SCORED = f"{_A64}, {_A64}, int64"  # keys, scores, score
 SIGNATURES = {
     find: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    hold: f"void({_A64}, {_E64}, {_A64}, {_A64}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
+    hold: f"void({_A64}, {_E64}, {_SCORED}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
     list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A64}, {_A32})",
-    probe: f"void({_A64}, {_E64}, {_A64}, {_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
-    place: f"void(uint8[::1], {_E64}, {_NOTES}, {_A64}, {_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
+    probe: f"void({_A64}, {_E64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
+    place: f"void(uint8[::1], {_E64}, {_A64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
     mark: f"void({_A64}, {_E64}, {_A64}, int64, {_A32})",
     age: f"void({_E64}, {_A32})",
     settle: f"void({_E64}, {_A64}, {_A32})",
     clean: f"void({_E64}, {_A64}, {_A32})",
-    stamp: f"void({_E64}, {_NOTES}, {_A64}, {_A64}, int64, {_A32})",
-    recall: f"void({_E64}, {_NOTES}, {_A64}, {_A64}, {_A64}, {_A32})",
-    note: f"void({_E64}, {_NOTES}, {_A64}, {_A64}, {_A64}, {_A32})",
+    stamp: f"void({_E64}, {_A64}, {_A64}, {_A64}, int64, {_A32})",
+    recall: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
+    note: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
     take: f"void({_A64}, {_A64}, {_A64}, {_A32})",
     put: f"void({_A64}, {_A64}, {_A64}, {_A32})",
     erase: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
@@ -616,8 +648,8 @@ SIGNATURES = {
     select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
     count_dirty: f"void({_E64}, {_A32}, {_A32})",
     list_dirty: f"void({_E64}, {_A32}, {_A64}, {_A64}, {_A32})",
-    spill: f"void({_E64}, {_NOTES}, {_A64}, {_A64}, {_A64}, {_A64}, {_E64}, {_A32})",
-    rehouse: f"void({_E64}, {_NOTES}, {_A64}, {_A64}, {_A32})",
+    spill: f"void({_E64}, {_A64}, {_SCORED}, {_A64}, {_A64}, {_E64}, {_A32})",
+    rehouse: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A32})",
 }
 
 for _kernel, _signature in SIGNATURES.items():
@@ -644,7 +676,7 @@ class DeviceIndex:
     Keys, slots and scores are int64[n], in host or device memory, scores also int64[1] for all keys; any key may be
     there. Scores go from 0 to `MAX_SCORE`; others are held there. A slot may be pinned 32,767 times: once more is an
     error of the next wait, as is to release what nobody holds. Calls come one at a time, and only those wait that say
-    so or give something to the host. Device memory: 17 bytes a slot, 8 more with metadata, 88 a key of an insertion.
+    so or give something to the host. Device memory: 17 bytes a slot, 8 more with metadata, 80 a key of an insertion.
     """
 
     def __init__(self, device: Device, n_slots: int, max_keys: int, n_side: int = 1024, metadata: bool = True) -> None:
@@ -660,7 +692,7 @@ class DeviceIndex:
         self._digests = device.send(np.zeros(self.n_slots // 8, np.int64))
         self._bytes = self._digests.view(np.uint8)
         self._entries = device.send(np.zeros((self.n_slots + n_side, 2), np.int64))
-        self._notes = device.send(np.zeros((self.n_slots + n_side if metadata else 0, 2), np.uint32))
+        self._notes = device.send(np.zeros(self.n_slots + n_side if metadata else 0, np.int64))
         lists = np.zeros(COUNTERS + n_buckets + 2 * max_keys, np.int32)
         lists[COUNTERS : COUNTERS + n_buckets] = -1
         self._lists = device.send(lists)
@@ -669,9 +701,8 @@ class DeviceIndex:
         self._missed_of = [self._missed[i : i + TILES + 1] for i in (0, TILES + 1)]
         self._n_missed_of = [missed[TILES:] for missed in self._missed_of]
         self._turn = self._hold_turn = 0
-        self._placed, self._listed = (device.empty((5, max_keys), np.int64) for _ in range(2))
-        self._flat = self._placed.reshape(5 * max_keys)[: 3 * max_keys]
-        self._rows = self._listed.reshape(5 * max_keys)
+        self._placed, self._listed = (device.empty((rows, max_keys), np.int64) for rows in (4, 5))
+        self._flat, self._rows = self._placed.reshape(4 * max_keys)[: 3 * max_keys], self._listed.reshape(5 * max_keys)
         self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
@@ -686,7 +717,7 @@ class DeviceIndex:
         n_buckets = n_slots // BUCKET
         a_slot = 24 if metadata else 16
         fixed = 4 * (COUNTERS + 2 * (TILES + 1) + TILES)
-        return n_buckets * (BUCKET * (1 + a_slot) + 4) + n_side * a_slot + max_keys * (2 * 5 * 8 + 2 * 4) + fixed
+        return n_buckets * (BUCKET * (1 + a_slot) + 4) + n_side * a_slot + max_keys * (4 * 8 + 5 * 8 + 2 * 4) + fixed
 
     @property
     def nbytes(self) -> int:
@@ -748,7 +779,7 @@ class DeviceIndex:
             return Held(slots, 0, none)
         turn, self._hold_turn = self._hold_turn, self._hold_turn ^ 1  # `hold` clears the other totals in any case
         skipped = (0, 0) if skip is None else (skip, 1)
-        searched = (self._digests, self._searched, keys, scores, int(add), *skipped)
+        searched = (self._digests, self._searched, keys, *scores, int(add), *skipped)
         device.launch(hold, n, *searched, slots, self._missed, turn * (TILES + 1))
         try:
             n_missing = int(device.fetch(self._n_missed_of[turn])[0])
@@ -762,7 +793,7 @@ class DeviceIndex:
         return Held(slots, n_missing, missing)
 
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
-        """Find distinct keys or give them slots, each pinned once more. One wait, more where it goes to the side list.
+        """Find distinct keys or give them slots, each pinned once more. Waits.
 
         A new key is clean, and of its slot freq and last_step are 0.
 
@@ -778,6 +809,7 @@ class DeviceIndex:
             Add to the score of a key that was there, instead of setting it.
         """
         keys, scores = self._given(keys, self.max_keys), self._scores(keys, scores)
+        self._device.sync()  # what other launches reported must not keep the caller from this one's victims
         placed = self._place(keys, scores, evict, add)
         if placed.n_refused:
             placed = self._spill(placed, keys, scores)
@@ -890,6 +922,7 @@ class DeviceIndex:
             A key is pinned; the others are erased.
         """
         keys = self._given(keys)
+        self._device.sync()  # what other launches reported is none of these keys' errors
         slots = self._device.empty(keys.shape, np.int64)
         self._device.launch(erase, keys.shape[0], self._digests, self._searched, keys, slots)
         host: Int64s = slots.copy_to_host()
@@ -908,7 +941,7 @@ class DeviceIndex:
         side = device.fetch(self._entries[self.n_slots : end]) if end > self.n_slots else np.zeros((0, 2), np.int64)
         at = np.flatnonzero((side[:, WORD] != HOLE) & (side[:, WORD] < PIN))[: self.max_keys]
         old = at + self.n_slots
-        keys, scores = device.send(side[at, KEY]), device.send((side[at, WORD] & SCORED) >> 1)
+        keys, scores = device.send(side[at, KEY]), (device.send((side[at, WORD] & SCORED) >> 1), 0)
         searched, self._searched = self._searched, self._entries[: self.n_slots]
         try:
             placed = self._place(keys, scores, True, False)
@@ -959,20 +992,23 @@ class DeviceIndex:
             )
         return values
 
-    def _scores(self, keys: Any, scores: Any) -> Any:
+    def _scores(self, keys: Any, scores: Any) -> tuple[Any, int]:
+        """Scores in device memory; one of the host's for all keys goes with the launch, which costs no memory."""
+        if isinstance(scores, np.ndarray) and scores.shape == (1,) and scores.dtype == np.int64:
+            return self._device.none(np.int64), int(scores[0])
         scores = self._given(scores)
         if scores.shape[0] not in (1, keys.shape[0]):
             raise InvalidArgument(
                 f"{scores.shape[0]} scores for {keys.shape[0]} keys", remedy="give each key its score, or one for all"
             )
-        return scores
+        return scores, 0
 
-    def _place(self, keys: Any, scores: Any, evict: bool, add: bool) -> Placement:
+    def _place(self, keys: Any, scores: tuple[Any, int], evict: bool, add: bool) -> Placement:
         n = keys.shape[0]
         if n == 0:
             return Placement(self._flat, 0, 0, 0, 0, 0)
         device, turn = self._device, self._turn * (COUNTERS // 2)
-        searched, rest = (keys, scores), (self._placed, self._lists, turn)
+        searched, rest = (keys, *scores), (self._placed, self._lists, turn)
         device.launch(probe, n, self._digests, self._searched, *searched, int(add), *rest)
         warps = min(n, PLACERS)
         device.launch(place, warps * WARP, self._bytes, self._entries, self._notes, *searched, int(evict), *rest)
@@ -985,7 +1021,7 @@ class DeviceIndex:
             raise
         return self._counted(counted, n)
 
-    def _spill(self, placed: Placement, keys: Any, scores: Any) -> Placement:
+    def _spill(self, placed: Placement, keys: Any, scores: tuple[Any, int]) -> Placement:
         """Write what was refused to the side list, as far as there is room."""
         device = self._device
         refused = device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
@@ -996,7 +1032,7 @@ class DeviceIndex:
         self._searched = self._entries[: end + n_grown]
         n = len(sides)
         places = (device.send(refused), device.send(sides))
-        device.launch(spill, n, self._entries, self._notes, keys, scores, *places, self._placed)
+        device.launch(spill, n, self._entries, self._notes, keys, *scores, *places, self._placed)
         self._n_spilled += n
         self._n_keys += n
         return replace(placed, n_new=placed.n_new + n, n_refused=placed.n_refused - n)

@@ -24,9 +24,9 @@ import numpy as np
 from numba import int32
 
 from hbkit.cuda.arith import cuda
-from hbkit.cuda.dedupe import Room
 from hbkit.cuda.device import BLOCK, SIMULATED_THREADS, Device, simulated
 from hbkit.cuda.index import TILES, sum_before, tile_length
+from hbkit.cuda.parts import Room
 from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shuffle
 
 MAX_BITS = 2 if simulated() else 10  # of a digit
