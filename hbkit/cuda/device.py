@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -183,6 +183,19 @@ class Device:
             return array
         with self._current():
             return self._cuda.as_cuda_array(array)
+
+    def join(self, arrays: Sequence[Any], out: Any = None) -> Any:
+        """Arrays end to end in device memory, in `out` if it is given; NumPy's are copied there."""
+        arrays = [a if isinstance(a, np.ndarray) else self.array(a) for a in arrays]
+        n, one = sum(len(a) for a in arrays), arrays[0]
+        to = self.empty((n, *one.shape[1:]), one.dtype) if out is None else self.array(out)
+        with self._current():
+            end = 0
+            for a in arrays:
+                begin, end = end, end + len(a)
+                if end > begin:
+                    to[begin:end].copy_to_device(a, stream=self._stream)
+        return to
 
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint, swap
+from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint
 from hbkit.cuda.device import COOPERATING
 from hbkit.cuda.narrow import ZERO, load, store, widen_bfloat16
+from hbkit.cuda.warp import xor
 
 NO_SCALE = 0x7F000000  # bits of the magnitude from which on there is none: 2**127, infinity, NaN
 INFINITY = np.float32(np.inf)
@@ -38,7 +39,7 @@ def _quantize(vec: bool) -> Any:
                     largest = max(largest, max(size_of(a), size_of(b)))
                     largest = max(largest, max(size_of(c), size_of(d)))
             for mask in (8, 4, 2, 1):
-                largest = max(largest, swap(largest, mask))
+                largest = max(largest, xor(largest, mask))
             if i < n:
                 bad = as_int(largest) >= NO_SCALE
                 bits = max((as_int(mul(largest, A_STEP)) + 0xFFFF) >> 16, LEAST)  # up to a bfloat16
