@@ -387,10 +387,9 @@ def test_keys_of_one_first_bucket_go_to_their_second(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
     index, oracle = index_and_oracle(device, 4, 200, 3)
-    keys = np.array([k for k in range(2000) if oracle.two(k)[0] == 1])
-    n = oracle.width
-    at = 0
-    # Until the first bucket is crowded; few at a time, which go to their second; more than a bucket has; past all slots.
+    keys = np.array([k for k in range(3000) if oracle.two(k)[0] == 1 != oracle.two(k)[1]])
+    n, at = oracle.width, 0
+    # Until the first bucket is crowded; few at a time, which go to their second; more than a bucket has; past all.
     for size in (n - n // 4 - 1, 1, 1, 3, n + n // 2, 3, n):
         some, at = keys[at : at + size], at + size
         got = index.insert(some, np.ones(1, np.int64), evict=True)
