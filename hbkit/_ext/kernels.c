@@ -142,6 +142,88 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
     }
 }
 
+/* ---- whole lines for another device's memory, or from there: past the cache, which will not be asked for them ---- */
+
+enum { PIECE = 256 }; /* columns that are widened or narrowed at once */
+
+/* memcpy, but that whole cache lines are written without being read first. `written` comes after the last. */
+INLINE void put_past(void *to, const void *from, int64_t nbytes) {
+#if defined(__SSE2__)
+    if (((uintptr_t)to | (uintptr_t)nbytes) % 64 == 0) {
+        for (int64_t i = 0; i < nbytes; i += 64)
+            for (int64_t j = i; j < i + 64; j += LANES * 4) {
+                vec x = *(const vec *)((const char *)from + j);
+#if defined(__AVX512F__)
+                _mm512_stream_ps((float *)((char *)to + j), (__m512)x);
+#elif defined(__AVX__)
+                _mm256_stream_ps((float *)((char *)to + j), (__m256)x);
+#else
+                _mm_stream_ps((float *)((char *)to + j), (__m128)x);
+#endif
+            }
+        return;
+    }
+#endif
+    memcpy(to, from, (size_t)nbytes);
+}
+
+INLINE void written(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+/* Whether row and state of a line lie as the line's floats do. */
+INLINE int in_one(const hb_slabs *s) { return s->dtype == HB_FLOAT32 && s->state_at == s->dim * 4; }
+
+static void read_lines(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, float *out) {
+    int64_t width = s->dim + s->n_state, d = ahead(width * 4), row = in_one(s) ? width : s->dim;
+    float some[PIECE] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < n; i++, out += width) {
+        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
+        if (later >= 0) {
+            fetch(hb_row(s, later), row * item_nbytes(s));
+            fetch(hb_state(s, later), (width - row) * 4);
+        }
+        if (slot < 0) continue;
+        if (s->dtype == HB_FLOAT32)
+            put_past(out, hb_row(s, slot), row * 4);
+        else
+            for (int64_t j = 0; j < row; j += PIECE) {
+                int64_t m = row - j < PIECE ? row - j : PIECE;
+                widen_row(s->dtype, (const uint16_t *)hb_row(s, slot) + j, m, some);
+                put_past(out + j, some, m * 4);
+            }
+        put_past(out + row, hb_state(s, slot), (width - row) * 4);
+    }
+    written();
+}
+
+static void write_lines(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines) {
+    int64_t width = s->dim + s->n_state, row = in_one(s) ? width : s->dim;
+    int64_t row_nbytes = row * item_nbytes(s), state_nbytes = (width - row) * 4;
+    int past = s->row_stride % 64 == 0 && s->state_at % 64 == 0 && row_nbytes % 64 == 0;
+    uint16_t some[PIECE] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < n; i++, lines += width) {
+        int64_t slot = slots[i], later = i + 8 < n && !past ? slots[i + 8] : -1;
+        if (later >= 0) {
+            fetch(hb_row(s, later), row_nbytes);
+            fetch(hb_state(s, later), state_nbytes);
+        }
+        if (slot < 0) continue;
+        if (s->dtype == HB_FLOAT32)
+            put_past(hb_row(s, slot), lines, row_nbytes);
+        else
+            for (int64_t j = 0; j < row; j += PIECE) {
+                int64_t m = row - j < PIECE ? row - j : PIECE;
+                narrow_row(s->dtype, lines + j, NULL, m, some);
+                put_past((uint16_t *)hb_row(s, slot) + j, some, m * 2);
+            }
+        put_past(hb_state(s, slot), lines + row, state_nbytes);
+    }
+    written();
+}
+
 INLINE void expand_as(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {
     int64_t d = ahead(dim * 4);
     for (int64_t i = 0; i < n; i++) {
@@ -791,4 +873,6 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .gather_together = gather_together,
     .sum_together = sum_together,
     .finish_sums = finish_sums,
+    .read_lines = read_lines,
+    .write_lines = write_lines,
 };

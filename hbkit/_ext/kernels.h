@@ -159,6 +159,10 @@ typedef struct {
     int (*sum_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
                         int64_t stride);
     void (*finish_sums)(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim);
+    /* gather and scatter of whole lines, which the CPU does not ask for before or after: out[i] is left as it is where
+     * the slot is below 0, and lines[i] is left out. */
+    void (*read_lines)(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, float *out);
+    void (*write_lines)(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines);
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

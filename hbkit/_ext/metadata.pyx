@@ -151,15 +151,21 @@ cdef class Metadata:
         self.latest_step = max(self.latest_step, _clip(step))
 
     def put(self, const int64_t[::1] slots, const int64_t[::1] freq, const int64_t[::1] last_step):
-        """Write both numbers of slots (all >= 0), clipped to what is held."""
+        """Write both numbers of slots, clipped to what is held; -1 is skipped."""
         cdef int64_t i, n = slots.shape[0]
-        self._check(slots, freq.shape[0], 0)
-        self._check(slots, last_step.shape[0], 0)
+        cdef uint32_t latest = self.latest_step
+        self._check(slots, freq.shape[0], -1)
+        self._check(slots, last_step.shape[0], -1)
         with nogil:
             for i in range(n):
-                self.latest_step = max(self.latest_step, _clip(last_step[i]))
+                if slots[i] < 0:
+                    continue
+                latest = max(latest, _clip(last_step[i]))
                 if self.kept:
+                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
+                        HB_PREFETCH(&self.at[slots[i + AHEAD]])
                     self.at[slots[i]] = Pair(_clip(freq[i]), _clip(last_step[i]))
+        self.latest_step = max(self.latest_step, latest)
 
     def stamped_after(self, int64_t step, uint64_t[::1] bits):
         """Set the bit of each slot that was stamped after `step`, clear the others; bits for slots 0..64*n-1.
@@ -178,12 +184,13 @@ cdef class Metadata:
                     word |= <uint64_t>(self.at[64 * i + j].last_step > least) << j
                 bits[i] = word
 
-    def get(self, const int64_t[::1] slots):
-        """Frequency and last step of slots (all >= 0): (int64[n], int64[n])."""
+    def get(self, const int64_t[::1] slots, out=None):
+        """Frequency and last step of slots (all >= 0): (int64[n], int64[n]), in the two arrays of `out` if given."""
         cdef int64_t i, n = slots.shape[0]
-        self._check(slots, n, 0)
-        freq_, last_step_ = np.empty(n, np.int64), np.empty(n, np.int64)
+        freq_, last_step_ = (np.empty(n, np.int64), np.empty(n, np.int64)) if out is None else out
         cdef int64_t[::1] freq = freq_, last_step = last_step_
+        self._check(slots, freq.shape[0], 0)
+        self._check(slots, last_step.shape[0], 0)
         with nogil:
             for i in range(n):
                 if self.kept:

@@ -25,9 +25,11 @@ __all__ = [
     "cuda",
     "device",
     "div",
+    "fours",
     "load4",
     "mul",
     "rint",
+    "shift_of",
     "sqrt",
     "store4",
     "sub",
@@ -42,6 +44,19 @@ def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call."""
     compiled: Callable[..., Any] = cuda.jit(function, device=True)
     return compiled
+
+
+def shift_of(width: int) -> int:
+    """log2 of how many threads share a row, four columns each."""
+    most = 3 if simulated() else 5
+    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
+
+
+def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
+    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
+    if any(m % 4 for m in multiples):
+        return False
+    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 if simulated():

@@ -12,7 +12,6 @@ gives every position its number and counts. Equal keys of a warp are counted by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numba import int32
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import Device
 from hbkit.cuda.index import TILES, mix, sum_before, tile_length
+from hbkit.cuda.parts import Distinct, Room
 from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, word, word_of
 from hbkit.errors import InvalidArgument
 
@@ -138,63 +138,6 @@ SIGNATURES = {
 
 for _kernel, _signature in SIGNATURES.items():
     _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
-
-
-class Room:
-    """Where a batch's arrays lie in device memory, as long as its owner likes; a new batch may be written over them.
-
-    Parameters
-    ----------
-    device : Device
-    max_ids : int
-        Ids of a batch at the most.
-
-    Attributes
-    ----------
-    keys, counts, inverse : int64[max_ids]
-        Of `Dedupe`: the distinct keys by first occurrence, how often each occurs, and each position's key number.
-    order : int64[max_ids]
-    starts : int64[max_ids + 1]
-        Of `hbkit.cuda.order.Order`: positions by key number, and where those of a key begin.
-    slots : int64[max_ids]
-        The caller's, for the lines of the keys.
-    """
-
-    def __init__(self, device: Any, max_ids: int) -> None:
-        self.max_ids = max_ids
-        self.keys, self.counts, self.inverse, self.slots, self.order = (
-            device.empty((max_ids,), np.int64) for _ in range(5)
-        )
-        self.starts = device.empty((max_ids + 1,), np.int64)
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory held, in bytes."""
-        return 8 * (6 * self.max_ids + 1)
-
-
-@dataclass(frozen=True)
-class Distinct:
-    """A batch's distinct keys, in the room that it was given."""
-
-    room: Room
-    n: int
-    n_distinct: int
-
-    @property
-    def keys(self) -> Any:
-        """int64[n_distinct], in the order of first occurrence."""
-        return self.room.keys[: self.n_distinct]
-
-    @property
-    def counts(self) -> Any:
-        """int64[n_distinct]: how often each occurs."""
-        return self.room.counts[: self.n_distinct]
-
-    @property
-    def inverse(self) -> Any:
-        """int64[n]: ``keys[inverse]`` is the batch."""
-        return self.room.inverse[: self.n]
 
 
 class Dedupe:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from hbkit.cuda import rows, rules, sums, wire
+from hbkit.cuda import finite, rows, rules, sums, wire
 from hbkit.cuda.arith import cuda
 
-SIGNATURES: dict[Any, str] = {**rows.SIGNATURES, **sums.SIGNATURES, **rules.SIGNATURES, **wire.SIGNATURES}
+SIGNATURES: dict[Any, str] = {
+    **rows.SIGNATURES,
+    **sums.SIGNATURES,
+    **finite.SIGNATURES,
+    **rules.SIGNATURES,
+    **wire.SIGNATURES,
+}
 
 
 def ptx(kernel: Any, cc: tuple[int, int]) -> str:

@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from hbkit._ext.segment import expand, retained
 from hbkit.cuda import rules
-from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.arith import fours, shift_of
+from hbkit.cuda.device import COOPERATING, Device
+from hbkit.cuda.finite import Finite
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
 from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
@@ -44,6 +46,7 @@ RULES = {
 }
 MOMENTUM = Rule("momentum", False, lambda dim: dim)
 WITHOUT = {6: "AdagradDecay", 7: "Adam with correction='row'"}
+N_BUFFERS = 6  # for what NumPy has; for lines that come; for lines that go: two of each
 N_OWN = 8  # hyper-parameters of a rule itself
 
 
@@ -52,19 +55,6 @@ def on_device(array: Any) -> bool:
     return hasattr(array, "__cuda_array_interface__") or hasattr(
         array, "copy_to_host"
     )  # the simulator's have the latter
-
-
-def shift_of(width: int) -> int:
-    """log2 of how many threads share a row, four columns each."""
-    most = 3 if simulated() else 5
-    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
-
-
-def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
-    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
-    if any(m % 4 for m in multiples):
-        return False
-    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 def row_words(dim: int, dtype: str) -> int:
@@ -96,13 +86,9 @@ class Buffer:
     def begin(self) -> None:
         """Wait until all is done that the buffer was used for, and hand over what was asked for."""
         self._used.synchronize()
-        asked, self._asked, self._at = self._asked, [], 0
-        for take, near in asked:
+        for take, near in self._asked:
             take(near)
-
-    def forget(self) -> None:
-        """Hand over nothing of what was asked for."""
-        self._asked = []
+        self._asked, self._at = [], 0
 
     def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
         """An array in pinned memory and its twin in the device's."""
@@ -118,15 +104,16 @@ class Buffer:
             near, far = self.place(array.shape, array.dtype)
             near[...] = array
             pairs.append((far, near))
-        self._device.copy_in(pairs, self._moved)
+        self.copy(pairs)
         return [far for far, _ in pairs]
 
-    def fill(self, shape: tuple[int, ...], fill: Callable[[Float32s], None]) -> Any:
-        """What `fill` writes into pinned memory, float32, in device memory."""
-        near, far = self.place(shape, np.float32)
-        fill(near)
-        self._device.copy_in([(far, near)], self._moved)
-        return far
+    def copy(self, pairs: list[tuple[Any, npt.NDArray[Any]]]) -> None:
+        """What was written to `place`s, for kernels launched from now on."""
+        self._device.copy_in(pairs, self._moved)
+
+    def slots(self, slots: Any) -> Any:
+        """Slots in device memory, where they may be already."""
+        return self.send(slots)[0] if isinstance(slots, np.ndarray) else self._device.array(slots)
 
     def ask(self, shape: tuple[int, ...], launch: Callable[[Any], None], take: Callable[[Float32s], None]) -> None:
         """What `launch` writes into float32 in device memory is given to `take`, in pinned memory, by the time the
@@ -150,8 +137,8 @@ class DeviceLines:
     n_lines, width : int
         Lines, and floats a line as `gather` and `scatter` see it.
     batch_lines : int
-        Lines that come from the host or go there at once, which bounds the memory beside the lines: two such batches,
-        of which one is filled while the other is on its way.
+        Lines that come from the host or go there at once, which bounds the memory beside the lines: of each buffer
+        there are two, and one is filled while the other is on its way.
     dim : int, optional
         Floats of the row, all of them when left out.
     row_dtype : "float32", "float16" or "bfloat16"
@@ -173,10 +160,17 @@ class DeviceLines:
         self._at = row_words(self._dim, row_dtype)  # float of a line where its state begins
         self._lines = device.empty((n_lines, self._stride), np.float32)
         self._rows = self._lines if row_dtype == "float32" else self._lines.view(np.uint16)
-        self._buffers = [Buffer(device, buffer_nbytes(batch_lines, width)) for _ in range(2)]
+        nbytes = buffer_nbytes(batch_lines, width)
+        self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
         self._hyper: tuple[Float32s, Any] | None = None
+        self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
+
+    @staticmethod
+    def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
+        """Bytes of device memory that so many lines take with their buffers."""
+        return 4 * n_lines * stride_of(dim, width, row_dtype) + N_BUFFERS * buffer_nbytes(batch_lines, width)
 
     @property
     def lines(self) -> Any:
@@ -227,35 +221,52 @@ class DeviceLines:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
 
-    def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
-        """Write whole lines from the host into ``slots[n]``, distinct and in device memory, part by part.
+    def incoming(self, n: int) -> Float32s:
+        """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
 
-        ``fill(part, near)`` writes those of ``slots[part]`` to ``near[m, width]`` in pinned memory, float32; it does so
-        while the part before is on its way. Returns once all is launched: what is launched later comes after it. Where
-        `fill` raises, the parts before are written.
+        One of two buffers in turn; waits until what was sent from it before has come. `incoming`, `land` and `leave`
+        have buffers of their own: a thread may use them beside one that uses what else there is.
         """
-        slots, parts = self._device.array(slots), self._parts(self._width)
-        for buffer, part in self._batches(len(slots)):
-            far = buffer.fill((part.stop - part.start, self._width), partial(fill, part))
-            self._scatter(slots[part], far, parts)
-            buffer.end()
+        self._coming.reverse()
+        buffer = self._coming[0]
+        buffer.begin()
+        near, far = buffer.place((n, self._width), np.float32)
+        self._sent = near, far
+        return near
 
-    def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
-        """Whole lines of ``slots[n]``, which are in device memory, to the host, part by part, in order.
+    def land(self, slots: Any) -> None:
+        """The lines that were written where `incoming` said last go to ``slots[n]``, distinct; those of -1 go nowhere.
 
-        ``drain(part, near)`` is given those of ``slots[part]`` as ``near[m, width]`` in pinned memory, float32, which
-        is used again once it returns; meanwhile the next part is on its way. Returns when all are drained.
+        Does not wait; what is launched later comes after it.
         """
-        slots, none, parts = self._device.array(slots), self._device.none(np.int64), self._parts(self._width)
-        try:
-            for buffer, part in self._batches(len(slots)):
-                launch = partial(self._gather, slots[part], none, parts=parts)
-                buffer.ask((part.stop - part.start, self._width), launch, partial(drain, part))
-            self._settle()
-        except BaseException:
-            for buffer in self._buffers:
-                buffer.forget()
-            raise
+        buffer, (near, far) = self._coming[0], self._sent
+        buffer.copy([(far, near)])
+        self._scatter(buffer.slots(slots), far, self._parts(self._width))
+        buffer.end()
+
+    def depart(self, slots: Any) -> Callable[[], Float32s]:
+        """Begin to send n <= batch_lines whole lines to the host; what is given waits for them: float32[n, width].
+
+        They come in pinned memory, one of two buffers in turn: with the next but one `depart` they are gone.
+        """
+        self._leaving.reverse()
+        buffer = self._leaving[0]
+        buffer.begin()
+        found: list[Float32s] = []
+        slots = buffer.slots(slots)
+        launch = partial(self._gather, slots, self._device.none(np.int64), parts=self._parts(self._width))
+        buffer.ask((slots.shape[0], self._width), launch, found.append)
+
+        def wait() -> Float32s:
+            buffer.begin()
+            near: Float32s = found[0]
+            return near
+
+        return wait
+
+    def leave(self, slots: Any) -> Float32s:
+        """`depart`, and wait."""
+        return self.depart(slots)()
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots ``old[n]`` to slots ``new[n]``, distinct, disjoint and in device memory; does not wait."""
@@ -387,6 +398,14 @@ class DeviceLines:
     def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
         sum_segments(self._device, values, order, starts, out, picked, scale)
+
+    def all_finite(self, values: Any, scale: Any = None) -> bool:
+        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
+        return self._finite.all_finite(values, scale)
+
+    def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
+        """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""
+        return self._finite.skip_bad(slots, sums)
 
     # --- launches ---------------------------------------------------------------------------------------------
 

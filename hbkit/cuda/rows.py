@@ -70,15 +70,16 @@ def _gather(load_row: Any, vec: bool) -> Any:
 
 def _scatter(store_row: Any, vec: bool) -> Any:
     def scatter(rows: Any, slots: Any, values: Any, first: Any, to: Any, width: Any, shift: Any, error: Any) -> None:
-        """Row ``slots[i]``, from column `to` on, = ``values[i, first:first + width]``; slots are distinct and >= 0.
+        """Row ``slots[i]``, from column `to` on, = ``values[i, first:first + width]``.
 
-        Narrow rows round to the nearest value.
+        Slots are distinct, and -1 is skipped. Narrow rows round to the nearest value.
         """
         mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
         for i in range(cuda.grid(1) >> shift, values.shape[0], cuda.gridsize(1) >> shift):
             slot = slots[i]
             if slot < 0 or slot >= rows.shape[0]:
-                error[0] = BAD_SLOT
+                if slot != -1:
+                    error[0] = BAD_SLOT
                 continue
             for j in range(mine, width, 4 << shift):
                 a, b, c, d = load(values, i, first + j, first + width, vec)
@@ -172,7 +173,7 @@ def padded(splits: Any, tail: Any, out: Any, error: Any) -> None:
 
 _ARRAYS = {"float32": "float32[:,::1]", "float16": "uint16[:,::1]", "bfloat16": "uint16[:,::1]"}
 _FLOATS, _INTS, _ERROR = "float32[:,::1]", "int64[::1]", "int32[::1]"
-# By dtype, and whether columns are read and written in fours (`hbkit.cuda.lines.fours`).
+# By dtype, and whether columns are read and written in fours (`hbkit.cuda.arith.fours`).
 GATHER = {(dtype, vec): _gather(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}
 SCATTER = {(dtype, vec): _scatter(ROWS[dtype][1], vec) for dtype in ROWS for vec in (False, True)}
 POOL = {(dtype, vec): _pool(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}

@@ -16,6 +16,7 @@ from hbkit.cuda.narrow import ZERO, load, store
 
 SUM_BLOCK = 64
 HALF_BLOCK = 32
+WAYS = 8  # of a search
 
 
 def n_partials(n: int) -> int:
@@ -96,6 +97,21 @@ def gradient(
     return a, b, c, d
 
 
+@device
+def segment_of(starts: Any, row: Any) -> Any:
+    """The last segment that begins at or before a row of `partials`; `WAYS - 1` reads at a time are on their way."""
+    low, high, limit = 0, starts.shape[0] - 1, (row + 1) * HALF_BLOCK
+    while high - low > 1:
+        step = (high - low + WAYS - 1) // WAYS
+        n_before = 0
+        for way in range(1, WAYS):
+            s = low + way * step
+            n_before += (s < high) & (starts[min(s, high - 1)] < limit)
+        low += n_before * step
+        high = min(low + step, high)
+    return low
+
+
 def _block_sums(vec: bool) -> Any:
     def block_sums(
         values: Any,
@@ -111,13 +127,7 @@ def _block_sums(vec: bool) -> Any:
         dim = partials.shape[1]
         mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
         for at in range(cuda.grid(1) >> shift, partials.shape[0], cuda.gridsize(1) >> shift):
-            low, high = 0, starts.shape[0] - 1  # the last segment that begins at or before row `at`
-            while high - low > 1:
-                middle = (low + high) // 2
-                if starts[middle] // HALF_BLOCK <= at:
-                    low = middle
-                else:
-                    high = middle
+            low = segment_of(starts, at)
             begin, end = starts[low], starts[low + 1]
             if begin < 0 or end > order.shape[0]:
                 error[0] = BAD_SEGMENT

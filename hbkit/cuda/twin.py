@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Segments
+from hbkit._ext.segment import Gradients, Segments, pool
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -48,6 +48,7 @@ Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 FREE = -1  # the word of a slot that nobody has
+VICTIM_FREQ, VICTIM_LAST = 3, 4  # rows of `placed`, after those of a `Placement`
 CHUNK_NBYTES = 1 << 22
 
 MIX1, MIX2, S32, LOW32 = map(np.uint64, (0x9FB2_1C65_1E98_DF25, 0xD6E8_FEB8_6659_FD93, 32, 0xFFFF_FFFF))
@@ -109,33 +110,34 @@ class HostDevice:
 
 
 @loop
-def bucket_of(key: Any, n_buckets: int) -> Any:
-    """Bucket of a key, from the low 32 bits of its mix."""
+def buckets_of(key: Any, n_buckets: int) -> Any:
+    """The two buckets of a key, from the low and the high 32 bits of its mix."""
     x = np.uint64(key) * MIX1
     x ^= x >> S32
     x *= MIX2
     x ^= x >> S32
-    return np.int64(((x & LOW32) * np.uint64(n_buckets)) >> S32)
+    n = np.uint64(n_buckets)
+    return np.int64(((x & LOW32) * n) >> S32), np.int64(((x >> S32) * n) >> S32)
 
 
 @loop
-def look(resident: Int64s, words: Int64s, first_side: int, width: int, key: int) -> int:
-    """Slot of a key, or -1: in its bucket, then in the side list."""
-    bucket = bucket_of(key, first_side // width)
-    for slot in range(bucket * width, (bucket + 1) * width):
-        if resident[slot] == key and words[slot] != FREE:
-            return slot
-    for slot in range(first_side, len(words)):
+def look(resident: Int64s, words: Int64s, n_slots: int, width: int, key: int) -> int:
+    """Slot of a key, or -1: in its first bucket, its second, then in the side list."""
+    for bucket in buckets_of(key, n_slots // width):
+        for slot in range(bucket * width, (bucket + 1) * width):
+            if resident[slot] == key and words[slot] != FREE:
+                return slot
+    for slot in range(n_slots, len(words)):
         if resident[slot] == key and words[slot] != FREE:
             return slot
     return -1
 
 
 @loop
-def look_all(resident: Int64s, words: Int64s, first_side: int, width: int, keys: Int64s, slots: Int64s) -> None:
+def look_all(resident: Int64s, words: Int64s, n_slots: int, width: int, keys: Int64s, slots: Int64s) -> None:
     """``slots[i]`` = slot of ``keys[i]``, or -1."""
     for i in range(len(keys)):
-        slots[i] = look(resident, words, first_side, width, keys[i])
+        slots[i] = look(resident, words, n_slots, width, keys[i])
 
 
 @loop
@@ -151,30 +153,49 @@ def pin(words: Int64s, slots: Int64s, scores: Int64s, add: bool) -> None:
 
 
 @loop
+def n_free(words: Int64s, bucket: int, width: int) -> int:
+    """Free slots of a bucket."""
+    n = 0
+    for slot in range(bucket * width, (bucket + 1) * width):
+        n += words[slot] == FREE
+    return n
+
+
+@loop
 def place(
     resident: Int64s, words: Int64s, n_slots: int, width: int, keys: Int64s, scores: Int64s, evict: bool, placed: Any
 ) -> None:
-    """Give the keys that have no slot one of their bucket: a free one, or that of the least word that nobody pins."""
+    """Give the keys that have no slot one of a bucket: a free one, or that of the least word that nobody pins.
+
+    All of them try their first bucket, or the second where that one is crowded and this one less so; then those that
+    were refused try the other. How many slots are free is counted before any key takes one.
+    """
+    tries = np.empty((2, len(keys)), np.int64)
     for i in range(len(keys)):
-        if placed[SLOT, i] >= 0:
-            placed[STATUS, i] = FOUND
-            continue
-        placed[STATUS, i] = REFUSED
-        bucket = bucket_of(keys[i], n_slots // width)
-        chosen = bucket * width
-        for slot in range(chosen, chosen + width):  # FREE is less than every word
-            if words[slot] < words[chosen]:
-                chosen = slot
-        if words[chosen] == FREE:
-            placed[STATUS, i] = NEW
-        elif evict and words[chosen] < PIN:
-            placed[STATUS, i] = EVICTED_CLEAN + (words[chosen] & DIRTY)
-            placed[VICTIM, i] = resident[chosen]
-        else:
-            continue
-        resident[chosen] = keys[i]
-        words[chosen] = PIN + (min(scores[i if len(scores) > 1 else 0], MAX_SCORE) << 1)
-        placed[SLOT, i] = chosen
+        placed[STATUS, i] = FOUND if placed[SLOT, i] >= 0 else REFUSED
+        first, second = buckets_of(keys[i], n_slots // width)
+        free = n_free(words, first, width)
+        if free <= width // 4 and n_free(words, second, width) > free:
+            first, second = second, first
+        tries[0, i], tries[1, i] = first, second
+    for turn in range(2):
+        for i in range(len(keys)):
+            if placed[STATUS, i] != REFUSED:
+                continue
+            chosen = tries[turn, i] * width
+            for slot in range(chosen, chosen + width):  # FREE is less than every word
+                if words[slot] < words[chosen]:
+                    chosen = slot
+            if words[chosen] == FREE:
+                placed[STATUS, i] = NEW
+            elif evict and words[chosen] < PIN:
+                placed[STATUS, i] = EVICTED_CLEAN + (words[chosen] & DIRTY)
+                placed[VICTIM, i] = resident[chosen]
+            else:
+                continue
+            resident[chosen] = keys[i]
+            words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
+            placed[SLOT, i] = chosen
 
 
 class HostIndex:
@@ -214,8 +235,7 @@ class HostIndex:
         n = self.n_slots + n_side
         self._keys, self._words = np.zeros(n, np.int64), np.full(n, FREE, np.int64)
         self._freq, self._last_step = (np.zeros(n if metadata else 0, np.uint32) for _ in range(2))
-        self._placed = np.empty((3, max_keys), np.int64)
-        self._victims = np.empty((2, max_keys), np.int64)  # their metadata
+        self._placed = np.empty((5, max_keys), np.int64)
         self._n_evicted = self._n_refused = self._n_spilled = 0
 
     def __len__(self) -> int:
@@ -266,7 +286,7 @@ class HostIndex:
     ) -> Held:
         """Pin and score the keys that are there; list the others."""
         keys, scores = self._given(keys), self._scores(keys, scores)
-        slots = self.find(keys, slots)
+        slots = self.find(keys, None if slots is None else self._device.array(slots)[: len(keys)])
         absent = slots < 0
         if skip is not None:
             slots[keys == skip] = -1
@@ -286,7 +306,7 @@ class HostIndex:
         side = self.n_slots + np.flatnonzero(self._words[self.n_slots :] == FREE)[: len(refused)]
         spilled = refused[: len(side)]
         self._keys[side] = keys[spilled]
-        self._words[side] = PIN + (np.minimum(np.broadcast_to(scores, keys.shape)[spilled], MAX_SCORE) << 1)
+        self._words[side] = PIN + (np.broadcast_to(scores, keys.shape)[spilled] << 1)
         self._placed[SLOT, spilled], self._placed[STATUS, spilled] = side, NEW
         self.put_metadata(side, 0 * side, 0 * side)
         self._n_spilled += len(side)
@@ -295,7 +315,7 @@ class HostIndex:
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims that were dirty."""
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
-        return Victims(placement.victims[at], placement.slots[at], *self._victims[:, at])
+        return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
 
     def take(self, values: Any, positions: Any, out: Any = None) -> Any:
         """``values[positions]``: int64[n] (`out`)."""
@@ -309,10 +329,11 @@ class HostIndex:
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
-        slots = self.find(keys)
-        slots = slots[slots >= 0]
+        if soon < 0:
+            raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
+        slots = self._there(self.find(keys))
         words = self._words[slots]
-        wanted = np.maximum(words & SOONS, soon * SOON) if soon else 0
+        wanted = np.maximum(words & SOONS, min(soon, MOST_SOON) * SOON) if soon else 0
         self._words[slots] = (words & ~SOONS) | wanted
 
     def age(self) -> None:
@@ -341,7 +362,7 @@ class HostIndex:
             if counts is not None:
                 more = self._freq[there] + self._device.array(counts)[slots >= 0]
                 self._freq[there] = np.minimum(more, MOST_STAMP)
-            self._last_step[there] = min(step, MOST_STAMP)
+            self._last_step[there] = min(max(step, 0), MOST_STAMP)
 
     def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
         """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
@@ -382,13 +403,12 @@ class HostIndex:
         """Move what nobody pins from the side list into the buckets, evicting: old slots, and the placement of them."""
         words = self._words[self.n_slots :]
         old = self.n_slots + np.flatnonzero((words != FREE) & (words < PIN))[: self.max_keys]
-        keys, dirty, scores = self._keys[old], self._words[old] & DIRTY, (self._words[old] & SCORES) >> 1
         self._placed[SLOT, : len(old)] = -1
-        self._place(keys, scores, True)
+        self._place(self._keys[old], np.zeros(1, np.int64), True)
         placed = self._counted(len(old))
         moved = placed.slots >= 0
         new = placed.slots[moved]
-        self._words[new] += dirty[moved] - PIN
+        self._words[new] = self._words[old[moved]]
         self.put_metadata(new, *self.metadata(old[moved]))
         self._words[old[moved]] = FREE
         return old, placed
@@ -415,7 +435,7 @@ class HostIndex:
             raise InvalidArgument(
                 f"{len(scores)} scores for {len(keys)} keys", remedy="give each key its score, or one"
             )
-        return scores
+        return np.clip(scores, 0, MAX_SCORE)
 
     def _there(self, slots: Any) -> Int64s:
         slots = self._device.array(slots)
@@ -431,7 +451,7 @@ class HostIndex:
         found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
         slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
-        self.metadata(slots, self._victims[:, : len(keys)])
+        self.metadata(slots, [self._placed[row, : len(keys)] for row in (VICTIM_FREQ, VICTIM_LAST)])
         self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
@@ -440,7 +460,7 @@ class HostIndex:
         n_evicted = count[EVICTED_CLEAN] + count[EVICTED_DIRTY]
         self._n_evicted += n_evicted
         self._n_refused += count[REFUSED]
-        return Placement(self._placed.reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
+        return Placement(self._placed[:3].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
 
 
 # --- lines ------------------------------------------------------------------------------------------------------
@@ -471,13 +491,15 @@ class HostLines:
         self._device, self._batch, self._dim = device, batch_lines, width if dim is None else dim
         self._slabs = Slabs(width, CHUNK_NBYTES, dim=self._dim, row_dtype=row_dtype)
         self._slabs.reserve(n_lines)
-        self._coming, self._other, self._leaving = (np.empty((batch_lines, width), np.float32) for _ in range(3))
+        self._coming, self._came, self._leaving, self._left = (
+            np.empty((batch_lines, width), np.float32) for _ in range(4)
+        )
         self.nbytes = int(self._slabs.nbytes)
 
     @staticmethod
     def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
         """Bytes of so many lines, and of the buffers of those on their way."""
-        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 3 * batch_lines * width * 4
+        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 4 * batch_lines * width * 4
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``, or ``slots[index[i]]``; 0 where -1."""
@@ -496,9 +518,26 @@ class HostLines:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order."""
         self._slabs.pool(*map(self._device.array, (slots, index, splits, out)), self._if(weight), self._if(row_scale))
 
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of an array."""
+        source, slots = self._device.array(source), self._device.array(slots)
+        slots = slots if index is None else slots[self._device.array(index)]
+        self._device.array(out)[...] = np.where(slots[:, None] >= 0, source[slots], np.float32(0))
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """Write rows of an array at distinct positions; those of -1 go nowhere."""
+        positions = self._device.array(positions)
+        self._device.array(target)[positions[positions >= 0]] = self._device.array(values)[positions >= 0]
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of an array: ``source[index[p]]``."""
+        pool(*map(self._device.array, (source, index, splits, out)), self._if(weight), self._if(row_scale))
+
     def incoming(self, n: int) -> Float32s:
         """float32[n, width] for lines that `land` is to write: one of two buffers in turn."""
-        self._coming, self._other = self._other, self._coming
+        self._coming, self._came = self._came, self._coming
         return self._coming[:n]
 
     def land(self, slots: Any) -> None:
@@ -506,24 +545,16 @@ class HostLines:
         slots = self._device.array(slots)
         self._slabs.scatter(slots[slots >= 0], self._coming[: len(slots)][slots >= 0])
 
-    def leave(self, slots: Any) -> Float32s:
-        """Whole lines: float32[n, width] in a buffer that the next call uses again."""
+    def depart(self, slots: Any) -> Callable[[], Float32s]:
+        """What gives whole lines: float32[n, width], in one of two buffers in turn."""
+        self._leaving, self._left = self._left, self._leaving
         near = self._leaving[: len(slots)]
         self._slabs.gather(self._device.array(slots), near)
-        return near
+        return lambda: near
 
-    def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
-        """Lines that `fill` writes, a part at a time, go to these slots."""
-        slots = self._device.array(slots)
-        for part in self._parts(len(slots)):
-            fill(part, self.incoming(part.stop - part.start))
-            self.land(slots[part])
-
-    def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
-        """Lines at these slots go to `drain`, a part at a time, in order."""
-        slots = self._device.array(slots)
-        for part in self._parts(len(slots)):
-            drain(part, self.leave(slots[part]))
+    def leave(self, slots: Any) -> Float32s:
+        """`depart`, and wait."""
+        return self.depart(slots)()
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots `old` to slots `new`; no slot is in both."""
@@ -541,7 +572,8 @@ class HostLines:
         bad: str = "apply",
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. Gives how many lines "skip" left out."""
-        slots, grads = self._device.array(slots), self._device.array(grads)
+        slots = self._device.array(slots)
+        grads = grads if isinstance(grads, Gradients) else self._device.array(grads)
         keys = slots if keys is None else self._device.array(keys)
         return int(self._slabs.apply(rule, slots, grads, hyper, keys, seed, step, bad))
 
@@ -580,10 +612,6 @@ class HostLines:
 
     def _if(self, array: Any) -> Any:
         return None if array is None else self._device.array(array)
-
-    def _parts(self, n: int) -> list[slice]:
-        """Parts of n lines."""
-        return [slice(first, min(n, first + self._batch)) for first in range(0, n, self._batch)]
 
     def _summands(self, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> Any:
         """Gradients of the C kernels, by positions that are in order already."""

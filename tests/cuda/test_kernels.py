@@ -19,10 +19,10 @@ RULES = ("sgd", "momentum", "nesterov", "adagrad", "rowwise_adagrad", "adam", "r
 KERNELS = [
     *(f"{kind}_{dtype}" for kind in ("gather", "scatter", "pool") for dtype in DTYPES),
     *(f"{rule}_{dtype}" for rule in RULES if rule != "nesterov" for dtype in DTYPES),
-    "block_sums", "segment_sum", "quantize", "dequantize",
+    "block_sums", "segment_sum", "look", "leave_out", "quantize", "dequantize",
 ]  # fmt: skip
 COMPILED = ("gather_float32_fours", "pool_bfloat16_fours", "adam_float32_fours", "rowwise_adam_float16_fours",
-            "block_sums_fours", "segment_sum_fours", "quantize_fours")  # fmt: skip
+            "block_sums_fours", "segment_sum_fours", "look_fours", "quantize_fours")  # fmt: skip
 KERNELS += ["padded", *(f"{name}_fours" for name in KERNELS)]
 
 

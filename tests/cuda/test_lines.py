@@ -15,10 +15,11 @@ def test_lines_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
-@pytest.fixture(autouse=True)
-def _with_a_device(lane):
+@pytest.fixture
+def device(device, lane):
     if lane == "cpu":
         pytest.skip("lane cpu: lines in host memory are tested in tests/ext")
+    return device
 
 
 @pytest.mark.parametrize("batch_lines", [1, 3, 100])
@@ -86,63 +87,50 @@ def test_torch_reads_and_writes_the_same_memory(device, lane):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("batch_lines", [1, 3, 100])
-def test_lines_come_and_go_in_pinned_memory(device, batch_lines, dtype):
+@pytest.mark.parametrize("on_host", [False, True])
+def test_lines_come_and_go_in_pinned_memory(device, dtype, on_host):
     from hbkit.cuda.lines import DeviceLines
 
+    send = np.asarray if on_host else device.send
     rng = np.random.default_rng(0)
-    lines = DeviceLines(device, 20, 7, batch_lines, 4, dtype)
+    lines = DeviceLines(device, 20, 7, 6, 4, dtype)
     want = rng.integers(-8, 8, (20, 7)).astype(np.float32)  # which bfloat16 holds
     lines.scatter(np.arange(20), want)
-    for n in (0, 1, 13, 20):
-        slots, data = rng.permutation(20)[:n], rng.integers(-8, 8, (n, 7)).astype(np.float32)
-        far, seen = device.send(slots), []
+    for n in (0, 1, 5, 6, 6):
+        slots = rng.permutation(20)[: 2 * n]
+        slots[rng.random(2 * n) < 0.2] = -1  # left out
+        for some in (slots[:n], slots[n:]):
+            near = lines.incoming(n)
+            assert near.shape == (n, 7)
+            near[:] = data = rng.integers(-8, 8, (n, 7))
+            lines.land(send(some))
+            want[some[some >= 0]] = data[some >= 0]
 
-        def fill(part, near, data=data, seen=seen):
-            near[:] = data[part]
-            seen.append(part)
+        asked = rng.permutation(20)
+        first = lines.depart(send(asked[:n]))
+        second = lines.depart(send(asked[6:12]))  # on its way meanwhile
+        assert np.array_equal(first(), want[asked[:n]]) and np.array_equal(second(), want[asked[6:12]])
+        assert np.array_equal(lines.leave(send(asked[:n])), want[asked[:n]])
 
-        lines.bring(far, fill)
-        want[slots] = data
-        assert [p.start for p in seen] == list(range(0, n, batch_lines)) and (not n or seen[-1].stop == n)
-
-        asked, found = rng.permutation(20)[:n], []
-        lines.take_out(device.send(asked), lambda part, near, found=found: found.append((part, near.copy())))
-        assert [p.start for p, _ in found] == list(range(0, n, batch_lines))  # in order
-        assert all(near.shape == (part.stop - part.start, 7) for part, near in found)
-        assert np.array_equal(np.concatenate([want[:0], *(near for _, near in found)]), want[asked])
-
-        both = rng.permutation(20)[: n // 2 * 2]
-        lines.move(device.send(both[: n // 2]), device.send(both[n // 2 :]))
-        want[both[n // 2 :]] = want[both[: n // 2]]
+        old, new = rng.permutation(20).reshape(2, 10)
+        lines.move(send(old), send(new))
+        want[new] = want[old]
         out = np.empty((20, 7), np.float32)
         lines.gather(np.arange(20), out)
         assert np.array_equal(out, want)
 
 
-def test_a_failing_fill_or_drain_leaves_the_lines_usable(device):
+def test_lines_take_the_memory_that_they_say(device, monkeypatch):
     from hbkit.cuda.lines import DeviceLines
 
-    lines, want = DeviceLines(device, 20, 6, 4), np.arange(120, dtype=np.float32).reshape(20, 6)
-    lines.scatter(np.arange(20), want)
-    slots, drained = device.send(np.arange(20)), []
+    for dim, width, dtype in ((4, 7, "float32"), (3, 9, "bfloat16"), (8, 8, "float16")):
+        taken = []
 
-    def fill(part, near):
-        if part.start:
-            raise errors.StorageError("test", remedy="none")
-        near[:] = -1
+        def empty(shape, dtype, taken=taken, make=device.empty):
+            taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            return make(shape, dtype)
 
-    def drain(part, near):
-        if drained:
-            raise errors.StorageError("test", remedy="none")
-        drained.append(near.copy())
-
-    with pytest.raises(errors.StorageError):
-        lines.bring(slots, fill)
-    want[:4] = -1
-    with pytest.raises(errors.StorageError):
-        lines.take_out(slots, drain)
-    assert np.array_equal(drained, [want[:4]])
-    out = np.empty((20, 6), np.float32)
-    lines.gather(np.arange(20), out)  # nothing more is drained
-    assert np.array_equal(out, want) and len(drained) == 1
+        with monkeypatch.context() as m:
+            m.setattr(device, "empty", empty)
+            lines = DeviceLines(device, 20, width, 6, dim, dtype)
+        assert sum(taken) == DeviceLines.nbytes_of(20, width, 6, dim, dtype) > lines.nbytes

@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 
-ROOMS = ("kernels", "index", "dedupe")
+ROOMS = ("kernels", "index", "dedupe", "order")
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
 
 pytestmark = [
