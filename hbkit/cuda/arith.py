@@ -1,4 +1,4 @@
-"""What kernels are made of: float32 that rounds after every operation, bits, and four columns at a time.
+"""What kernels are made of: floats that round after every operation, bits, and four columns at a time.
 
 The compiler would fuse ``a * b + c`` into one rounding; libdevice's ``_rn`` functions forbid it, and they keep
 denormals. So the kernels give the bits that the C kernels give, which are built without contraction.
@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda as _cuda
 from numba.cuda import libdevice as _libdevice
 
-from hbkit.cuda.device import COOPERATING, simulated
+from hbkit.cuda.device import simulated
 
 __all__ = [
     "add",
@@ -25,13 +25,18 @@ __all__ = [
     "cuda",
     "device",
     "div",
+    "div64",
+    "fours",
     "load4",
     "mul",
+    "mul64",
     "rint",
+    "shift_of",
     "sqrt",
+    "sqrt64",
     "store4",
     "sub",
-    "swap",
+    "sub64",
 ]
 
 cuda: Any = _cuda  # Numba's annotations know nothing of kernels
@@ -42,6 +47,19 @@ def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call."""
     compiled: Callable[..., Any] = cuda.jit(function, device=True)
     return compiled
+
+
+def shift_of(width: int) -> int:
+    """log2 of how many threads share a row, four columns each."""
+    most = 3 if simulated() else 5
+    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
+
+
+def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
+    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
+    if any(m % 4 for m in multiples):
+        return False
+    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 if simulated():
@@ -67,6 +85,22 @@ if simulated():
         """Square root, correctly rounded."""
         return np.sqrt(np.float32(a))
 
+    def sub64(a: Any, b: Any) -> Any:
+        """a - b of float64."""
+        return np.float64(a) - np.float64(b)
+
+    def mul64(a: Any, b: Any) -> Any:
+        """a * b of float64."""
+        return np.float64(a) * np.float64(b)
+
+    def div64(a: Any, b: Any) -> Any:
+        """a / b of float64, correctly rounded."""
+        return np.float64(a) / np.float64(b)
+
+    def sqrt64(a: Any) -> Any:
+        """Square root of float64, correctly rounded."""
+        return np.sqrt(np.float64(a))
+
     def rint(a: Any) -> Any:
         """The nearest whole number, ties to even."""
         return np.rint(np.float32(a))
@@ -87,16 +121,6 @@ if simulated():
         """``array[i, j:j + 4] = a, b, c, d``, at a multiple of their size."""
         array[i, j], array[i, j + 1], array[i, j + 2], array[i, j + 3] = a, b, c, d
 
-    @device
-    def swap(x: Any, mask: Any) -> Any:
-        """The `x` of the thread whose number differs by the bits of `mask`; all threads of the block call it."""
-        values = cuda.shared.array(COOPERATING, np.float32)
-        values[cuda.threadIdx.x] = x
-        cuda.syncthreads()
-        y = values[cuda.threadIdx.x ^ mask]
-        cuda.syncthreads()
-        return y
-
 else:
     from llvmlite import ir  # type: ignore[import-untyped] # it has no annotations
 
@@ -110,6 +134,12 @@ else:
         libdevice.fsqrt_rn,
         libdevice.rintf,
     )
+    mul64, div64, sqrt64 = libdevice.dmul_rn, libdevice.ddiv_rn, libdevice.dsqrt_rn
+
+    @device
+    def sub64(a: Any, b: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
+        """a - b of float64."""
+        return libdevice.dadd_rn(a, -b)
 
     @device
     def as_int(x: Any) -> Any:  # type: ignore[misc] # as the simulator's, but compiled
@@ -154,8 +184,3 @@ else:
             return context.get_dummy_value()
 
         return types.void(array, types.int64, types.int64, *[array.dtype] * 4), codegen
-
-    @device
-    def swap(x: Any, mask: Any) -> Any:
-        """The `x` of the thread whose number differs by the bits of `mask`; all threads of the block call it."""
-        return cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)

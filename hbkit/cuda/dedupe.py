@@ -12,7 +12,6 @@ gives every position its number and counts. Equal keys of a warp are counted by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numba import int32
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import Device
 from hbkit.cuda.index import TILES, mix, sum_before, tile_length
+from hbkit.cuda.parts import Distinct, Room
 from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, word, word_of
 from hbkit.errors import InvalidArgument
 
@@ -140,30 +140,6 @@ for _kernel, _signature in SIGNATURES.items():
     _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
 
 
-@dataclass(frozen=True)
-class Distinct:
-    """A batch's distinct keys, in device memory until the next call."""
-
-    _of: Dedupe
-    n: int
-    n_distinct: int
-
-    @property
-    def keys(self) -> Any:
-        """int64[n_distinct], in the order of first occurrence."""
-        return self._of._keys[: self.n_distinct]
-
-    @property
-    def counts(self) -> Any:
-        """int64[n_distinct]: how often each occurs."""
-        return self._of._counts[: self.n_distinct]
-
-    @property
-    def inverse(self) -> Any:
-        """int64[n]: ``keys[inverse]`` is the batch."""
-        return self._of._inverse[: self.n]
-
-
 class Dedupe:
     """Distinct keys of batches on a device, with its work space.
 
@@ -175,7 +151,7 @@ class Dedupe:
 
     Notes
     -----
-    Device memory: 36 to 44 bytes a key.
+    Device memory: 20 to 28 bytes a key, beside a `Room` of 48 a key for each batch that is at hand.
     """
 
     def __init__(self, device: Device, max_keys: int) -> None:
@@ -184,26 +160,29 @@ class Dedupe:
         self._device, self.max_keys = device, max_keys
         self._table = device.send(np.full(1 << (2 * max_keys - 1).bit_length(), FREE, np.int32))
         self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
-        self._keys, self._counts, self._inverse = (device.empty((max_keys,), np.int64) for _ in range(3))
         self._totals = device.empty((TILES + 1,), np.int32)
         self._n_distinct = self._totals[TILES:]
 
-    def __call__(self, keys: Any) -> Distinct:
-        """The distinct keys of int64[n], in host or device memory."""
-        if keys.dtype != np.int64 or keys.ndim != 1 or keys.shape[0] > self.max_keys:
+    def __call__(self, keys: Any, room: Room) -> Distinct:
+        """The distinct keys of int64[n], in host or device memory; one wait, for how many they are."""
+        device, most = self._device, min(self.max_keys, room.max_ids)
+        keys = keys if isinstance(keys, np.ndarray) else device.array(keys)  # then dtypes are NumPy's
+        if keys.dtype != np.int64 or keys.ndim != 1 or keys.shape[0] > most:
             raise InvalidArgument(
-                f"{keys.dtype}{tuple(keys.shape)} given to a dedupe of {self.max_keys} keys",
-                device=self._device.name,
+                f"{keys.dtype}{tuple(keys.shape)} given to a dedupe of {most} keys",
+                device=device.name,
                 remedy="give int64[n], and fewer of them or a larger one",
             )
-        n, device = keys.shape[0], self._device
+        n = keys.shape[0]
         if n == 0:
-            return Distinct(self, 0, 0)
-        if isinstance(keys, np.ndarray):
-            keys = device.send(keys)
+            return Distinct(room, 0, 0)
+        self._launch(device.array(keys), room)
+        return Distinct(room, n, int(device.fetch(self._n_distinct)[0]))
+
+    def _launch(self, keys: Any, room: Room) -> None:
+        n, device = keys.shape[0], self._device
         cells, firsts, numbers, totals = self._cells, self._firsts, self._numbers, self._totals
         device.launch(claim, n, keys, self._table, cells)
-        device.launch(first_of, TILES * WARP, n, self._table, cells, firsts, self._counts, totals)
-        device.launch(number, TILES * WARP, keys, self._table, cells, firsts, totals, numbers, self._keys)
-        device.launch(spread, min(n, SPREADERS), n, firsts, numbers, self._inverse, self._counts)
-        return Distinct(self, n, int(device.fetch(self._n_distinct)[0]))
+        device.launch(first_of, TILES * WARP, n, self._table, cells, firsts, room.counts, totals)
+        device.launch(number, TILES * WARP, keys, self._table, cells, firsts, totals, numbers, room.keys)
+        device.launch(spread, min(n, SPREADERS), n, firsts, numbers, room.inverse, room.counts)

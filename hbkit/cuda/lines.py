@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.segment import expand, retained
+from hbkit._ext.slabs import n_state
 from hbkit.cuda import rules
-from hbkit.cuda.device import COOPERATING, Device, simulated
+from hbkit.cuda.arith import fours, shift_of
+from hbkit.cuda.device import COOPERATING, Device
+from hbkit.cuda.finite import Finite
 from hbkit.cuda.rows import GATHER, POOL, SCATTER
 from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
@@ -25,27 +28,24 @@ Int64s = npt.NDArray[np.int64]
 Part: TypeAlias = tuple[str, Any, int, int, int]  # columns of lines: dtype, array, first column, to or from, how many
 
 
-class Rule(NamedTuple):
-    """An optimizer that has a kernel: as `hbkit._ext.slabs.n_state` and the packed hyper-parameters have it."""
+class Slice(NamedTuple):
+    """Columns of a row with the rule that steps them, and where their state begins in the line's."""
 
+    code: int
     kernel: str
-    by_row: bool
-    n_state: Callable[[int], int]
+    column: int
+    n_columns: int
+    state: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether each line counts its updates or decays."""
+        return self.code in (rules.ADAGRAD_DECAY, rules.ROW_STEP_ADAM)
 
 
-# By the codes of _ext/kernels.h.
-RULES = {
-    0: Rule("sgd", False, lambda dim: 0),
-    1: Rule("adagrad", False, lambda dim: dim),
-    2: Rule("rowwise_adagrad", True, lambda dim: 1),
-    3: Rule("adam", False, lambda dim: 2 * dim),
-    4: Rule("rowwise_adam", True, lambda dim: dim + 1),
-    5: Rule("ftrl", False, lambda dim: 2 * dim),
-}
-MOMENTUM = Rule("momentum", False, lambda dim: dim)
-WITHOUT = {6: "AdagradDecay", 7: "Adam with correction='row'"}
+# By the codes of _ext/kernels.h; SGD with momentum is "momentum".
+KERNELS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "ftrl", "adagrad", "adam")
 N_BUFFERS = 6  # for what NumPy has; for lines that come; for lines that go: two of each
-N_OWN = 8  # hyper-parameters of a rule itself
 
 
 def on_device(array: Any) -> bool:
@@ -53,19 +53,6 @@ def on_device(array: Any) -> bool:
     return hasattr(array, "__cuda_array_interface__") or hasattr(
         array, "copy_to_host"
     )  # the simulator's have the latter
-
-
-def shift_of(width: int) -> int:
-    """log2 of how many threads share a row, four columns each."""
-    most = 3 if simulated() else 5
-    return min(most, max(0, (-(-width // 4) - 1).bit_length()))
-
-
-def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
-    """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
-    if any(m % 4 for m in multiples):
-        return False
-    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
 
 
 def row_words(dim: int, dtype: str) -> int:
@@ -78,6 +65,12 @@ def stride_of(dim: int, width: int, dtype: str) -> int:
     words = row_words(dim, dtype)
     stride = words + width - dim
     return stride if dim % 4 or words % 4 else -(-stride // 4) * 4
+
+
+def check_counts(*counts: int) -> None:
+    """Kernels count rows and positions by 32 bits, and a launch goes on from one by as many as it has threads."""
+    if max(counts) >= 2**30:
+        raise InvalidArgument(f"{max(counts)} rows or positions in one call", remedy="give fewer than 2**30 at once")
 
 
 def buffer_nbytes(n_lines: int, width: int) -> int:
@@ -112,6 +105,8 @@ class Buffer:
         """Arrays in device memory, for kernels launched from now on."""
         pairs = []
         for array in arrays:
+            if array.dtype not in (np.int64, np.float32):  # kernels would take it for one of them
+                raise InvalidArgument(f"an array of {array.dtype}", remedy="give int64 or float32")
             near, far = self.place(array.shape, array.dtype)
             near[...] = array
             pairs.append((far, near))
@@ -165,6 +160,8 @@ class DeviceLines:
         dim: int | None = None,
         row_dtype: str = "float32",
     ) -> None:
+        if n_lines >= 2**31:
+            raise InvalidArgument(f"{n_lines} lines", device=device.name, remedy="give a smaller cache_budget")
         self._device, self._width, self._batch, self._dtype = device, width, batch_lines, row_dtype
         self._dim = width if dim is None else dim
         self._stride = stride_of(self._dim, width, row_dtype)
@@ -174,7 +171,8 @@ class DeviceLines:
         nbytes = buffer_nbytes(batch_lines, width)
         self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
-        self._hyper: tuple[Float32s, Any] | None = None
+        self._hyper: tuple[Float32s, list[Any]] | None = None
+        self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
     @staticmethod
@@ -211,8 +209,8 @@ class DeviceLines:
         """
         parts = self._parts(out.shape[1])
         if on_device(out):
-            index = self._device.none(np.int64) if index is None else self._device.array(index)
-            self._gather(self._device.array(slots), index, self._device.array(out), parts)
+            index = self._device.none(np.int64) if index is None else self._ints(index)
+            self._gather(self._ints(slots), index, self._floats(out), parts)
         elif index is None or len(index) <= len(slots):
             self._to_host(slots if index is None else slots[index], out, parts)
         else:
@@ -224,8 +222,8 @@ class DeviceLines:
         """``out[i] = found[index[i]]``, of rows that the host has into device memory."""
         far = self._device.send(found)
         slots = self._device.send(np.arange(len(found)))
-        index = self._device.none(np.int64) if index is None else self._device.array(index)
-        self._gather(slots, index, self._device.array(out), [("float32", far, 0, 0, out.shape[1])])
+        index = self._device.none(np.int64) if index is None else self._ints(index)
+        self._gather(slots, index, self._floats(out), [("float32", far, 0, 0, out.shape[1])])
 
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
@@ -293,11 +291,11 @@ class DeviceLines:
 
         Arguments are all in device memory, or all NumPy's.
         """
-        send, none = self._device.array, self._device.none
+        ints, floats, none = self._ints, self._floats, self._device.none
         weight = none(np.float32) if weight is None else weight
         row_scale = none(np.float32) if row_scale is None else row_scale
         if on_device(out):
-            self._pool(send(slots), send(index), send(splits), send(weight), send(row_scale), send(out))
+            self._pool(ints(slots), ints(index), ints(splits), floats(weight), floats(row_scale), floats(out))
             return
         n, first = len(splits) - 1, 0
         while first < n:  # as many lists as have a batch's values, but at least one
@@ -306,11 +304,11 @@ class DeviceLines:
             values = slice(splits[lists.start], splits[lists.stop])
             far = self._device.empty(out[lists].shape, np.float32)
             self._pool(
-                send(slots[index[values]]),
+                ints(slots[index[values]]),
                 none(np.int64),
-                send(splits[lists.start : lists.stop + 1] - splits[lists.start]),
-                send(weight[values]) if isinstance(weight, np.ndarray) else weight,
-                send(row_scale[lists]) if isinstance(row_scale, np.ndarray) else row_scale,
+                ints(splits[lists.start : lists.stop + 1] - splits[lists.start]),
+                floats(weight[values]) if isinstance(weight, np.ndarray) else weight,
+                floats(row_scale[lists]) if isinstance(row_scale, np.ndarray) else row_scale,
                 far,
             )
             out[lists] = self._device.fetch(far)
@@ -329,16 +327,16 @@ class DeviceLines:
     ) -> int:
         """One optimizer step on distinct slots; -1 is skipped. As `hbkit._ext.slabs.Slabs.apply`.
 
-        Gradients in device memory are used there.
+        Gradients in device memory are used there. Slices of a row must not overlap.
 
         Raises
         ------
         Unsupported
-            There is no kernel for this optimizer, or the row is divided into columns that have one each.
+            Gradients in device memory were to be looked at first (`bad`).
         """
         if not isinstance(grads, np.ndarray) and not on_device(grads):
             grads = grads.sum()
-        found = self._rule(rule, hyper, grads.shape, len(slots))
+        found = self._slices(rule, hyper, grads.shape, len(slots))
         keys = slots if keys is None else keys
         if on_device(grads):
             if bad != "apply":
@@ -347,8 +345,7 @@ class DeviceLines:
                     device=self._device.name,
                     remedy="look at them there, or give NumPy's",
                 )
-            send = self._device.array
-            self._apply(found, send(slots), send(grads), hyper, send(keys), seed, step)
+            self._apply(found, self._ints(slots), self._floats(grads), hyper, self._ints(keys), seed, step)
             return 0
         left_out = 0
         if bad == "skip":
@@ -364,7 +361,7 @@ class DeviceLines:
 
     def apply_segments(
         self,
-        rule: int,
+        rule: Any,
         slots: Any,
         values: Any,
         order: Any,
@@ -383,6 +380,7 @@ class DeviceLines:
 
         Parameters
         ----------
+        rule : int, or sequence of (rule, column, n_columns, state)
         slots : int64[n], distinct; -1 is skipped
         values : float32[m, dim]
         order : int64[k]
@@ -392,22 +390,24 @@ class DeviceLines:
         picked : int64[k], optional
         scale : float32[k], optional
         """
-        found = self._rule(rule, hyper, (len(slots), values.shape[1]), len(slots))
+        found = self._slices(rule, hyper, (len(slots), values.shape[1]), len(slots))
         if len(order) == 0:
             raise InvalidArgument("sums of no positions", remedy="give at least one gradient")
-        send, none = self._device.array, self._device.none
-        sums = _Sums(
-            send(values),
-            none(np.int64) if picked is None else send(picked),
-            none(np.float32) if scale is None else send(scale),
-            send(order),
-            send(starts),
-        )
-        self._apply(found, send(slots), sums, hyper, send(slots if keys is None else keys), seed, step)
+        check_counts(len(slots), len(values), len(order))
+        ints, sums = self._ints, _sums_of(self._device, values, order, starts, picked, scale)
+        self._apply(found, ints(slots), sums, hyper, ints(slots if keys is None else keys), seed, step)
 
     def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
         sum_segments(self._device, values, order, starts, out, picked, scale)
+
+    def all_finite(self, values: Any, scale: Any = None) -> bool:
+        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
+        return self._finite.all_finite(values, scale)
+
+    def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
+        """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""
+        return self._finite.skip_bad(slots, sums)
 
     # --- launches ---------------------------------------------------------------------------------------------
 
@@ -424,6 +424,12 @@ class DeviceLines:
             buffer.begin()
         self._device.sync()
 
+    def _ints(self, array: Any) -> Any:
+        return self._device.array(array, np.int64)
+
+    def _floats(self, array: Any) -> Any:
+        return self._device.array(array, np.float32)
+
     def _words(self, n: int) -> list[Part]:
         """The first n words of lines as they lie in memory."""
         return [("float32", self._lines, 0, 0, n)]
@@ -438,6 +444,7 @@ class DeviceLines:
         return parts
 
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
+        check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
             kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
             shift = shift_of(width)
@@ -465,70 +472,107 @@ class DeviceLines:
 
     def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
         n, dim = out.shape
+        check_counts(n, slots.shape[0], index.shape[0])
         shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
         self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
 
-    def _rule(self, code: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> Rule:
-        if not isinstance(code, int):
-            raise Unsupported(
-                f"no CUDA kernel for named columns, here {len(code)}",
-                device=self._device.name,
-                remedy="give the table one optimizer and no columns, or keep it in host_memory() or cached_ssd()",
-            )
-        if code not in RULES:
-            raise Unsupported(
-                f"no CUDA kernel for the optimizer {WITHOUT.get(code, code)}",
-                device=self._device.name,
-                remedy="use SGD, Adagrad, RowWiseAdagrad, Adam, RowWiseAdam or Ftrl, or another store",
-            )
-        rule = MOMENTUM if code == 0 and hyper[1] != 0 else RULES[code]
-        dim = shape[1]
-        if shape[0] != n or dim + rule.n_state(dim) > self._width or (self._dtype != "float32" and dim != self._dim):
+    def _slices(self, rule: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> list[Slice]:
+        """What steps the columns of a row, as `hbkit._ext.slabs.Slabs.apply` takes it."""
+        dim, packed = shape[1], np.atleast_2d(hyper)
+        parts = [(rule, 0, dim, 0)] if isinstance(rule, (int, np.integer)) else list(rule)
+        n_left = self._width - (dim if self._dtype == "float32" else self._dim)
+        fits = shape[0] == n and n_left >= 0 and (self._dtype == "float32" or dim == self._dim)
+        slices = []
+        if fits and len(packed) == len(parts):
+            for (code, column, count, state), own in zip(parts, packed, strict=True):
+                momentum = own.size > 1 and bool(own[1])
+                fits &= 0 <= column < column + count <= dim and state >= 0
+                fits &= state + n_state(code, count, momentum) <= n_left
+                kernel = "momentum" if code == 0 and momentum else KERNELS[code]
+                slices.append(Slice(int(code), kernel, column, count, state))
+        if not slices or not fits:
             raise InvalidArgument(
-                f"grads of shape {shape} do not fit {n} slots or a line of {self._width}",
+                f"grads of shape {shape} and {len(packed)} hyper-parameters do not fit {n} slots, {len(parts)} slices "
+                f"or a line of {self._width}",
                 remedy="the rule needs its state beside the row",
             )
-        if np.any(hyper[N_OWN:]):
-            raise Unsupported(
-                f"no CUDA kernel for clipping or weight decay of {rule.kernel}",
-                device=self._device.name,
-                remedy="leave them out (AdamW's decay has a kernel), or use another store",
-            )
-        return rule
+        return slices
 
-    def _apply(self, rule: Rule, slots: Any, grads: Any, hyper: Float32s, keys: Any, seed: int, step: int) -> None:
-        device = self._device
-        none = device.none(np.int64)
+    def _apply(
+        self, slices: list[Slice], slots: Any, grads: Any, hyper: Float32s, keys: Any, seed: int, step: int
+    ) -> None:
+        device, none, nothing = self._device, self._device.none(np.int64), self._device.none(np.float32, 2)
         sums = grads if isinstance(grads, _Sums) else _Sums(grads, none, device.none(np.float32), none, none)
-        dim, n = sums.values.shape[1], slots.shape[0]
-        at = dim if self._dtype == "float32" else self._at
-        after = keys, self._hyper_of(hyper), seed - 2**64 if seed >= 2**63 else seed, step, at
-        shift, vec = shift_of(dim), fours(dim, at, self._stride, arrays=(sums.values,))
-        kernel = rules.RULES[rule.kernel, self._dtype, vec]
-        partials = device.none(np.float32, 2)
+        dim, n, partials = sums.values.shape[1], slots.shape[0], nothing
+        packed, far = self._hyper_of(hyper)
         if sums.order.size:
+            shift, vec = shift_of(dim), fours(dim, arrays=(sums.values,))
             partials = self._room("partials", n_partials(sums.order.size), dim)
             device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)
-        if not rule.by_row:
-            device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift)
-            return
-        values = sums.values
-        if sums.order.size:
-            values = self._room("sums", n, dim)
-            device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, values, shift)
-        device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after)
+            by_norm = packed[:, rules.CLIP_NORM].any()
+            if by_norm or any(s.kernel in rules.BY_ROW for s in slices):  # gradients are needed twice
+                values = self._room("sums", n, dim)
+                device.launch(SEGMENT_SUM[vec], n << shift, *sums, partials, values, shift)
+                sums, partials = _Sums(values, none, device.none(np.float32), none, none), nothing
+        for s, row, of_all in zip(slices, packed, far, strict=True):
+            at = s.state + (dim if self._dtype == "float32" else self._at)
+            place, own = (at, s.column, s.column + s.n_columns), of_all
+            if row[rules.CLIP_NORM] > 0 or s.counts:
+                own = self._room("own", n, rules.N_HYPER)
+                values = sums.values if row[rules.CLIP_NORM] > 0 else nothing
+                device.launch(rules.own, n * COOPERATING, self._lines, slots, values, of_all, s.code, *place, own)
+            by_row, values = s.kernel in rules.BY_ROW, sums.values
+            if by_row and row[rules.WEIGHT_DECAY :].any():
+                values = self._changed(s, slots, values, own, bool(row[rules.WEIGHT_DECAY]))
+            vec = fours(dim, *place, self._stride, arrays=(values,))
+            kernel = rules.RULES[s.kernel, self._dtype, vec]
+            after = keys, of_all if by_row else own, seed - 2**64 if seed >= 2**63 else seed, step, *place
+            if by_row:
+                device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after)
+            else:
+                shift = shift_of(s.n_columns)
+                device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift)
 
-    def _hyper_of(self, hyper: Float32s) -> Any:
-        """Hyper-parameters in device memory, where those of the last update may be already."""
-        if self._hyper is None or not np.array_equal(self._hyper[0], hyper):
-            self._hyper = hyper.copy(), self._device.send(hyper)
-        return self._hyper[1]
+    def _changed(self, s: Slice, slots: Any, values: Any, hyper: Any, decays: bool) -> Any:
+        """The gradients of a slice, clipped and with the decay of rows."""
+        n, dim = values.shape
+        rows, out = self._device.none(np.float32, 2), self._room("changed", n, dim)
+        if decays:
+            rows = self._room("rows", n, dim)
+            self._gather(
+                slots, self._device.none(np.int64), rows, [(self._dtype, self._rows, s.column, s.column, s.n_columns)]
+            )
+        shift = shift_of(s.n_columns)
+        end = s.column + s.n_columns
+        self._device.launch(rules.change, n << shift, rows, slots, values, hyper, s.column, end, shift, out)
+        return out
+
+    def _hyper_of(self, hyper: Float32s) -> tuple[Float32s, list[Any]]:
+        """Hyper-parameters, a row for each slice; and the rows in device memory, where the last ones may be already."""
+        given = np.atleast_2d(hyper)
+        packed = np.zeros((len(given), rules.N_HYPER), np.float32)
+        packed[:, : given.shape[1]] = given
+        packed[:, rules.FACTOR] = 1
+        if self._hyper is None or not np.array_equal(self._hyper[0], packed):
+            self._hyper = packed, [self._device.send(packed[k : k + 1]) for k in range(len(packed))]
+        return self._hyper
 
     def _room(self, name: str, n: int, dim: int) -> Any:
         """float32[n, dim] in device memory that is kept for the next time."""
         if name not in self._kept or self._kept[name].size < n * dim:
             self._kept[name] = self._device.empty((n * dim,), np.float32)
         return self._kept[name][: n * dim].reshape(n, dim)
+
+
+def _sums_of(device: Device, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> _Sums:
+    """Gradients by segment, of arrays that are in device memory or go there."""
+    return _Sums(
+        device.array(values, np.float32),
+        device.none(np.int64) if picked is None else device.array(picked, np.int64),
+        device.none(np.float32) if scale is None else device.array(scale, np.float32),
+        device.array(order, np.int64),
+        device.array(starts, np.int64),
+    )
 
 
 class _Sums(NamedTuple):
@@ -580,16 +624,9 @@ def sum_segments(
 
     Arrays are in device memory, or are copied there; `out` is there. There is at least one position.
     """
-    send = device.array
-    sums = _Sums(
-        send(values),
-        device.none(np.int64) if rows is None else send(rows),
-        device.none(np.float32) if scale is None else send(scale),
-        send(order),
-        send(starts),
-    )
-    out = send(out)
+    sums, out = _sums_of(device, values, order, starts, rows, scale), device.array(out, np.float32)
     n, dim = out.shape
+    check_counts(n, len(values), len(order))
     shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))
     partials = device.empty((n_partials(sums.order.size), dim), np.float32)
     device.launch(BLOCK_SUMS[vec], partials.shape[0] << shift, *sums, partials, shift)

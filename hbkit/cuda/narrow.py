@@ -141,3 +141,16 @@ def noise4(seed: Any, key: Any, step: Any, column: Any) -> Any:
     if column & 4:
         c0, c1 = c2, c3
     return c0 & 0xFFFF, c0 >> 16, c1 & 0xFFFF, c1 >> 16
+
+
+@device
+def noise_from(seed: Any, key: Any, step: Any, column: Any) -> Any:
+    """As `noise4`, from any column on."""
+    beyond = column & 3
+    a, b, c, d = noise4(seed, key, step, column - beyond)
+    e, f, g = a, b, c
+    if beyond > 0:
+        e, f, g, _ = noise4(seed, key, step, column - beyond + 4)
+    for _ in range(beyond):
+        a, b, c, d, e, f = b, c, d, e, f, g
+    return a, b, c, d

@@ -2,11 +2,17 @@
 
 Rows are [n_lines, stride] in device memory, addressed by slot. 2^shift threads share a row, four columns each at a
 time: neighbours read neighbouring addresses, so a row is moved in whole sectors. No two threads write one place.
+
+Gathers and pools wait for memory, so the more warps there is room for, the better: they count rows, columns and slots
+by 32 bits, which takes 40 to 48 registers where 64 bits take 64 to 80. Their loops are `while`, since Numba's `range`
+counts by 64 bits.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from hbkit.cuda.arith import add, cuda, device, mul
 from hbkit.cuda.device import BAD_INDEX, BAD_SLOT
@@ -15,24 +21,26 @@ from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, store
 
 @device
 def slot_at(slots: Any, index: Any, n_lines: Any, i: Any, n: Any, error: Any) -> Any:
-    """Slot of row i of n, by way of the index where there is one; -1 beyond n, and for what is out of bounds."""
+    """Slot of row i of n, by way of the index where there is one; -1 beyond n, and for what is out of bounds: int32."""
     if i >= n:
-        return -1
+        return np.int32(-1)
     at = index[i] if index.shape[0] > 0 else i
     if at < 0 or at >= slots.shape[0]:
         error[0] = BAD_INDEX
-        return -1
+        return np.int32(-1)
     slot = slots[at]
     if slot < -1 or slot >= n_lines:
         error[0] = BAD_SLOT
-        return -1
-    return slot
+        return np.int32(-1)
+    return np.int32(slot)
 
 
 def _gather(load_row: Any, vec: bool) -> Any:
     @device
     def load_or_zeros(rows: Any, slot: Any, j: Any, end: Any) -> Any:
-        a, b, c, d = load_row(rows, max(slot, 0), j, end, vec)  # without a branch, so that several are on their way
+        a, b, c, d = load_row(
+            rows, max(slot, np.int32(0)), j, end, vec
+        )  # without a branch, so that several are on their way
         if slot < 0:
             a, b, c, d = ZERO, ZERO, ZERO, ZERO
         return a, b, c, d
@@ -44,26 +52,30 @@ def _gather(load_row: Any, vec: bool) -> Any:
 
         With an index, row ``slots[index[i]]``. Four rows at a time: their slots, then the rows, are read at once.
         """
-        n, last, end = out.shape[0], first + width, to + width
-        mine, groups = 4 * (cuda.grid(1) & ((1 << shift) - 1)), cuda.gridsize(1) >> shift
-        for i in range(cuda.grid(1) >> shift, n, 4 * groups):
-            p, q, r = i + groups, i + 2 * groups, i + 3 * groups
+        n, last, end = np.int32(out.shape[0]), np.int32(first + width), np.int32(to + width)
+        mine, groups = np.int32(4 * (cuda.grid(1) & ((1 << shift) - 1))), np.int32(cuda.gridsize(1) >> shift)
+        i = np.int32(cuda.grid(1) >> shift)
+        while i < n:
+            p, q, r = np.int32(i + groups), np.int32(i + 2 * groups), np.int32(i + 3 * groups)
             s0 = slot_at(slots, index, rows.shape[0], i, n, error)
             s1 = slot_at(slots, index, rows.shape[0], p, n, error)
             s2 = slot_at(slots, index, rows.shape[0], q, n, error)
             s3 = slot_at(slots, index, rows.shape[0], r, n, error)
-            for j in range(mine, width, 4 << shift):
-                a0, b0, c0, d0 = load_or_zeros(rows, s0, first + j, last)
-                a1, b1, c1, d1 = load_or_zeros(rows, s1, first + j, last)
-                a2, b2, c2, d2 = load_or_zeros(rows, s2, first + j, last)
-                a3, b3, c3, d3 = load_or_zeros(rows, s3, first + j, last)
-                store(out, i, to + j, end, vec, a0, b0, c0, d0)
+            j, k = np.int32(first + mine), np.int32(to + mine)
+            while j < last:
+                a0, b0, c0, d0 = load_or_zeros(rows, s0, j, last)
+                a1, b1, c1, d1 = load_or_zeros(rows, s1, j, last)
+                a2, b2, c2, d2 = load_or_zeros(rows, s2, j, last)
+                a3, b3, c3, d3 = load_or_zeros(rows, s3, j, last)
+                store(out, i, k, end, vec, a0, b0, c0, d0)
                 if p < n:
-                    store(out, p, to + j, end, vec, a1, b1, c1, d1)
+                    store(out, p, k, end, vec, a1, b1, c1, d1)
                 if q < n:
-                    store(out, q, to + j, end, vec, a2, b2, c2, d2)
+                    store(out, q, k, end, vec, a2, b2, c2, d2)
                 if r < n:
-                    store(out, r, to + j, end, vec, a3, b3, c3, d3)
+                    store(out, r, k, end, vec, a3, b3, c3, d3)
+                j, k = np.int32(j + (4 << shift)), np.int32(k + (4 << shift))
+            i = np.int32(i + 4 * groups)
 
     return gather
 
@@ -102,11 +114,11 @@ def _pool(load_row: Any, vec: bool) -> Any:
         error: Any,
     ) -> Any:
         slot = slot_at(slots, index, rows.shape[0], p, end, error)
-        a, b, c, d = load_row(rows, max(slot, 0), j, dim, vec)
+        a, b, c, d = load_row(rows, max(slot, np.int32(0)), j, dim, vec)
         if slot < 0:
             a, b, c, d = ZERO, ZERO, ZERO, ZERO
         if weight.shape[0] > 0:
-            k = weight[min(p, end - 1)]
+            k = weight[min(p, np.int32(end - 1))]
             a, b, c, d = mul(k, a), mul(k, b), mul(k, c), mul(k, d)
         return a, b, c, d
 
@@ -125,18 +137,20 @@ def _pool(load_row: Any, vec: bool) -> Any:
 
         Index (p itself), weight and row_scale (1) may be empty. A slot of -1 is a row of zeros.
         """
-        dim = out.shape[1]
+        n_lists, dim = np.int32(out.shape[0]), np.int32(out.shape[1])
         n = index.shape[0] if index.shape[0] > 0 else slots.shape[0]
-        mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
-        for i in range(cuda.grid(1) >> shift, out.shape[0], cuda.gridsize(1) >> shift):
-            begin, end = splits[i], splits[i + 1]
-            if begin < 0 or end > n:
+        i = np.int32(cuda.grid(1) >> shift)
+        while i < n_lists:
+            begin, end = np.int32(splits[i]), np.int32(splits[i + 1])
+            if splits[i] < 0 or splits[i + 1] > n:
                 error[0] = BAD_INDEX
-                continue
-            for j in range(mine, dim, 4 << shift):
+                end = begin
+            j = np.int32(4 * (cuda.grid(1) & ((1 << shift) - 1)))
+            while j < dim:
                 a, b, c, d = ZERO, ZERO, ZERO, ZERO
-                for p in range(begin, end, 4):
-                    q, r, t = p + 1, p + 2, p + 3
+                p = begin
+                while p < end:
+                    q, r, t = np.int32(p + 1), np.int32(p + 2), np.int32(p + 3)
                     e0, f0, g0, h0 = one(rows, slots, index, weight, p, end, j, dim, error)
                     e1, f1, g1, h1 = one(rows, slots, index, weight, q, end, j, dim, error)
                     e2, f2, g2, h2 = one(rows, slots, index, weight, r, end, j, dim, error)
@@ -148,10 +162,13 @@ def _pool(load_row: Any, vec: bool) -> Any:
                         a, b, c, d = add(a, e2), add(b, f2), add(c, g2), add(d, h2)
                     if t < end:
                         a, b, c, d = add(a, e3), add(b, f3), add(c, g3), add(d, h3)
+                    p = np.int32(p + 4)
                 if row_scale.shape[0] > 0:
                     k = row_scale[i]
                     a, b, c, d = mul(k, a), mul(k, b), mul(k, c), mul(k, d)
                 store(out, i, j, dim, vec, a, b, c, d)
+                j = np.int32(j + (4 << shift))
+            i = np.int32(i + (cuda.gridsize(1) >> shift))
 
     return pool
 
@@ -173,7 +190,7 @@ def padded(splits: Any, tail: Any, out: Any, error: Any) -> None:
 
 _ARRAYS = {"float32": "float32[:,::1]", "float16": "uint16[:,::1]", "bfloat16": "uint16[:,::1]"}
 _FLOATS, _INTS, _ERROR = "float32[:,::1]", "int64[::1]", "int32[::1]"
-# By dtype, and whether columns are read and written in fours (`hbkit.cuda.lines.fours`).
+# By dtype, and whether columns are read and written in fours (`hbkit.cuda.arith.fours`).
 GATHER = {(dtype, vec): _gather(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}
 SCATTER = {(dtype, vec): _scatter(ROWS[dtype][1], vec) for dtype in ROWS for vec in (False, True)}
 POOL = {(dtype, vec): _pool(ROWS[dtype][0], vec) for dtype in ROWS for vec in (False, True)}
@@ -188,3 +205,6 @@ for _dtype, _vec in GATHER:
         _kernel = _made[_dtype, _vec]
         _kernel.__name__ += _suffix
         SIGNATURES[_kernel] = f"void({_rows}, {_arguments}, {_ERROR})"
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

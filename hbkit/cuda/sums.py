@@ -4,11 +4,15 @@ A segment of at most a block is summed by whoever needs it (`gradient`). Of long
 blocks at once, so that a key that half of a batch asks for does not leave the device to one warp. Block k of segment s
 is row ``starts[s] // 32 + k`` of `partials`: a segment of more than 64 positions has at most as many blocks as its
 positions have 32s, so no two share a row, and nothing has to be counted first.
+
+Positions and rows are counted by 32 bits, which leaves registers for more warps (`hbkit.cuda.rows`).
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from hbkit.cuda.arith import add, cuda, device, mul
 from hbkit.cuda.device import BAD_SEGMENT
@@ -16,6 +20,7 @@ from hbkit.cuda.narrow import ZERO, load, store
 
 SUM_BLOCK = 64
 HALF_BLOCK = 32
+WAYS = 8  # of a search
 
 
 def n_partials(n: int) -> int:
@@ -32,7 +37,7 @@ def term(values: Any, rows: Any, scale: Any, p: Any, j: Any, dim: Any, vec: Any,
     if row < 0 or row >= values.shape[0]:
         error[0] = BAD_SEGMENT
         return ZERO, ZERO, ZERO, ZERO
-    a, b, c, d = load(values, row, j, dim, vec)
+    a, b, c, d = load(values, np.int32(row), j, dim, vec)
     if scale.shape[0] > 0:
         k = scale[p]
         return mul(k, a), mul(k, b), mul(k, c), mul(k, d)
@@ -47,7 +52,7 @@ def block(
     if begin >= end:
         return ZERO, ZERO, ZERO, ZERO
     a, b, c, d = term(values, rows, scale, order[begin], j, dim, vec, error)
-    i = begin + 1
+    i = np.int32(begin + 1)
     while i + 3 < end:  # four are read at once, and added in order
         e0, f0, g0, h0 = term(values, rows, scale, order[i], j, dim, vec, error)
         e1, f1, g1, h1 = term(values, rows, scale, order[i + 1], j, dim, vec, error)
@@ -57,11 +62,11 @@ def block(
         a, b, c, d = add(a, e1), add(b, f1), add(c, g1), add(d, h1)
         a, b, c, d = add(a, e2), add(b, f2), add(c, g2), add(d, h2)
         a, b, c, d = add(a, e3), add(b, f3), add(c, g3), add(d, h3)
-        i += 4
+        i = np.int32(i + 4)
     while i < end:
         e0, f0, g0, h0 = term(values, rows, scale, order[i], j, dim, vec, error)
         a, b, c, d = add(a, e0), add(b, f0), add(c, g0), add(d, h0)
-        i += 1
+        i = np.int32(i + 1)
     return a, b, c, d
 
 
@@ -87,13 +92,30 @@ def gradient(
         error[0] = BAD_SEGMENT
         return ZERO, ZERO, ZERO, ZERO
     if end - begin <= SUM_BLOCK:
-        return block(values, rows, scale, order, begin, end, j, dim, vec, error)
-    first = begin // HALF_BLOCK
-    a, b, c, d = load(partials, first, j, dim, vec)
-    for k in range(first + 1, first + (end - begin + SUM_BLOCK - 1) // SUM_BLOCK):
+        return block(values, rows, scale, order, np.int32(begin), np.int32(end), j, dim, vec, error)
+    k = np.int32(begin // HALF_BLOCK)
+    last = np.int32(k + (end - begin - 1) // SUM_BLOCK)
+    a, b, c, d = load(partials, k, j, dim, vec)
+    while k < last:
+        k = np.int32(k + 1)
         e, f, g, h = load(partials, k, j, dim, vec)
         a, b, c, d = add(a, e), add(b, f), add(c, g), add(d, h)
     return a, b, c, d
+
+
+@device
+def segment_of(starts: Any, row: Any) -> Any:
+    """The last segment that begins at or before a row of `partials`; `WAYS - 1` reads at a time are on their way."""
+    low, high, limit = 0, starts.shape[0] - 1, (row + 1) * HALF_BLOCK
+    while high - low > 1:
+        step = (high - low + WAYS - 1) // WAYS
+        n_before = 0
+        for way in range(1, WAYS):
+            s = low + way * step
+            n_before += (s < high) & (starts[min(s, high - 1)] < limit)
+        low += n_before * step
+        high = min(low + step, high)
+    return low
 
 
 def _block_sums(vec: bool) -> Any:
@@ -108,27 +130,21 @@ def _block_sums(vec: bool) -> Any:
         error: Any,
     ) -> None:
         """Sums of the blocks of segments that have more than one; other rows of `partials` are left alone."""
-        dim = partials.shape[1]
-        mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
+        dim = np.int32(partials.shape[1])
         for at in range(cuda.grid(1) >> shift, partials.shape[0], cuda.gridsize(1) >> shift):
-            low, high = 0, starts.shape[0] - 1  # the last segment that begins at or before row `at`
-            while high - low > 1:
-                middle = (low + high) // 2
-                if starts[middle] // HALF_BLOCK <= at:
-                    low = middle
-                else:
-                    high = middle
+            low = segment_of(starts, at)
             begin, end = starts[low], starts[low + 1]
             if begin < 0 or end > order.shape[0]:
                 error[0] = BAD_SEGMENT
                 continue
             first = begin + (at - begin // HALF_BLOCK) * SUM_BLOCK
             if end - begin > SUM_BLOCK and begin <= first and first < end:
-                for j in range(mine, dim, 4 << shift):
-                    a, b, c, d = block(
-                        values, rows, scale, order, first, min(first + SUM_BLOCK, end), j, dim, vec, error
-                    )
-                    store(partials, at, j, dim, vec, a, b, c, d)
+                start, stop = np.int32(first), np.int32(min(first + SUM_BLOCK, end))
+                j = np.int32(4 * (cuda.grid(1) & ((1 << shift) - 1)))
+                while j < dim:
+                    a, b, c, d = block(values, rows, scale, order, start, stop, j, dim, vec, error)
+                    store(partials, np.int32(at), j, dim, vec, a, b, c, d)
+                    j = np.int32(j + (4 << shift))
 
     return block_sums
 
@@ -146,12 +162,15 @@ def _segment_sum(vec: bool) -> Any:
         error: Any,
     ) -> None:
         """``out[s]`` = sum of ``scale[p] * values[rows[p]]`` over p in ``order[starts[s]:starts[s + 1]]``."""
-        n, dim = out.shape
-        mine = 4 * (cuda.grid(1) & ((1 << shift) - 1))
-        for s in range(cuda.grid(1) >> shift, n, cuda.gridsize(1) >> shift):
-            for j in range(mine, dim, 4 << shift):
+        n, dim = np.int32(out.shape[0]), np.int32(out.shape[1])
+        s = np.int32(cuda.grid(1) >> shift)
+        while s < n:
+            j = np.int32(4 * (cuda.grid(1) & ((1 << shift) - 1)))
+            while j < dim:
                 a, b, c, d = gradient(values, rows, scale, order, starts, partials, s, j, dim, vec, error)
                 store(out, s, j, dim, vec, a, b, c, d)
+                j = np.int32(j + (4 << shift))
+            s = np.int32(s + (cuda.gridsize(1) >> shift))
 
     return segment_sum
 
@@ -166,3 +185,6 @@ SIGNATURES = {
     **dict.fromkeys(BLOCK_SUMS.values(), f"void({GRADIENTS}, int64, int32[::1])"),
     **dict.fromkeys(SEGMENT_SUM.values(), f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])"),
 }
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

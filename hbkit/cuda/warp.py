@@ -17,7 +17,21 @@ import numpy as np
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import SIMULATED_THREADS, simulated
 
-__all__ = ["ALL64", "WARP", "ballot", "first", "inline", "lane", "matching", "ones", "shuffle", "up", "word", "xor"]
+__all__ = [
+    "ALL64",
+    "WARP",
+    "ballot",
+    "fence",
+    "first",
+    "inline",
+    "lane",
+    "matching",
+    "ones",
+    "shuffle",
+    "up",
+    "word",
+    "xor",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,6 +88,10 @@ if simulated():
         """What the lane whose number differs in `mask` gives."""
         return exchanged(value)[lane() ^ mask]
 
+    def fence() -> None:
+        """What lanes of this warp wrote before is seen by all of it after."""
+        block().syncthreads()
+
     def first(bits: Any) -> Any:
         """The lowest bit that is set."""
         return (int(bits) & -int(bits)).bit_length() - 1
@@ -126,6 +144,11 @@ else:
     def xor(value: Any, mask: Any) -> Any:
         """What the lane whose number differs in `mask` gives."""
         return cuda.shfl_xor_sync(FULL, value, mask)
+
+    @inline
+    def fence() -> None:
+        """What lanes of this warp wrote before is seen by all of it after."""
+        cuda.syncwarp()
 
     @inline
     def first(bits: Any) -> Any:

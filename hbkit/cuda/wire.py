@@ -1,4 +1,8 @@
-"""Kernels of the int8 wire: rows scaled by their largest magnitude. As `hbkit.shuffle.quantize`, bit for bit."""
+"""Kernels of the int8 wire: rows scaled by their largest magnitude. As `hbkit.shuffle.quantize`, bit for bit.
+
+16 threads share a row: they find its largest magnitude by votes, and each writes columns of its own, one of them the
+scale. Rows are read and never written.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint, swap
+from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint
 from hbkit.cuda.device import COOPERATING
 from hbkit.cuda.narrow import ZERO, load, store, widen_bfloat16
+from hbkit.cuda.warp import xor
 
 NO_SCALE = 0x7F000000  # bits of the magnitude from which on there is none: 2**127, infinity, NaN
 INFINITY = np.float32(np.inf)
@@ -38,7 +43,7 @@ def _quantize(vec: bool) -> Any:
                     largest = max(largest, max(size_of(a), size_of(b)))
                     largest = max(largest, max(size_of(c), size_of(d)))
             for mask in (8, 4, 2, 1):
-                largest = max(largest, swap(largest, mask))
+                largest = max(largest, xor(largest, mask))
             if i < n:
                 bad = as_int(largest) >= NO_SCALE
                 bits = max((as_int(mul(largest, A_STEP)) + 0xFFFF) >> 16, LEAST)  # up to a bfloat16
@@ -81,3 +86,6 @@ SIGNATURES = {
     **dict.fromkeys(QUANTIZE.values(), "void(float32[:,::1], int8[:,::1], uint16[::1], int32[::1])"),
     **dict.fromkeys(DEQUANTIZE.values(), "void(int8[:,::1], uint16[::1], float32[:,::1], int32[::1])"),
 }
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

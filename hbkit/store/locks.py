@@ -1,8 +1,9 @@
-"""A lock that many readers may hold at once, or one writer."""
+"""Locks: one that many readers may hold at once, or one writer; and one that is given in turn."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 
 class SharedLock:
@@ -58,3 +59,31 @@ class _Exclusive:
         with lock._mutex:
             lock._writing = False
             lock._changed.notify_all()
+
+
+class Turns:
+    """A lock that is given to those who wait for it in the order in which they came. Not reentrant.
+
+    One who takes it again and again does not keep the others waiting for more than one of its turns.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()  # the first of them has it
+
+    def __enter__(self) -> None:
+        mine = object()
+        with self._changed:
+            self._waiting.append(mine)
+            try:
+                while self._waiting[0] is not mine:
+                    self._changed.wait()
+            except BaseException:
+                self._waiting.remove(mine)
+                self._changed.notify_all()
+                raise
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._waiting.popleft()
+            self._changed.notify_all()

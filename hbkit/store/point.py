@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -167,6 +167,8 @@ class Point:
         Of the instant.
     kept : object
         What was to be read at the same instant, see `Store.point`.
+    then : callable, optional
+        Called once, when the store may take another one.
 
     Notes
     -----
@@ -189,6 +191,7 @@ class Point:
         self.aside = Aside(source.layout.width, directory)
         self._source, self._latest = source, latest_step
         self._ended = threading.Lock()
+        self.then: Callable[[], None] | None = None
         self._failure: BaseException | None = None
 
     def fail(self, failure: BaseException) -> None:
@@ -199,6 +202,8 @@ class Point:
     def _end(self) -> None:
         if self._ended.acquire(blocking=False):
             self._source.point_ended(self)
+            if self.then is not None:
+                self.then()
 
     def scan(self) -> Iterator[Chunk]:
         """Rows in key order. Raises what `fail` was given."""

@@ -46,14 +46,21 @@ def test_distinct_keys_match_oracle_in_any_order(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
     from hbkit.cuda.dedupe import Dedupe
+    from hbkit.cuda.parts import Room
 
-    dedupe = Dedupe(device, 90 if lane == "cudasim" else 100_000)
+    most = 90 if lane == "cudasim" else 100_000
+    dedupe, rooms = Dedupe(device, most), [Room(device, most) for _ in range(2)]
+    before = None
     for keys in batches(lane):  # one after the other: each leaves the table free
-        got = dedupe(keys)
-        for a, want in zip((got.keys, got.counts, got.inverse), oracle(keys), strict=True):
-            assert device.fetch(a).tolist() == want.tolist()
+        rooms.reverse()
+        got = dedupe(keys, rooms[0]), oracle(keys)
+        for found, wanted in (got, before or got):  # a room is left alone until it is given again
+            assert (found.n, found.n_distinct) == (len(wanted[2]), len(wanted[0]))
+            for a, want in zip((found.keys, found.counts, found.inverse), wanted, strict=True):
+                assert device.fetch(a).tolist() == want.tolist()
+        before = got
     assert (device.fetch(dedupe._table) == -1).all()
-    assert dedupe(keys[:0]).keys.shape == (0,)
+    assert dedupe(keys[:0], rooms[0]).keys.shape == (0,)
 
 
 def test_keys_of_one_cell_find_others(lane, device, any_order):
@@ -77,9 +84,11 @@ def test_dedupe_refuses_what_does_not_fit(lane, device):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
     from hbkit.cuda.dedupe import Dedupe
+    from hbkit.cuda.parts import Room
 
     for keys in (np.zeros(5, np.int64), np.zeros(4, np.int32), np.zeros((2, 2), np.int64)):
-        with pytest.raises(InvalidArgument, match="int64"):
-            Dedupe(device, 4)(keys)
+        for most in ((4, 9), (9, 4)) if len(keys) == 5 else ((4, 4),):
+            with pytest.raises(InvalidArgument, match="dedupe of 4 keys"):
+                Dedupe(device, most[0])(keys, Room(device, most[1]))
     with pytest.raises(InvalidArgument):
         Dedupe(device, 0)

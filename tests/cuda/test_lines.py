@@ -45,8 +45,17 @@ def test_a_batch_too_large_for_the_device_is_a_budget_error(device, lane):
     from hbkit.cuda.lines import DeviceLines
 
     with pytest.raises(errors.BudgetExceeded, match="cache_budget"):
-        DeviceLines(device, 2**40, 128, 16)
+        DeviceLines(device, 2**30, 128, 16)
     device.sync()  # nothing else is the worse for it
+
+
+def test_what_32_bits_do_not_count_is_refused(device):
+    from hbkit.cuda import lines
+
+    with pytest.raises(errors.InvalidArgument, match="2147483648 lines"):
+        lines.DeviceLines(device, 2**31, 1, 16)
+    with pytest.raises(errors.InvalidArgument, match=r"fewer than 2\*\*30"):
+        lines.check_counts(1, 2**30)
 
 
 def test_torch_reads_and_writes_the_same_memory(device, lane):

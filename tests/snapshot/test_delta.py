@@ -9,11 +9,15 @@ import pytest
 import hbkit
 from hbkit.embedding import Adagrad, Table
 from hbkit.snapshot import load, log, save, verify
-from hbkit.store import cached_ssd, host_memory
+from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store import changes as changes_of
 from hbkit.store.base import Chunk
 
-PLACES = {"host": lambda path: host_memory(), "ssd": lambda path: cached_ssd(path / "rows", "1MiB")}
+PLACES = {
+    "host": lambda path: host_memory(),
+    "ssd": lambda path: cached_ssd(path / "rows", "1MiB"),
+    "device": lambda path: device_cached(host_memory(), "20KiB", "cpu"),
+}
 
 
 @pytest.fixture(params=PLACES)

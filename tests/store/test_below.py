@@ -9,7 +9,7 @@ from homes import DictPlace, contents
 from hbkit import errors
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import Adam, Table
-from hbkit.store import cached_ssd, host_memory
+from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store.base import Chunk
 
 DIM = 4
@@ -22,10 +22,11 @@ def place(name, tmp_path):
         "tiny": lambda: DictPlace(5),
         "half": lambda: DictPlace(60, scratch_lines=16),
         "ssd": lambda: cached_ssd(tmp_path, host_budget="1MiB"),
+        "device": lambda: device_cached(host_memory(), "8KiB", "cpu"),
     }[name]()
 
 
-@pytest.fixture(params=["host", "tiny", "half", "ssd"])
+@pytest.fixture(params=["host", "tiny", "half", "ssd", "device"])
 def table(request, tmp_path):
     return Table("t", DIM, optimizer=Adam(), store=place(request.param, tmp_path))
 
@@ -147,6 +148,7 @@ def test_below_changes_are_told_by_stamps_or_noted(table):
     table.lookup(keys, train=True)
     table.step = 5
     table.update(keys, np.ones((60, DIM), np.float32))
+    store.commit()  # a tier above has given back what it has, when a mark is made
     store.changes.name(store.changes.mark(store.latest_step()), "base")
     newest = store.latest_step()
     lines, freq, _ = data(np.random.default_rng(0), 30)

@@ -7,12 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbkit.embedding import SGD, Adagrad, Adam, Ftrl, IdleSteps, Table
-from hbkit.store import cached_ssd, host_memory
+from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store import point as points
 from hbkit.store.base import Chunk
 
 DIM = 3
-FEW = {"host": lambda path: host_memory(), "ssd": lambda path: cached_ssd(path, "300KiB")}
+FEW = {
+    "host": lambda path: host_memory(),
+    "ssd": lambda path: cached_ssd(path, "300KiB"),
+    "device": lambda path: device_cached(host_memory(), "12KiB", "cpu"),
+}
 RULES = [SGD(lr=0.1), Adagrad(lr=0.1), Adam(), Ftrl(lr=0.1)]
 
 
