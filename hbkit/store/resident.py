@@ -5,8 +5,9 @@ let go by a few launches, and the host waits twice: for how many keys are distin
 
 **Where a row is.** A key has at most one line in device memory. While it has one, that one alone is current: the store
 below may have an older row, or none yet. What changed is written below when the line makes way, and before anything is
-asked of all rows (a scan, a point, a commit): then the store below answers, and snapshots and deltas are its own. A row that finds no line, all of its bucket being pinned and the side list full, is *away*: the store below
-gathers, counts and updates it, by the C kernels, to the same bits. So no result depends on the budget.
+asked of all rows (a scan, a point, a commit): then the store below answers, and snapshots and deltas are its own. A row
+that finds no line, all of its buckets being pinned and the side list full, is *away*: the store below gathers, counts
+and updates it, by the C kernels, to the same bits. So no result depends on the budget.
 
 **Locks.** `_lock` guards what is in device memory and orders the launches. Whoever holds it sees each line whole.
 `_moving` is held by what changes where rows are: lines that come and victims that go, rows made, erased, put or updated
