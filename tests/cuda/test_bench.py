@@ -25,7 +25,7 @@ def run(tmp_path, script, device, *more):
     return done.stdout
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.slow)])  # 27 s
 def test_steps_and_tier_are_reported(tmp_path, device):
     out = run(tmp_path, "gpu.py", device, "--report", "report.md")
     assert (tmp_path / "report.md").read_text() == out
