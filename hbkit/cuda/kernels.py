@@ -1,7 +1,7 @@
 """All kernels and the types of their arguments.
 
-Each is a plain function; `Device.launch` compiles it. All are grid-stride loops, the last argument is the error word,
-and no two threads write one place. SIGNATURES is what the tests compile without a device.
+Each is a plain function; `Device.launch` compiles it. All are grid-stride loops, and the last argument is the error
+word. What keeps their threads apart is said where they are. SIGNATURES is what the tests compile without a device.
 """
 
 from __future__ import annotations
@@ -9,16 +9,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from hbkit.cuda import finite, rows, rules, sums, wire
+from hbkit.cuda import dedupe, finite, index, order, rows, rules, sums, wire
 from hbkit.cuda.arith import cuda
 
-SIGNATURES: dict[Any, str] = {
-    **rows.SIGNATURES,
-    **sums.SIGNATURES,
-    **finite.SIGNATURES,
-    **rules.SIGNATURES,
-    **wire.SIGNATURES,
-}
+MODULES = (dedupe, finite, index, order, rows, rules, sums, wire)
+SIGNATURES: dict[Any, str] = {kernel: text for module in MODULES for kernel, text in module.SIGNATURES.items()}
 
 
 def ptx(kernel: Any, cc: tuple[int, int]) -> str:

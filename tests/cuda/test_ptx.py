@@ -1,6 +1,6 @@
 """What every kernel compiles to, without a device: PTX of three architectures, and through ptxas where it is present.
 
-`-s` prints registers and shared memory.
+`-s` prints registers, spills and shared memory.
 """
 
 import importlib
@@ -13,7 +13,11 @@ import subprocess
 
 import pytest
 
-ROOMS = ("kernels", "index", "dedupe", "order")
+import hbkit.cuda
+
+CUDA = pathlib.Path(hbkit.cuda.__file__).parent
+ROOMS = sorted(path.stem for path in CUDA.glob("*.py") if "\nSIGNATURES" in path.read_text() and path.stem != "kernels")
+SLOW = ("rows", "rules")  # they have many, one for each dtype and rule
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
 
 pytestmark = [
@@ -32,39 +36,42 @@ def ptxas():
 
 
 def cases():
-    """A room of kernels and an architecture each; that of rows has many, one for each dtype and rule."""
+    """A module of kernels and an architecture each."""
     return [
-        pytest.param(room, cc, marks=[pytest.mark.slow] if room == "kernels" else [], id=f"{room}-sm_{cc[0]}{cc[1]}")
+        pytest.param(room, cc, marks=[pytest.mark.slow] if room in SLOW else [], id=f"{room}-sm_{cc[0]}{cc[1]}")
         for room in ROOMS
         for cc in ARCHITECTURES
     ]
 
 
-@pytest.mark.parametrize(("room", "cc"), cases())
-def test_kernels_assemble_without_spills_or_local_arrays(room, cc, tmp_path):
-    module = importlib.import_module(f"hbkit.cuda.{room}")
-    assembler = ptxas()
-    for kernel in module.SIGNATURES:
-        ptx = compiled(module, kernel, cc)
-        if assembler:
-            assemble(assembler, kernel.__name__, ptx, f"sm_{cc[0]}{cc[1]}", tmp_path)
-    if assembler is None:
-        pytest.skip("ptxas is not installed (pip install nvidia-cuda-nvcc): PTX alone was compiled")
-
-
-def compiled(module, kernel, cc):
-    """A kernel's PTX."""
-    from numba import cuda
-
+def test_all_modules_of_kernels_are_listed():
     from hbkit.cuda import kernels
 
-    if module is kernels:
-        ptx = kernels.ptx(kernel, cc)
-    else:
-        ptx, _ = cuda.compile_ptx(kernel, module.SIGNATURES[kernel], cc=cc)
-        assert "f64" not in ptx  # 64-bit words: a signed and an unsigned one together would become a float
-    assert ".visible .entry" in ptx
-    return ptx
+    assert sorted(module.__name__.rpartition(".")[2] for module in kernels.MODULES) == ROOMS
+
+
+def test_only_one_module_asks_other_lanes():
+    asks = re.compile(r"\b(shfl\w*|\w+_sync|syncwarp|activemask|laneid)\b")
+    assert {path.stem for path in CUDA.glob("*.py") if asks.search(path.read_text())} == {"warp"}
+
+
+@pytest.mark.parametrize(("room", "cc"), cases())
+def test_kernels_assemble_without_spills_or_local_arrays(room, cc, tmp_path):
+    from hbkit.cuda import kernels
+
+    assembler = ptxas()
+    for kernel in importlib.import_module(f"hbkit.cuda.{room}").SIGNATURES:
+        ptx, name = kernels.ptx(kernel, cc), kernel.__name__
+        assert ".visible .entry" in ptx
+        # Each operation rounds by itself and keeps denormals, and nothing has an address of its own in local memory.
+        wrong = [word for word in ("fma.", ".ftz", ".approx", ".local") if word in ptx]
+        if name != "own":  # a signed and an unsigned word together would become a float
+            wrong += [word for word in [".f64"] if word in ptx]
+        assert not wrong, f"{name}: {wrong}"
+        if assembler:
+            assemble(assembler, name, ptx, f"sm_{cc[0]}{cc[1]}", tmp_path)
+    if assembler is None:
+        pytest.skip("ptxas is not installed (pip install nvidia-cuda-nvcc): PTX alone was compiled")
 
 
 def assemble(assembler, name, ptx, target, tmp_path):
@@ -82,9 +89,10 @@ def assemble(assembler, name, ptx, target, tmp_path):
     assert done.returncode == 0, done.stderr
     registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
     shared = re.search(r"(\d+) bytes smem", done.stderr)
-    print(f"{name} {target}: {registers} registers, {shared[1] if shared else 0} bytes of shared memory")
     frame, stores, loads = map(
         int,
         re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups(),
     )
+    held = int(shared[1]) if shared else 0
+    print(f"{name} {target}: {registers} registers, {stores + loads} bytes spilled, {held} bytes of shared memory")
     assert frame == stores == loads == 0, name
