@@ -157,16 +157,16 @@ def place(
         c = source[min(begin + lane() + 2 * WARP, n - 1)]
         for i in range(begin + lane(), end + lane(), WARP):
             number, a, b, c = a, b, c, source[min(i + 3 * WARP, n - 1)]
-            value = np.int32(-1)
+            digit = np.int32(-1)
             if i < end:
-                value = np.int32((number >> shift) & (n_values - 1))
-            same = matching(value)
+                digit = np.int32((number >> shift) & (n_values - 1))
+            same = matching(digit)
             at = np.int32(0)
             if i < end:
-                at = held[mine + value]
+                at = held[mine + digit]
             fence()  # all have read what one of them writes
             if i < end and lane() == first(same):
-                held[mine + value] = at + ones(same)
+                held[mine + digit] = at + ones(same)
             fence()
             if i < end:
                 to = np.int64(at) + ones(same & ((1 << lane()) - 1))
