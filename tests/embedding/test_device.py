@@ -5,6 +5,7 @@ tests run once more, smaller, in Numba's simulator, with its arrays.
 """
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from hbkit.shuffle import Loopback
 from hbkit.store import device_cached, host_memory
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
+    sys.setswitchinterval(1e-4)
 DIM, N_ROWS, N_KEYS = 4, *((5, 9) if SIMULATED else (50, 80))
 
 
@@ -159,8 +162,8 @@ OPTIONS = [{}, {"padding_key": 3}, {"admission": CountAdmission(2), "default": 0
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "padding", "admission", "skip"])
 def test_a_device_does_what_host_memory_does(options):
-    if SIMULATED and "nonfinite" in options:
-        pytest.skip("the simulator is slow, and the way is that of test_gradients_that_are_not_finite")
+    if SIMULATED and "padding_key" not in options:
+        pytest.skip("the simulator is slow, and what the other options change is the host's, or tested in tests/store")
     host = collection(None, **options)
     want = train(host, there=False)
     for there, keys_there in [(True, True)] if SIMULATED else [(False, False), (True, False), (True, True)]:
