@@ -352,3 +352,30 @@ def test_ranks_share_tables_on_a_device_by_way_of_the_host():
         return found
 
     assert run(place()) == run(None)
+
+
+@pytest.mark.skipif(SIMULATED, reason="what crosses over is the same, and the simulator is slow")
+def test_nothing_of_a_batch_crosses_over_once_its_rows_are_there(monkeypatch):
+    crossed = []
+    n, rng = 2000, np.random.default_rng(0)
+    tables = [Table(name, DIM, optimizer=Adam(), store=place()) for name in "ab"]
+    for table in tables:
+        for name in ("send", "fetch"):
+            method = getattr(table.memory, name)
+
+            def spy(array, *args, method=method):
+                crossed.append(np.asarray(array).nbytes)
+                return method(array, *args)
+
+            monkeypatch.setattr(table.memory, name, spy, raising=False)
+    c = Collection(tables, {"x": "a", "y": "a", "z": "b"}, stack={"stack": ["x", "z"]})
+    for step in range(4):
+        if step == 2:  # until then keys and rows come, and what is kept from step to step
+            assert crossed
+            crossed.clear()
+        keys = rng.permutation(N_KEYS)[rng.integers(0, N_KEYS, (3, n))]
+        staged = c.stage({f: Far(k) for f, k in zip("xyz", keys, strict=True)})
+        staged.fetch()
+        outputs = staged.outputs(empty_on(c, []))
+        staged.apply({f: Far(np.ones_like(near(rows))) for f, rows in outputs.items()})
+    assert max(crossed, default=0) <= 8 * N_KEYS < 4 * n
