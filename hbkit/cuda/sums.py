@@ -185,3 +185,6 @@ SIGNATURES = {
     **dict.fromkeys(BLOCK_SUMS.values(), f"void({GRADIENTS}, int64, int32[::1])"),
     **dict.fromkeys(SEGMENT_SUM.values(), f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])"),
 }
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature
