@@ -384,3 +384,20 @@ def test_nothing_of_a_batch_crosses_over_once_its_rows_are_there(monkeypatch):
         outputs = staged.outputs(empty_on(c, []))
         staged.apply({f: Far(np.ones_like(near(rows))) for f, rows in outputs.items()})
     assert max(crossed, default=0) <= 8 * N_KEYS < 4 * n
+
+
+@pytest.mark.skipif(SIMULATED, reason="Numba's arrays do not say where they are")
+def test_arrays_of_another_device_are_elsewhere():
+    class There(Far):
+        def __dlpack_device__(self):
+            return self.at
+
+    t = Table("t", DIM, store=place())
+    array = There(np.zeros(1))
+    assert t.is_there(array) and not t.is_there(np.zeros(1)) and not t.is_there([1])
+    t.device = "cuda:1"
+    for at, there in [((2, 1), True), ((2, 0), False), ((1, 0), False)]:
+        array.at = at
+        assert t.is_there(array) == there
+    t.device = None
+    assert not t.is_there(array)
