@@ -91,13 +91,15 @@ def empty_on(collection, asked):
     return empty
 
 
-FEATURES = {"x": "a", "y": "a", "z": "b", "w": "b", "list": "a", "sequence": "b"}
+FEATURES = {"x": "a", "y": "a", "z": "b", "w": "b", "list": "a", "sequence": "b", "wide": "a", "weighted": "b"}
+UNPOOLED = ("sequence", "wide", "weighted")
 
 
 def collection(store, features=FEATURES, **options):
     a = Table("a", DIM, optimizer=Adam(lr=0.1), store=store, **options)
     b = Table("b", DIM, optimizer=RowWiseAdagrad(lr=0.1), store=store, **options)
-    return Collection([a, b], features, {"list": "mean", "sequence": None}, {"stack": ["x", "z"]})
+    pooling = {"list": "mean", **dict.fromkeys(UNPOOLED)}
+    return Collection([a, b], features, pooling, {"stack": ["x", "z"]})
 
 
 def batch(step):
@@ -107,7 +109,9 @@ def batch(step):
     for f in ("list", "sequence"):
         splits = np.concatenate([[0], np.cumsum(rng.integers(0, 4, N_ROWS))])
         keys[f] = Ragged(rng.integers(0, N_KEYS, splits[-1]), splits)
+    keys |= {f: rng.integers(0, N_KEYS, (N_ROWS, 3)) for f in ("wide", "weighted")}
     weights = {
+        "weighted": rng.random(3 * N_ROWS).astype(np.float32),
         "y": rng.random(N_ROWS).astype(np.float32),
         "list": rng.random(len(keys["list"].values)).astype(np.float32),
         "sequence": rng.random(len(keys["sequence"].values)).astype(np.float32),
@@ -134,7 +138,7 @@ def train(c, there, keys_there=False):
         staged.wait()
         outputs = staged.outputs(empty_on(c, asked) if there else None)
         rows = {f: o.values if isinstance(o, SequenceOutput) else o for f, o in outputs.items()}
-        found += [near(rows[f]) for f in rows] + [outputs["sequence"].mask]
+        found += [near(rows[f]) for f in rows] + [outputs[f].mask for f in UNPOOLED]
         assert all(isinstance(o, np.ndarray) != there for o in rows.values())
         rng = np.random.default_rng(100 + step)
         grads = {f: rng.standard_normal(tuple(o.shape)).astype(np.float32) for f, o in rows.items()}
