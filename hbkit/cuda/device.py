@@ -175,14 +175,27 @@ class Device:
         with self._current():
             return self._cuda.to_device(np.ascontiguousarray(array), stream=self._stream)
 
-    def array(self, array: Any) -> Any:
-        """An array in device memory: a copy of what NumPy has, or what is there already, without a copy."""
+    def array(self, array: Any, dtype: Any = None) -> Any:
+        """An array in device memory: a copy of what NumPy has, or what is there already, without a copy.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not of `dtype`, or is there and not contiguous.
+        """
+        far = array
         if isinstance(array, np.ndarray):
-            return self.send(array)
-        if hasattr(array, "copy_to_host"):
-            return array
-        with self._current():
-            return self._cuda.as_cuda_array(array)
+            far = self.send(array)
+        elif not hasattr(array, "copy_to_host"):
+            with self._current():
+                far = self._cuda.as_cuda_array(array)
+        if not (far.is_c_contiguous() and dtype in (None, far.dtype)):
+            raise InvalidArgument(
+                f"an array of {far.dtype} with strides of {far.strides} bytes for a shape of {far.shape}",
+                device=self.name,
+                remedy=f"give a contiguous one{'' if dtype is None else f' of {np.dtype(dtype)}'}",
+            )
+        return far
 
     def join(self, arrays: Sequence[Any], out: Any = None) -> Any:
         """Arrays end to end in device memory, in `out` if it is given; NumPy's are copied there."""
@@ -196,6 +209,11 @@ class Device:
                 if end > begin:
                     to[begin:end].copy_to_device(a, stream=self._stream)
         return to
+
+    def write(self, far: Any, array: npt.NDArray[Any]) -> None:
+        """Copy a small contiguous array into device memory, after what was launched and before what will be."""
+        with self._current():
+            far.copy_to_device(array, stream=self._stream)
 
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""

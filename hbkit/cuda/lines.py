@@ -34,7 +34,7 @@ class Slice(NamedTuple):
     code: int
     kernel: str
     column: int
-    count: int
+    n_columns: int
     state: int
 
     @property
@@ -105,6 +105,8 @@ class Buffer:
         """Arrays in device memory, for kernels launched from now on."""
         pairs = []
         for array in arrays:
+            if array.dtype not in (np.int64, np.float32):  # kernels would take it for one of them
+                raise InvalidArgument(f"an array of {array.dtype}", remedy="give int64 or float32")
             near, far = self.place(array.shape, array.dtype)
             near[...] = array
             pairs.append((far, near))
@@ -169,7 +171,7 @@ class DeviceLines:
         nbytes = buffer_nbytes(batch_lines, width)
         self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
-        self._hyper: tuple[Float32s, list[Any]] | None = None
+        self._hyper: tuple[Float32s, Any, list[Any]] | None = None
         self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
@@ -207,8 +209,8 @@ class DeviceLines:
         """
         parts = self._parts(out.shape[1])
         if on_device(out):
-            index = self._device.none(np.int64) if index is None else self._device.array(index)
-            self._gather(self._device.array(slots), index, self._device.array(out), parts)
+            index = self._device.none(np.int64) if index is None else self._ints(index)
+            self._gather(self._ints(slots), index, self._floats(out), parts)
         elif index is None or len(index) <= len(slots):
             self._to_host(slots if index is None else slots[index], out, parts)
         else:
@@ -220,12 +222,32 @@ class DeviceLines:
         """``out[i] = found[index[i]]``, of rows that the host has into device memory."""
         far = self._device.send(found)
         slots = self._device.send(np.arange(len(found)))
-        index = self._device.none(np.int64) if index is None else self._device.array(index)
-        self._gather(slots, index, self._device.array(out), [("float32", far, 0, 0, out.shape[1])])
+        index = self._device.none(np.int64) if index is None else self._ints(index)
+        self._gather(slots, index, self._floats(out), [("float32", far, 0, 0, out.shape[1])])
 
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
+
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of ``source[m, w]``, all in device memory, to ``out[n, w]``."""
+        index = self._device.none(np.int64) if index is None else self._ints(index)
+        source, out = self._floats(source), self._floats(out)
+        self._gather(self._ints(slots), index, out, [("float32", source, 0, 0, out.shape[1])])
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """``target[positions[i]] = values[i]``, all in device memory; positions are distinct, and -1 is left out."""
+        target, values = self._floats(target), self._floats(values)
+        self._scatter(self._ints(positions), values, [("float32", target, 0, 0, values.shape[1])])
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of ``source[u, dim]``, all in device memory: p takes ``source[index[p]]``."""
+        none = self._device.none
+        weight, row_scale = (none(np.float32) if a is None else self._floats(a) for a in (weight, row_scale))
+        rows, at, out = self._floats(source), self._ints(index), self._floats(out)
+        self._pool(at, none(np.int64), self._ints(splits), weight, row_scale, out, ("float32", rows))
 
     def incoming(self, n: int) -> Float32s:
         """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
@@ -289,11 +311,11 @@ class DeviceLines:
 
         Arguments are all in device memory, or all NumPy's.
         """
-        send, none = self._device.array, self._device.none
+        ints, floats, none = self._ints, self._floats, self._device.none
         weight = none(np.float32) if weight is None else weight
         row_scale = none(np.float32) if row_scale is None else row_scale
         if on_device(out):
-            self._pool(send(slots), send(index), send(splits), send(weight), send(row_scale), send(out))
+            self._pool(ints(slots), ints(index), ints(splits), floats(weight), floats(row_scale), floats(out))
             return
         n, first = len(splits) - 1, 0
         while first < n:  # as many lists as have a batch's values, but at least one
@@ -302,11 +324,11 @@ class DeviceLines:
             values = slice(splits[lists.start], splits[lists.stop])
             far = self._device.empty(out[lists].shape, np.float32)
             self._pool(
-                send(slots[index[values]]),
+                ints(slots[index[values]]),
                 none(np.int64),
-                send(splits[lists.start : lists.stop + 1] - splits[lists.start]),
-                send(weight[values]) if isinstance(weight, np.ndarray) else weight,
-                send(row_scale[lists]) if isinstance(row_scale, np.ndarray) else row_scale,
+                ints(splits[lists.start : lists.stop + 1] - splits[lists.start]),
+                floats(weight[values]) if isinstance(weight, np.ndarray) else weight,
+                floats(row_scale[lists]) if isinstance(row_scale, np.ndarray) else row_scale,
                 far,
             )
             out[lists] = self._device.fetch(far)
@@ -343,8 +365,7 @@ class DeviceLines:
                     device=self._device.name,
                     remedy="look at them there, or give NumPy's",
                 )
-            send = self._device.array
-            self._apply(found, send(slots), send(grads), hyper, send(keys), seed, step)
+            self._apply(found, self._ints(slots), self._floats(grads), hyper, self._ints(keys), seed, step)
             return 0
         left_out = 0
         if bad == "skip":
@@ -393,15 +414,8 @@ class DeviceLines:
         if len(order) == 0:
             raise InvalidArgument("sums of no positions", remedy="give at least one gradient")
         check_counts(len(slots), len(values), len(order))
-        send, none = self._device.array, self._device.none
-        sums = _Sums(
-            send(values),
-            none(np.int64) if picked is None else send(picked),
-            none(np.float32) if scale is None else send(scale),
-            send(order),
-            send(starts),
-        )
-        self._apply(found, send(slots), sums, hyper, send(slots if keys is None else keys), seed, step)
+        ints, sums = self._ints, _sums_of(self._device, values, order, starts, picked, scale)
+        self._apply(found, ints(slots), sums, hyper, ints(slots if keys is None else keys), seed, step)
 
     def sums(self, values: Any, order: Any, starts: Any, out: Any, picked: Any = None, scale: Any = None) -> None:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
@@ -430,6 +444,12 @@ class DeviceLines:
             buffer.begin()
         self._device.sync()
 
+    def _ints(self, array: Any) -> Any:
+        return self._device.array(array, np.int64)
+
+    def _floats(self, array: Any) -> Any:
+        return self._device.array(array, np.float32)
+
     def _words(self, n: int) -> list[Part]:
         """The first n words of lines as they lie in memory."""
         return [("float32", self._lines, 0, 0, n)]
@@ -446,13 +466,14 @@ class DeviceLines:
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
         check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
-            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
+            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(source, out))]
             shift = shift_of(width)
             self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
 
     def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
         for dtype, target, to, first, width in parts:
-            kernel = SCATTER[dtype, fours(target.shape[1], values.shape[1], first, to, width)]
+            vec = fours(target.shape[1], values.shape[1], first, to, width, arrays=(target, values))
+            kernel = SCATTER[dtype, vec]
             shift = shift_of(width)
             self._device.launch(kernel, values.shape[0] << shift, target, slots, values, first, to, width, shift)
 
@@ -470,11 +491,16 @@ class DeviceLines:
             buffer.end()
         self._settle()
 
-    def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
+    def _pool(
+        self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any, given: Any = None
+    ) -> None:
+        """Of the lines' rows, or those `given` by dtype and array."""
         n, dim = out.shape
         check_counts(n, slots.shape[0], index.shape[0])
-        shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
-        self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
+        dtype, rows = given or (self._dtype, self._rows)
+        stride = rows.shape[1] if dtype == "float32" else self._stride
+        shift, kernel = shift_of(dim), POOL[dtype, fours(dim, stride, arrays=(rows, out))]
+        self._device.launch(kernel, n << shift, rows, slots, index, splits, weight, row_scale, out, shift)
 
     def _slices(self, rule: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> list[Slice]:
         """What steps the columns of a row, as `hbkit._ext.slabs.Slabs.apply` takes it."""
@@ -486,15 +512,14 @@ class DeviceLines:
         if fits and len(packed) == len(parts):
             for (code, column, count, state), own in zip(parts, packed, strict=True):
                 momentum = own.size > 1 and bool(own[1])
-                fits &= 0 <= column < column + count <= dim and 0 <= state
+                fits &= 0 <= column < column + count <= dim and state >= 0
                 fits &= state + n_state(code, count, momentum) <= n_left
-                slices.append(
-                    Slice(code, "momentum" if code == 0 and momentum else KERNELS[code], column, count, state)
-                )
+                kernel = "momentum" if code == 0 and momentum else KERNELS[code]
+                slices.append(Slice(int(code), kernel, column, count, state))
         if not slices or not fits:
             raise InvalidArgument(
-                f"grads of shape {shape} and {len(packed)} hyper-parameters do not fit {n} slots, {len(parts)} slices or "
-                f"a line of {self._width}",
+                f"grads of shape {shape} and {len(packed)} hyper-parameters do not fit {n} slots, {len(parts)} slices "
+                f"or a line of {self._width}",
                 remedy="the rule needs its state beside the row",
             )
         return slices
@@ -517,7 +542,7 @@ class DeviceLines:
                 sums, partials = _Sums(values, none, device.none(np.float32), none, none), nothing
         for s, row, of_all in zip(slices, packed, far, strict=True):
             at = s.state + (dim if self._dtype == "float32" else self._at)
-            place, own = (at, s.column, s.column + s.count), of_all
+            place, own = (at, s.column, s.column + s.n_columns), of_all
             if row[rules.CLIP_NORM] > 0 or s.counts:
                 own = self._room("own", n, rules.N_HYPER)
                 values = sums.values if row[rules.CLIP_NORM] > 0 else nothing
@@ -531,7 +556,7 @@ class DeviceLines:
             if by_row:
                 device.launch(kernel, n * COOPERATING, self._rows, self._lines, slots, values, *after)
             else:
-                shift = shift_of(s.count)
+                shift = shift_of(s.n_columns)
                 device.launch(kernel, n << shift, self._rows, self._lines, slots, *sums, partials, *after, shift)
 
     def _changed(self, s: Slice, slots: Any, values: Any, hyper: Any, decays: bool) -> Any:
@@ -541,28 +566,43 @@ class DeviceLines:
         if decays:
             rows = self._room("rows", n, dim)
             self._gather(
-                slots, self._device.none(np.int64), rows, [(self._dtype, self._rows, s.column, s.column, s.count)]
+                slots, self._device.none(np.int64), rows, [(self._dtype, self._rows, s.column, s.column, s.n_columns)]
             )
-        shift = shift_of(s.count)
-        end = s.column + s.count
+        shift = shift_of(s.n_columns)
+        end = s.column + s.n_columns
         self._device.launch(rules.change, n << shift, rows, slots, values, hyper, s.column, end, shift, out)
         return out
 
     def _hyper_of(self, hyper: Float32s) -> tuple[Float32s, list[Any]]:
-        """Hyper-parameters, a row for each slice, and these rows in device memory, where the last ones may be already."""
+        """Hyper-parameters, a row for each slice; and the rows in device memory, written where they have changed."""
         given = np.atleast_2d(hyper)
         packed = np.zeros((len(given), rules.N_HYPER), np.float32)
         packed[:, : given.shape[1]] = given
         packed[:, rules.FACTOR] = 1
-        if self._hyper is None or not np.array_equal(self._hyper[0], packed):
-            self._hyper = packed, [self._device.send(packed[k : k + 1]) for k in range(len(packed))]
-        return self._hyper
+        if self._hyper is None or len(self._hyper[0]) != len(packed):
+            far = self._device.send(packed)
+            self._hyper = packed, far, [far[k : k + 1] for k in range(len(packed))]
+        elif not np.array_equal(self._hyper[0], packed):
+            self._device.write(self._hyper[1], packed)
+            self._hyper = packed, *self._hyper[1:]
+        return packed, self._hyper[2]
 
     def _room(self, name: str, n: int, dim: int) -> Any:
         """float32[n, dim] in device memory that is kept for the next time."""
         if name not in self._kept or self._kept[name].size < n * dim:
             self._kept[name] = self._device.empty((n * dim,), np.float32)
         return self._kept[name][: n * dim].reshape(n, dim)
+
+
+def _sums_of(device: Device, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> _Sums:
+    """Gradients by segment, of arrays that are in device memory or go there."""
+    return _Sums(
+        device.array(values, np.float32),
+        device.none(np.int64) if picked is None else device.array(picked, np.int64),
+        device.none(np.float32) if scale is None else device.array(scale, np.float32),
+        device.array(order, np.int64),
+        device.array(starts, np.int64),
+    )
 
 
 class _Sums(NamedTuple):
@@ -614,15 +654,7 @@ def sum_segments(
 
     Arrays are in device memory, or are copied there; `out` is there. There is at least one position.
     """
-    send = device.array
-    sums = _Sums(
-        send(values),
-        device.none(np.int64) if rows is None else send(rows),
-        device.none(np.float32) if scale is None else send(scale),
-        send(order),
-        send(starts),
-    )
-    out = send(out)
+    sums, out = _sums_of(device, values, order, starts, rows, scale), device.array(out, np.float32)
     n, dim = out.shape
     check_counts(n, len(values), len(order))
     shift, vec = shift_of(dim), fours(dim, arrays=(sums.values, out))

@@ -205,3 +205,6 @@ for _dtype, _vec in GATHER:
         _kernel = _made[_dtype, _vec]
         _kernel.__name__ += _suffix
         SIGNATURES[_kernel] = f"void({_rows}, {_arguments}, {_ERROR})"
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

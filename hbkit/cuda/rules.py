@@ -1,19 +1,21 @@
 """Kernels of the optimizers: one step in place on distinct lines, by the sums of their gradients.
 
-A line is ``[row | state]``. A launch steps the columns [column, end) of its row by one rule, whose state,
-float32, begins at float `at` of the line. The order of operations is that of ``_ext/kernels.c``, operation by operation.
+A line is ``[row | state]``. A launch steps the columns [column, end) of its row by one rule, whose state, float32,
+begins at float `at` of the line. The order of operations is that of ``_ext/kernels.c``, operation by operation.
 
 - Element by element: 2^shift threads share a line, four columns each at a time, and sum its gradients as they go.
 - Row-wise: the 16 threads that share a line hold one of its 16 partial sums each, and add them as a tree. They take
-  gradients that were summed and changed before, since they need them twice.
+  gradients that were summed before, and clipped and decayed by `change`, since they need them twice.
 - What differs from line to line (the correction of an Adam that counts the line's own updates, a decay that is due, by
   what a gradient is clipped to its norm) is found by a launch before, of `own`. So it needs no kernels of its own.
 
-No two threads write one place: slots are distinct, and a column of a line, with its state, is one thread's alone. What a
-thread reads of its columns nobody else writes. A row-wise line's one float of state is read by its 16 threads before the
-barrier, and written by one of them after it. `own` reads and writes a line's count in one and the same thread, and the
-kernel that steps the line comes after it on the stream. Narrow columns of one 32-bit word may be of two threads: each
-writes 16 bits of its own.
+No two threads write one place: slots are distinct, and a column of a line, with its state, is one thread's alone. What
+a thread reads of its columns nobody else writes. A row-wise line's one float of state is read by its 16 threads before
+the barrier, and written by one of them after it. `own` reads and writes a line's count in one and the same thread, and
+the kernel that steps the line comes after it on the stream. Narrow columns of one 32-bit word may be of two threads:
+each writes 16 bits of its own.
+
+Lines and columns are counted by 32 bits, which leaves registers for more warps (`hbkit.cuda.rows`).
 """
 
 from __future__ import annotations
@@ -33,6 +35,18 @@ FACTOR, WEIGHT_DECAY, CLIP_VALUE, CLIP_NORM, N_HYPER = 7, 8, 9, 10, 12
 ADAGRAD_DECAY, ROW_STEP_ADAM = 6, 7  # rules of _ext/kernels.h that count for each line
 ONE, MOST_STEPS = np.float32(1), np.float32(2**24)
 ONE64 = np.float64(1)
+
+
+@device
+def line_of(slots: Any, i: Any, n: Any, n_lines: Any, error: Any) -> Any:
+    """Slot i of n; -1 beyond n, and for what is out of bounds: int32."""
+    if i >= n:
+        return np.int32(-1)
+    slot = slots[i]
+    if slot < -1 or slot >= n_lines:
+        error[0] = BAD_SLOT
+        return np.int32(-1)
+    return np.int32(slot)
 
 
 @device
@@ -137,23 +151,20 @@ def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: 
         error: Any,
     ) -> None:
         # State of column j is at float at + j of the line, more of it as many floats on as there are columns.
-        at, more = at - column, at + end - 2 * column
-        mine = column + 4 * (cuda.grid(1) & ((1 << shift) - 1))
-        for i in range(cuda.grid(1) >> shift, slots.shape[0], cuda.gridsize(1) >> shift):
-            slot = slots[i]
-            if slot < -1 or slot >= lines.shape[0]:
-                error[0] = BAD_SLOT
-                continue
-            if slot < 0:
-                continue
-            for j in range(mine, end, 4 << shift):
+        at, more = np.int32(at - column), np.int32(at + end - 2 * column)
+        n, end = np.int32(slots.shape[0]), np.int32(end)
+        i = np.int32(cuda.grid(1) >> shift)
+        while i < n:
+            slot = line_of(slots, i, n, lines.shape[0], error)
+            j = np.int32(column + 4 * (cuda.grid(1) & ((1 << shift) - 1)))
+            while slot >= 0 and j < end:
                 w0, w1, w2, w3 = load_row(rows, slot, j, end, vec)
                 m0, m1, m2, m3 = ZERO, ZERO, ZERO, ZERO
                 v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
                 if n_state > 0:
-                    m0, m1, m2, m3 = load(lines, slot, at + j, at + end, vec)
+                    m0, m1, m2, m3 = load(lines, slot, np.int32(at + j), at + end, vec)
                 if n_state > 1:
-                    v0, v1, v2, v3 = load(lines, slot, more + j, more + end, vec)
+                    v0, v1, v2, v3 = load(lines, slot, np.int32(more + j), more + end, vec)
                 g0, g1, g2, g3 = gradient(values, picked, scale, order, starts, partials, i, j, end, vec, error)
                 h = hyper_of(hyper, i)
                 g0, g1, g2, g3 = changed(g0, w0, h), changed(g1, w1, h), changed(g2, w2, h), changed(g3, w3, h)
@@ -164,9 +175,11 @@ def _by_element(step: Any, n_state: int, load_row: Any, store_row: Any, rounds: 
                 noise = noise_of(seed, keys[i], t, j) if rounds else NEAREST
                 store_row(rows, slot, j, end, vec, w0, w1, w2, w3, noise)
                 if n_state > 0:
-                    store(lines, slot, at + j, at + end, vec, m0, m1, m2, m3)
+                    store(lines, slot, np.int32(at + j), at + end, vec, m0, m1, m2, m3)
                 if n_state > 1:
-                    store(lines, slot, more + j, more + end, vec, v0, v1, v2, v3)
+                    store(lines, slot, np.int32(more + j), more + end, vec, v0, v1, v2, v3)
+                j = np.int32(j + (4 << shift))
+            i = np.int32(i + (cuda.gridsize(1) >> shift))
 
     return kernel
 
@@ -178,10 +191,16 @@ def sum_squares(values: Any, i: Any, first: Any, end: Any, most: Any) -> Any:
     Each sums every 16th square, from its `first` column on, then all add the sums as one tree.
     """
     total = ZERO
-    if i >= 0:
-        for j in range(first, end, COOPERATING):
-            g = clipped(values[i, j], most)
-            total = add(total, mul(g, g))
+    j = np.int32(first)
+    while i >= 0 and j + 3 * COOPERATING < end:  # four are read at once, and added in order
+        a, b = clipped(values[i, j], most), clipped(values[i, j + COOPERATING], most)
+        c, d = clipped(values[i, j + 2 * COOPERATING], most), clipped(values[i, j + 3 * COOPERATING], most)
+        total = add(add(add(add(total, mul(a, a)), mul(b, b)), mul(c, c)), mul(d, d))
+        j = np.int32(j + 4 * COOPERATING)
+    while i >= 0 and j < end:
+        g = clipped(values[i, j], most)
+        total = add(total, mul(g, g))
+        j = np.int32(j + COOPERATING)
     for mask in (8, 4, 2, 1):
         total = add(total, xor(total, mask))
     return total
@@ -204,19 +223,18 @@ def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool, vec: 
         end: Any,
         error: Any,
     ) -> None:
-        count = end - column
-        part, group = cuda.threadIdx.x % COOPERATING, cuda.threadIdx.x // COOPERATING
-        together = cuda.blockDim.x // COOPERATING
-        for first in range(cuda.blockIdx.x * together, slots.shape[0], cuda.gridDim.x * together):
-            i, slot = first + group, -1
-            if i < slots.shape[0]:
-                slot = slots[i]
-            if slot < -1 or slot >= lines.shape[0]:
-                error[0] = BAD_SLOT
-                slot = -1
-            state = at + count if has_moment else at
+        n, end, count, at = np.int32(slots.shape[0]), np.int32(end), np.int32(end - column), np.int32(at)
+        part, group = np.int32(cuda.threadIdx.x % COOPERATING), np.int32(cuda.threadIdx.x // COOPERATING)
+        together = np.int32(cuda.blockDim.x // COOPERATING)
+        first = np.int32(cuda.blockIdx.x * together)
+        while first < n:
+            i = np.int32(first + group)
+            first = np.int32(first + cuda.gridDim.x * together)
+            slot = line_of(slots, i, n, lines.shape[0], error)
+            state = np.int32(at + count) if has_moment else at
             total = lines[slot, state] if slot >= 0 else ZERO
-            mean = div(sum_squares(values, i if slot >= 0 else -1, column + part, end, ZERO), np.float32(count))
+            squares = sum_squares(values, i if slot >= 0 else np.int32(-1), np.int32(column + part), end, ZERO)
+            mean = div(squares, np.float32(count))
             cuda.syncthreads()  # all have read the state that one of them will write
             if slot >= 0:
                 h = hyper_of(hyper, 0)
@@ -226,15 +244,15 @@ def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool, vec: 
                 else:
                     total = add(total, mean)
                     by = div(h[0], add(sqrt(total), h[1]))
-                for j in range(4 * part, count, 4 * COOPERATING):
-                    w0, w1, w2, w3 = load_row(rows, slot, column + j, end, vec)
-                    g0, g1, g2, g3 = load(values, i, column + j, end, vec)
+                j, k = np.int32(column + 4 * part), np.int32(at + 4 * part)
+                while j < end:
+                    w0, w1, w2, w3 = load_row(rows, slot, j, end, vec)
+                    g0, g1, g2, g3 = load(values, i, j, end, vec)
                     if has_moment:
-                        place, stop = at + j, at + count
-                        m0, m1, m2, m3 = load(lines, slot, place, stop, vec)
+                        m0, m1, m2, m3 = load(lines, slot, k, at + count, vec)
                         m0, m1 = add(m0, mul(sub(g0, m0), h[1])), add(m1, mul(sub(g1, m1), h[1]))
                         m2, m3 = add(m2, mul(sub(g2, m2), h[1])), add(m3, mul(sub(g3, m3), h[1]))
-                        store(lines, slot, place, stop, vec, m0, m1, m2, m3)
+                        store(lines, slot, k, at + count, vec, m0, m1, m2, m3)
                         w0 = sub(mul(w0, h[6]), mul(h[0], div(m0, by)))
                         w1 = sub(mul(w1, h[6]), mul(h[0], div(m1, by)))
                         w2 = sub(mul(w2, h[6]), mul(h[0], div(m2, by)))
@@ -242,8 +260,9 @@ def _by_row(has_moment: bool, load_row: Any, store_row: Any, rounds: bool, vec: 
                     else:
                         w0, w1 = sub(w0, mul(by, g0)), sub(w1, mul(by, g1))
                         w2, w3 = sub(w2, mul(by, g2)), sub(w3, mul(by, g3))
-                    noise = noise_of(seed, keys[i], t, column + j) if rounds else NEAREST
-                    store_row(rows, slot, column + j, end, vec, w0, w1, w2, w3, noise)
+                    noise = noise_of(seed, keys[i], t, j) if rounds else NEAREST
+                    store_row(rows, slot, j, end, vec, w0, w1, w2, w3, noise)
+                    j, k = np.int32(j + 4 * COOPERATING), np.int32(k + 4 * COOPERATING)
                 if part == 0:
                     lines[slot, state] = total
 
@@ -272,14 +291,16 @@ def change(
     rows: Any, slots: Any, values: Any, hyper: Any, column: Any, end: Any, shift: Any, out: Any, error: Any
 ) -> None:
     """``out[i]`` = gradient i as `changed`, where slots[i] is not -1. `rows` may be empty where nothing decays."""
-    mine = column + (cuda.grid(1) & ((1 << shift) - 1))
-    for i in range(cuda.grid(1) >> shift, slots.shape[0], cuda.gridsize(1) >> shift):
-        if slots[i] < 0:
-            continue
+    n, end = np.int32(slots.shape[0]), np.int32(end)
+    i = np.int32(cuda.grid(1) >> shift)
+    while i < n:
         h = hyper_of(hyper, i)
-        for j in range(mine, end, 1 << shift):
+        j = np.int32(column + (cuda.grid(1) & ((1 << shift) - 1)))
+        while slots[i] >= 0 and j < end:
             w = rows[i, j] if rows.shape[0] > 0 else ZERO
             out[i, j] = changed(values[i, j], w, h)
+            j = np.int32(j + (1 << shift))
+        i = np.int32(i + (cuda.gridsize(1) >> shift))
 
 
 def own(
@@ -300,18 +321,18 @@ def own(
     of gradients, needed where they are clipped by their norm. 16 threads share a line.
     """
     most, norm = hyper[0, CLIP_VALUE], hyper[0, CLIP_NORM]
-    part, group = cuda.threadIdx.x % COOPERATING, cuda.threadIdx.x // COOPERATING
-    together = cuda.blockDim.x // COOPERATING
-    for first in range(cuda.blockIdx.x * together, slots.shape[0], cuda.gridDim.x * together):
-        i, slot = first + group, -1
-        if i < slots.shape[0]:
-            slot = slots[i]
-        if slot < -1 or slot >= lines.shape[0]:
-            error[0] = BAD_SLOT
-            slot = -1
+    n = np.int32(slots.shape[0])
+    part, group = np.int32(cuda.threadIdx.x % COOPERATING), np.int32(cuda.threadIdx.x // COOPERATING)
+    together = np.int32(cuda.blockDim.x // COOPERATING)
+    first = np.int32(cuda.blockIdx.x * together)
+    while first < n:
+        i = np.int32(first + group)
+        first = np.int32(first + cuda.gridDim.x * together)
+        slot = line_of(slots, i, n, lines.shape[0], error)
         factor = ONE
         if norm > ZERO:
-            length = sqrt(sum_squares(values, i if slot >= 0 else -1, column + part, end, most))
+            row = i if slot >= 0 else np.int32(-1)
+            length = sqrt(sum_squares(values, row, np.int32(column + part), np.int32(end), most))
             if length > norm:
                 factor = div(norm, length)
         if slot >= 0 and part == 0:
@@ -329,11 +350,11 @@ def own(
                 if t < MOST_STEPS:
                     t = add(t, ONE)
                 lines[slot, place] = t
-                n = np.int64(MOST_STEPS)  # corrected no more by then
+                n_steps = np.int64(MOST_STEPS)  # corrected no more by then
                 if t >= ZERO and t < MOST_STEPS:
-                    n = np.int64(t)
-                h0 = np.float32(div64(np.float64(h0), correction(h1, n)))
-                root = np.float32(sqrt64(correction(h3, n)))
+                    n_steps = np.int64(t)
+                h0 = np.float32(div64(np.float64(h0), correction(h1, n_steps)))
+                root = np.float32(sqrt64(correction(h3, n_steps)))
                 if h4 != ZERO:
                     h5 = div(h5, root)
                 h4 = root
@@ -367,3 +388,6 @@ for _dtype, (_load, _store) in ROWS.items():
             SIGNATURES[_kernel] = f"void({_arguments}, int32[::1])"
 for (_name, _dtype, _vec), _kernel in RULES.items():
     _kernel.__name__ = f"{_name}_{_dtype}{'_fours' if _vec else ''}"
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

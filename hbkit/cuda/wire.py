@@ -1,4 +1,8 @@
-"""Kernels of the int8 wire: rows scaled by their largest magnitude. As `hbkit.shuffle.quantize`, bit for bit."""
+"""Kernels of the int8 wire: rows scaled by their largest magnitude. As `hbkit.shuffle.quantize`, bit for bit.
+
+16 threads share a row: they find its largest magnitude by votes, and each writes columns of its own, one of them the
+scale. Rows are read and never written.
+"""
 
 from __future__ import annotations
 
@@ -82,3 +86,6 @@ SIGNATURES = {
     **dict.fromkeys(QUANTIZE.values(), "void(float32[:,::1], int8[:,::1], uint16[::1], int32[::1])"),
     **dict.fromkeys(DEQUANTIZE.values(), "void(int8[:,::1], uint16[::1], float32[:,::1], int32[::1])"),
 }
+
+for _kernel, _signature in SIGNATURES.items():
+    _kernel.signature = _signature

@@ -82,7 +82,9 @@ log = logging.getLogger("hbkit.store")
 
 
 class Summands(NamedTuple):
-    """Gradients in device memory that `DeviceStore.apply` sums: ``scale[p] * values[rows[p]]`` for the key of position p.
+    """Gradients that `DeviceStore.apply` sums: ``scale[p] * values[rows[p]]`` for the key of position p of the batch.
+
+    Each array is in host or device memory.
 
     Attributes
     ----------
@@ -509,6 +511,8 @@ class DeviceStore:
     def _bring_part(self, lease: DeviceLease, some: Int64s) -> int:
         assert lease.near_keys is not None and lease.near is not None
         keys = lease.near_keys[some]
+        with self._open():
+            self._make_room()  # before rows are read: a key that is here may make way, with a newer row than is below
         with self._leased(keys) as held:
             self.below.fetch(held)
             at = np.flatnonzero(held.slots >= 0)
@@ -520,7 +524,6 @@ class DeviceStore:
         some = some[at]
         with self._open():
             self._n_misses += int(np.count_nonzero(lease.near[some] < 0))
-            self._make_room()
             self._take_in(lease, some, AWAY, (freq, last_step))
         return n
 
@@ -743,11 +746,11 @@ class DeviceStore:
     def _make_part(self, lease: DeviceLease, some: Int64s) -> None:
         assert lease.near_keys is not None
         keys, layout = lease.near_keys[some], self.layout
+        self._make_room()
         with self._unlocked():
             lines = self._lines.incoming(len(some))
             lines[:, : layout.dim] = layout.initialize(keys)
             lines[:, layout.dim :] = layout.initial_state
-        self._make_room()
         self._take_in(lease, some, -1)
 
     def gather(self, lease: Lease, out: Any, index: Any = None) -> None:
@@ -785,9 +788,7 @@ class DeviceStore:
         self._n_streamed += len(away)
         return out
 
-    def pool(
-        self, lease: Lease, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
-    ) -> None:
+    def pool(self, lease: Lease, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """Weighted sums of rows, each read where it lies; an `out` in device memory as for `gather`."""
         with self._using(lease) as held:
             on_host = isinstance(out, np.ndarray)
@@ -824,9 +825,7 @@ class DeviceStore:
             self._n_ignored += held.n_absent
             return held.n_absent
 
-    def _update(
-        self, lease: DeviceLease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool
-    ) -> int:
+    def _update(self, lease: DeviceLease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool) -> int:
         """Update rows; how many were left out, their gradients not being finite."""
         lines, seed, n_skipped = self._lines, self.layout.seed, 0
         if isinstance(grads, Summands):
@@ -844,9 +843,7 @@ class DeviceStore:
             self._know(lease)
             sums = grads.sum() if isinstance(grads, Gradients) and lease.n_away else grads
             bad = "skip" if skip else "apply"
-            n_skipped = lines.apply(
-                rule.code, self._near(lease), sums, hyper, lease.near_keys, seed, step, bad
-            )
+            n_skipped = lines.apply(rule.code, self._near(lease), sums, hyper, lease.near_keys, seed, step, bad)
         else:
             sums = self.memory.array(grads)
         if not isinstance(grads, (np.ndarray, Gradients)):
@@ -1105,13 +1102,15 @@ class DeviceStore:
         with self._moving, self._open():
             self._let_go()
             self._index.validate()
-            keys, slots = self._index.contents()
+            keys, _ = self._index.contents()
             n_unwritten = int(np.count_nonzero(~self.below.has(keys)))
             assert self._n_rows == len(self.below) + n_unwritten, "rows are miscounted"
             for lease in list(self._leases):
+                self._know(lease)
+                assert lease.near_keys is not None
                 mine = self._near(lease)
                 held = np.flatnonzero(mine >= 0)
-                assert np.array_equal(self._find(lease_keys(self, lease)[held]), mine[held]), "a lease has another's line"
+                assert np.array_equal(self._find(lease.near_keys[held]), mine[held]), "a lease has another's line"
 
     def close(self) -> None:
         """Let go of memory, files and locks; what was not committed is discarded. Idempotent."""
@@ -1121,12 +1120,6 @@ class DeviceStore:
                 del self._index, self._lines, self._dedupe, self._order
                 self._rooms.clear()
                 self.below.close()
-
-
-def lease_keys(store: DeviceStore, lease: DeviceLease) -> Int64s:
-    store._know(lease)
-    assert lease.near_keys is not None
-    return lease.near_keys
 
 
 def _fit(parts: Parts, layout: Layout, budget: int) -> tuple[int, int, int]:

@@ -358,7 +358,7 @@ def test_random_calls_match_oracle_in_any_order(lane, device, any_order):
 def test_long_random_calls_match_oracle(lane, device, any_order, seed):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
-    n_buckets, n, n_calls = (2, 40, 60) if lane == "cudasim" else (40, 1500, 1000)
+    n_buckets, n, n_calls = (2, 40, 60) if lane == "cudasim" else (40, 1500, 200)
     pair = Pair(device, seed, n_buckets, n, n_side=n // 5)
     calls = [pair.hold] * 5 + [pair.release] * 4 + [pair.insert, pair.mark, pair.mark, pair.clean, pair.drain]
     calls += [pair.age, pair.find, pair.metadata, pair.erase]
@@ -387,11 +387,10 @@ def test_keys_of_one_first_bucket_go_to_their_second(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
     index, oracle = index_and_oracle(device, 4, 200, 3)
-    keys = np.array([k for k in range(2000) if oracle.two(k)[0] == 1])
-    n = oracle.width
-    at = 0
-    # As many as a bucket has and more; then few at a time, when the first bucket is full; then past all slots.
-    for size in (n + n // 2, 3, n // 2, 3, n, n):
+    keys = np.array([k for k in range(3000) if oracle.two(k)[0] == 1 != oracle.two(k)[1]])
+    n, at = oracle.width, 0
+    # Until the first bucket is crowded; few at a time, which go to their second; more than a bucket has; past all.
+    for size in (n - n // 4 - 1, 1, 1, 3, n + n // 2, 3, n):
         some, at = keys[at : at + size], at + size
         got = index.insert(some, np.ones(1, np.int64), evict=True)
         want = oracle.insert(some, np.ones(1, np.int64), True, False)

@@ -24,7 +24,7 @@ KERNELS = [
     "block_sums", "segment_sum", "look", "leave_out", "quantize", "dequantize",
 ]  # fmt: skip
 COMPILED = ("gather_float32_fours", "pool_bfloat16_fours", "adam_float32_fours", "rowwise_adam_float16_fours",
-            "block_sums_fours", "segment_sum_fours", "look_fours", "quantize_fours")  # fmt: skip
+            "own", "block_sums_fours", "segment_sum_fours", "look_fours", "quantize_fours")  # fmt: skip
 KERNELS += ["padded", "own", "change", *(f"{name}_fours" for name in KERNELS)]
 
 
@@ -77,7 +77,7 @@ def same_lines(device, n, width, dim, dtype="float32", batch_lines=4, seed=0, co
     start = values(rng, n, width)
     start[:, dim:] = np.abs(start[:, dim:])
     for at in counts:
-        start[:, at] = np.resize([0, 1, 5, 2**24, 2.5, 3e7, 2**24 - 1], n)
+        start[:, at] = np.resize([0, 1, 3, 2**24, 2.5, 2**24 + 2, 2**24 - 1, 5], n)
     both = [Slabs(width, dim=dim, row_dtype=dtype)]
     both[0].reserve(n)
     if device is not None:
@@ -188,7 +188,7 @@ def oracle_step(rule, row, state, g, h):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "n_state"), [(1, 0), (5, 5), (8, 1), (36, 8)])
-def test_gather_and_scatter_as_slabs_do(device, dtype, dim, n_state):
+def test_gather_and_scatter_as_slabs_do(device, any_order, dtype, dim, n_state):
     width = dim + n_state
     both = same_lines(device, 9, width, dim, dtype)
     asked, index = np.array([3, -1, 7, 7, 0, 8]), np.array([5, 0, 0, 1, 4, 2, 3, 5])
@@ -229,7 +229,7 @@ def test_narrow_rows_round_as_slabs_do(device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [5, 32])
-def test_pool_as_slabs_do(device, dtype, dim):
+def test_pool_as_slabs_do(device, any_order, dtype, dim):
     rng = np.random.default_rng(dim)
     both = same_lines(device, 9, dim, dim, dtype)
     slots, index = np.array([3, -1, 8, 0]), rng.integers(0, 4, 21)
@@ -248,7 +248,7 @@ def test_pool_as_slabs_do(device, dtype, dim):
 
 
 @pytest.mark.parametrize(("n", "dim"), [(0, 3), (1, 4), (64, 3), (65, 4), (300, 3), (700, 4)])
-def test_segment_sum_as_oracle_and_c(device, n, dim):
+def test_segment_sum_as_oracle_and_c(device, any_order, n, dim):
     rng = np.random.default_rng(n)
     v, segment, rows = values(rng, 9, dim), rng.zipf(1.5, n) % 4, rng.integers(0, 9, n)
     scale = rng.standard_normal(n).astype(np.float32)
@@ -272,7 +272,7 @@ def agree(device, parts, dtype, rng, segments=False, bad=0):
     """
     dim, n, n_lines = sum(count for _, count, _ in parts), 6, 8
     slices, counts, column, state = [], [], 0, 0
-    for rule, count, h in parts:
+    for rule, count, _ in parts:
         slices.append((hyper_of(rule)[0], column, count, state))
         column, state = column + count, state + state_of(rule, count)
         if rule in COUNTING:
@@ -327,7 +327,7 @@ def some_of(rng, rule, extra):
     return hyper
 
 
-EXTRAS = [(0, 0, 0), (0.01, 0, 0), (0, 0.5, 0), (0, 0, 0.7), (0.01, 2, 0.7)]
+EXTRAS = [(0, 0, 0), (0.01, 0.5, 0), (0, 0, 0.7), (0.01, 2, 0.7)]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -341,7 +341,7 @@ def test_apply_as_oracle_and_slabs(device, rule, dtype, dim):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("extra", EXTRAS[1:])
+@pytest.mark.parametrize("extra", EXTRAS[1:3])
 def test_clipping_and_weight_decay_as_oracle_and_slabs(device, rule, extra):
     rng = np.random.default_rng(RULES.index(rule) + int(100 * sum(extra)))
     dim, dtype = int(rng.choice([3, 8, 20, 21])), str(rng.choice(DTYPES))
@@ -349,11 +349,10 @@ def test_clipping_and_weight_decay_as_oracle_and_slabs(device, rule, extra):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_apply_of_segments_sums_on_the_way(device, rule, dtype):
+@pytest.mark.parametrize("extra", [EXTRAS[0], EXTRAS[-1]])
+def test_apply_of_segments_sums_on_the_way(device, any_order, rule, extra):
     rng = np.random.default_rng(RULES.index(rule))
-    for extra in (EXTRAS[0], EXTRAS[-1]):
-        agree(device, [(rule, 8, some_of(rng, rule, extra))], dtype, rng, segments=True)
+    agree(device, [(rule, int(rng.choice([7, 8])), some_of(rng, rule, extra))], str(rng.choice(DTYPES)), rng, True)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -386,11 +385,28 @@ def test_bad_gradients_are_skipped_as_slabs_do(device):
     assert all(f == found[0] for f in found)
 
 
+def test_any_order_shows_a_planted_conflict(lane, device, any_order):
+    if lane != "cudasim":
+        pytest.skip(f"lane {lane}: the order of threads is not chosen")
+    from hbkit.cuda.lines import DeviceLines
+
+    # Slots that are not distinct, of one block and of two: who writes last is left to chance, and that is seen.
+    lines, n, found = DeviceLines(device, 40, 1, 40), 40, set()
+    for _ in range(30):
+        slots = np.arange(n)
+        slots[3], slots[39] = 1, 0
+        lines.scatter(slots, np.arange(n, dtype=np.float32)[:, None])
+        out = np.empty((2, 1), np.float32)
+        lines.gather(np.arange(2), out)
+        found.add(tuple(out.ravel().tolist()))
+    assert {a for a, _ in found} == {0, 39} and {b for _, b in found} == {1, 3}
+
+
 # --- the wire, and padding ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [1, 20])
-def test_int8_as_on_the_wire(device, dim):
+def test_int8_as_on_the_wire(device, any_order, dim):
     rng = np.random.default_rng(dim)
     rows = values(rng, 14, dim)
     rows[3], rows[4, 0], rows[5, -1], rows[6, 0], rows[7, 0] = 0, 1.7e38, np.nan, -np.inf, -1.8e38
@@ -411,7 +427,7 @@ def test_int8_as_on_the_wire(device, dim):
 
 
 @pytest.mark.parametrize("truncate", ["tail", "head"])
-def test_padding_as_ragged_does(device, truncate):
+def test_padding_as_ragged_does(device, any_order, truncate):
     splits = np.array([0, 3, 3, 10, 11])
     want = Ragged(np.arange(11), (splits,)).to_padded(4, -1, truncate)
     assert want[0, 3] == -1
@@ -440,7 +456,7 @@ def test_error_word_raises_at_sync_once(device):
         with pytest.raises(InvalidArgument, match="slot is outside"):
             lines.apply(code, np.array([9]), np.ones((1, 1), np.float32), np.zeros(8, np.float32))
     with pytest.raises(InvalidArgument, match="slot is outside"):
-        lines.scatter(np.array([-1]), np.ones((1, 2), np.float32))
+        lines.scatter(np.array([4]), np.ones((1, 2), np.float32))
     with pytest.raises(InvalidArgument, match="reaches outside"):
         segment_sum(device, np.ones((2, 1), np.float32), np.zeros(1, np.int64), 1, np.array([2]))
     out = device.empty((1, 2), np.float32)
@@ -467,6 +483,9 @@ def test_apply_refuses_what_does_not_fit(device):
             lines.apply(parts, np.arange(2), g, hyper)
     with pytest.raises(InvalidArgument, match="unknown optimizer rule 8"):
         lines.apply(8, np.arange(2), g, hyper)
+    for grads in (g.astype(np.float64), device.send(g.astype(np.float16)), device.send(np.tile(g, 2))[:, ::2]):
+        with pytest.raises(InvalidArgument, match="an array of"):
+            lines.apply(1, device.send(np.arange(2)) if grads.dtype != np.float64 else np.arange(2), grads, hyper)
     with pytest.raises(Unsupported, match="in device memory"):
         lines.apply(1, device.send(np.arange(2)), device.send(g), hyper, bad="skip")
 

@@ -29,7 +29,6 @@ from hbkit.embedding import (
     Column,
     Constant,
     CountAdmission,
-    Ftrl,
     IdleSteps,
     MaxRows,
     RowWiseAdagrad,
@@ -145,15 +144,11 @@ def test_device_equals_host(optimizer, dtype, device):
     metadata=st.booleans(),
     min_count=st.sampled_from([None, 2]),
 )
-def test_device_any_acts_equal_host(
-    seed, acts, times, below, policy, optimizer, dim, dtype, metadata, min_count
-):
+def test_device_any_acts_equal_host(seed, acts, times, below, policy, optimizer, dim, dtype, metadata, min_count):
     place = cached(
         "cpu", times, below and DictPlace(below), policy, dim=dim, dtype=dtype, optimizer=optimizer, metadata=metadata
     )
-    ours, theirs = (
-        any_table(store, optimizer, dim, dtype, metadata, min_count) for store in (place, host_memory())
-    )
+    ours, theirs = (any_table(store, optimizer, dim, dtype, metadata, min_count) for store in (place, host_memory()))
     mine, other = np.random.default_rng(seed), np.random.default_rng(seed)
     for act in acts:
         assert ACTS[act](ours, mine) == ACTS[act](theirs, other)
@@ -411,3 +406,604 @@ for _calls in (Calls, CallsOverCache):
     _calls.TestCase.settings = settings(max_examples=25, stateful_step_count=30)
 TestCalls = on_twin(Calls.TestCase)
 TestCallsOverCache = on_twin(CallsOverCache.TestCase)
+
+
+# --- whole tables -------------------------------------------------------------------------------------------------
+
+
+@on_twin
+@pytest.mark.parametrize("times", [1.0, 4.0, 30.0])
+@pytest.mark.parametrize("window", [0, 1, 2, 7])
+def test_device_lookahead_equals_host(window, times):
+    assert looking_ahead(cached("cpu", times, dim=8), window) == looking_ahead(host_memory(), 0)
+
+
+@pytest.mark.parametrize("times", [1.0, 30.0], ids=["streams", "resident"])
+def test_device_pools_and_trains_a_collection_as_host_does(times, device):
+    def run(store):
+        tables = [Table("t", 8, optimizer=Adam(), store=store), Table("u", 8, optimizer=RowWiseAdagrad(), store=store)]
+        both = Collection(tables, {"a": "t", "b": "t", "c": "u"}, {"a": "sum", "b": "mean", "c": None})
+        rng, found = np.random.default_rng(0), []
+        for _ in range(3):
+            lengths = rng.integers(0, 4, (2, 16))
+            splits = [np.concatenate([[0], np.cumsum(n)]) for n in lengths]
+            batch = {name: Ragged(rng.zipf(1.1, s[-1]) % 90, (s,)) for name, s in zip("ab", splits, strict=True)}
+            batch["c"] = rng.integers(0, 40, 16)
+            staged = both.stage(batch)
+            out = staged.outputs()
+            found += [np.asarray(out[name]).tobytes() for name in "abc"]
+            staged.apply({name: rng.standard_normal(np.shape(out[name])).astype(np.float32) for name in "abc"})
+        found += [part for t in tables for part in contents(t.store)]
+        for t in tables:
+            t.close()
+        return found
+
+    assert run(cached(device, times, policy="lru", dim=8, optimizer=Adam())) == run(host_memory())
+
+
+@pytest.mark.parametrize("times", [1.0, 30.0], ids=["streams", "resident"])
+def test_rows_and_gradients_in_device_memory_stay_there(times, device):
+    keys, index = np.arange(40), np.array([3, 3, 0, 11, 7])
+    batch = np.random.default_rng(1).permutation(np.concatenate([keys, keys[:9]]))
+    grads = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal((49, 8)).astype(np.float32)
+    found = []
+    for place in (host_memory(), cached(device, times, dim=8, optimizer=Adam())):
+        t = Table("t", 8, optimizer=Adam(), store=place)
+        t.lookup(keys, train=True)
+        t.update(batch[:1], np.ones((1, 8), np.float32))
+        s, out = t.store, np.empty((5, 8), np.float32)
+        lease = s.reserve(keys, np.ones(40, np.int64))
+        hyper = t.optimizer.hyper(1)
+        if place == host_memory():
+            s.apply(lease, grads, t.optimizer, hyper, 2)
+            s.gather(lease, out, index)
+            s.release(lease)
+            t.update(batch, values)
+        else:
+            memory = s.memory
+            s.apply(lease, Far(memory.send(grads)) if device == "cpu" else memory.send(grads), t.optimizer, hyper, 2)
+            there = memory.empty((5, 8), np.float32)
+            s.gather(lease, Far(there) if device == "cpu" else there, index)
+            out = memory.fetch(there)
+            s.release(lease)
+            lease = s.reserve_batch(memory.send(batch))
+            assert s.all_finite(memory.send(values)) and not s.all_finite(memory.send(values * np.float32(np.inf)))
+            s.apply(lease, Summands(memory.send(values)), t.optimizer, t.optimizer.hyper(2), 2)
+            assert np.array_equal(lease.keys[memory.fetch(lease.inverse)], batch)
+            s.release(lease)
+        found.append((out.tobytes(), contents(s)))
+        t.close()
+    assert found[0] == found[1]
+
+
+def test_device_over_ssd_reopens(tmp_path, device):
+    want = contents(train(Table("t", 5)).store)
+    place = cached(device, 1.5, cached_ssd(tmp_path, "400KiB"), "lru", dim=5)
+    ours = train(Table("t", 5, store=place))
+    ours.commit()
+    ours.update([1, 2], np.ones((2, 5)))
+    ours.store.close()
+    again = Table("t", 5, store=place)
+    assert contents(again.store) == want
+    again.store.close()
+
+
+@on_twin
+def test_device_without_metadata_reopens_at_its_latest_step(tmp_path):
+    place = cached("cpu", 1.5, cached_ssd(tmp_path, "400KiB"), dim=5, metadata=False)
+    for step in (0, 3):
+        t = Table("t", 5, store=place, metadata=False)
+        assert t.step == step
+        for _ in range(3):
+            t.lookup(np.arange(40), train=True)
+            t.update(np.arange(40), np.ones((40, 5)))
+        t.store.erase(np.arange(40))  # no row shows the step any more
+        t.commit()
+        t.close()
+
+
+@on_twin
+@pytest.mark.parametrize("times", [1.0, 3.0])
+def test_device_saves_deltas_that_load_elsewhere(tmp_path, times):
+    kind = {"dim": 5, "optimizer": Adagrad()}
+    host = Table("t", **kind)
+    ours = Table("t", store=cached("cpu", times, **kind), **kind)
+    for i in range(3):
+        for t, path in ((host, tmp_path / "host"), (ours, tmp_path / "ours")):
+            train(t, seed=i)
+            save(path, [t], t.step, base="latest" if i else None)
+    again = Table("t", store=cached("cpu", times, **kind), **kind)
+    load(tmp_path / "host", [again])
+    load(tmp_path / "ours", [host])
+    assert contents(again.store) == contents(host.store) == contents(ours.store)
+    train(again, seed=7)
+    train(host, seed=7)
+    assert contents(again.store) == contents(host.store)
+
+
+def test_device_point_is_the_rows_of_its_instant(device):
+    t = train(Table("t", 5, store=cached(device, policy="lru", dim=5)))
+    store, want, before = t.store, contents(t.store), {int(k) for c in t.store.scan() for k in c.key}
+    store.changes.name(store.changes.mark(store.latest_step()), "base")
+    point = store.point()
+    train(t, seed=1)
+    assert b"".join(c.row.tobytes() for c in point.scan()) == want[-2] != contents(store)[-2]
+    point.close()
+    point = store.point("base")
+    chunks = list(store.scan())
+    stamped = [k for c in chunks for k in c.key[c.last_step > 4].tolist()]
+    assert set(stamped) <= {int(k) for c in point.scan() for k in c.key} and point.changed
+    assert before - {int(k) for c in chunks for k in c.key} <= set(point.erased.tolist())
+    point.close()
+    t.close()
+
+
+def test_device_admission_and_eviction_equal_host(device):
+    def run(store):
+        exported, rng = [], np.random.default_rng(0)
+        t = Table(
+            "t", 5, store=store, admission=CountAdmission(2), default=0.5, padding_key=1,
+            eviction=[IdleSteps(3), MaxRows(50)], evict_every=2, on_evict=lambda c: exported.append(c.row.tobytes()),
+        )  # fmt: skip
+        rows = []
+        for _ in range(3 if SIMULATED else 8):
+            keys = rng.zipf(1.1, 60) % 90
+            rows.append(t.lookup(keys, train=True).tobytes())
+            t.update(keys, rng.standard_normal((60, 5)).astype(np.float32))
+            t.store.validate()
+        t.evict()
+        found = contents(t.store), {k: v.tolist() for k, v in t.admission.state().items()}, t.stats()["ignored_updates"]
+        t.close()
+        return rows, exported, found
+
+    assert run(cached(device, policy="lru", dim=5)) == run(host_memory())
+
+
+def test_device_tier_of_a_sharded_table_gives_what_memory_gives(device):
+    def act(transport, on_device):
+        store = device_cached(host_memory(), "64KiB", device) if on_device else host_memory()
+        c = Sharded(Collection([Table("t", 4, optimizer=Adam(lr=0.1), store=store)]), transport, "int8")
+        rng = np.random.default_rng(transport.rank)
+        for _, staged in lookahead([{"t": rng.integers(0, 90, 20)} for _ in range(4)], c, 2):
+            staged.apply({"t": np.cos(staged.outputs()["t"])})
+        return contents(c.tables["t"].store)
+
+    want = run_ranks(lambda t: act(t, False), Loopback.group(2, 60))
+    # One of the ranks alone: Numba's simulator is not made for several threads.
+    assert run_ranks(lambda t: act(t, t.rank == 1), Loopback.group(2, 60)) == want
+
+
+# --- pins, policies, threads --------------------------------------------------------------------------------------
+
+
+def misses(table, keys):
+    before = table.stats()["misses"]
+    table.lookup(keys)
+    return table.stats()["misses"] - before
+
+
+@on_twin
+def test_device_pins_leased_rows_until_released_or_forgotten():
+    t = Table("t", 4, store=cached("cpu", 3.0, dim=4))
+    t.lookup(np.arange(2000), train=True)
+    held = t.request(np.arange(10))
+    held.fetch()
+    for let_go in (held.close, lambda: None):
+        for i in range(10, 1500, 10):
+            t.lookup(np.arange(i, i + 10))
+        assert misses(t, np.arange(10)) == 0
+        let_go()
+        held.close()
+        held = t.request(np.arange(10))
+        held.fetch()
+    del held
+    for i in range(10, 1900, 10):
+        t.lookup(np.arange(i, i + 10))
+    assert misses(t, np.arange(10)) > 0
+    t.store.validate()
+
+
+@on_twin
+def test_device_keeps_what_is_used_most_or_last():
+    often, rest = np.arange(40), np.arange(1000, 3000)
+    for policy, stay in (("lfu", often), ("lru", rest[-20:])):
+        t = Table("t", 4, store=cached("cpu", 4.0, policy=policy, dim=4))
+        t.lookup(np.concatenate([often, rest]), train=True)
+        for _ in range(20):
+            t.lookup(often)
+        for i in range(0, 400, 20):
+            t.lookup(rest[-400 + i :][:20])
+        assert misses(t, stay) <= 2
+        t.close()
+
+
+@on_twin
+def test_device_keys_of_announced_batches_stay():
+    t = Table("t", 4, store=cached("cpu", 4.0, policy="lru", dim=4))
+    t.lookup(np.arange(3000), train=True)
+    soon = np.arange(60)
+    t.lookup(soon)
+    lease = t.store.reserve(soon, np.ones(60, np.int64), ahead=True)
+    for i in range(100, 2000, 20):
+        t.lookup(np.arange(i, i + 20))
+    t.store.fetch(lease)
+    assert t.stats()["misses"] == t.stats()["misses"] and np.count_nonzero(lease.slots >= 0) == 60
+    before = t.stats()["misses"]
+    t.store.release(lease)
+    assert misses(t, soon) == 0 and t.stats()["misses"] == before
+    forgotten = t.store.reserve(soon, np.ones(60, np.int64), ahead=True)
+    del forgotten
+    for i in range(100, 2000, 20):
+        t.lookup(np.arange(i, i + 20))
+    assert misses(t, soon) > 30  # nobody wants them any more
+
+
+@on_twin
+def test_device_batch_that_pins_all_streams_until_pins_are_gone():
+    t = Table("t", 4, store=cached("cpu", 3.0, dim=4))
+    n = t.stats()["cache_lines"]
+    t.lookup(np.arange(4 * n), train=True)
+    first, second = (t.request(np.arange(i * 2 * n, (i + 1) * 2 * n)) for i in range(2))
+    first.fetch()
+    second.fetch()
+    assert t.stats()["side_rows"] > 0
+    first.close()
+    second.wait()  # which brings what found no line before
+    assert np.count_nonzero(second._lease.slots < 2**40) > n // 2
+    second.close()
+    t.lookup(np.arange(5))
+    t.lookup(np.arange(n, n + 5))
+    assert t.stats()["side_rows"] == 0 and t.stats()["streamed_rows"] > 0
+    t.store.validate()
+
+
+@on_twin
+def test_device_only_changed_rows_are_written_below():
+    t = Table("t", 4, store=cached("cpu", 2.0, DictPlace(50), dim=4))
+    t.lookup(np.arange(400), train=True)
+    t.commit()
+    t.store.below.write = None  # none may be
+    for i in range(20):
+        t.lookup(np.arange(i * 20, i * 20 + 20))
+    assert t.stats()["evictions"] > 300
+    t.commit()
+
+
+@on_twin
+def test_device_steps_go_on_while_rows_are_fetched():
+    t = Table("t", 4, store=cached("cpu", 8.0, DictPlace(10), dim=4))
+    t.lookup(np.arange(1000), train=True)
+    near = np.arange(10)
+    t.lookup(near)
+    away, home = np.setdiff1d(np.arange(900, 990), t.store._index.contents()[0]), t.store.below.home
+    home.gate.clear()
+    request = t.request(away)
+    fetching = threading.Thread(target=request.fetch)
+    fetching.start()
+    while not home.reading:
+        pass
+    before = t.lookup(near)
+    t.update(near, np.ones((10, 4)))  # needs nothing that is not there
+    assert fetching.is_alive() and (t.lookup(near) < before).all()
+    threading.Timer(0.02, home.gate.set).start()
+    request.rows()
+    fetching.join()
+    assert t.stats()["late_rows"] >= len(away) and t.stats()["waited_s"] > 0.01
+    request.close()
+    t.store.validate()
+
+
+@on_twin
+@pytest.mark.parametrize("below", ["host", "cache"])
+@pytest.mark.parametrize("times", [1.0, 4.0])
+def test_device_threads_look_up_and_update_at_once(times, below):
+    store = cached("cpu", times, {"host": host_memory(), "cache": DictPlace(40, delay=0.0002)}[below], dim=4)
+    t = Table("t", 4, optimizer=SGD(lr=1.0), initializer=Constant(0.0), store=store)
+    t.lookup(np.arange(300), train=True)
+    failures, going = [], threading.Event()
+    going.set()
+
+    def beside(act):
+        def run():
+            rng = np.random.default_rng(0)
+            try:
+                while going.is_set():
+                    act(rng)
+            except BaseException as e:
+                failures.append(e)
+
+        return threading.Thread(target=run)
+
+    def look(rng):
+        rows = t.lookup(rng.integers(0, 300, 30))
+        assert (rows == rows[:, :1]).all() and (rows <= 0).all()  # all of a row or none of it
+
+    def ahead(rng):
+        requests = [t.request(rng.integers(0, 300, 30)) for _ in range(4)]
+        for r in requests:
+            r.fetch()
+        for r in requests[:3]:
+            r.close()
+
+    def others(rng):  # keys that nobody else looks at
+        keys = rng.integers(1000, 1100, 30)
+        t.lookup(keys, train=True)
+        t.store.erase(keys[:10])
+        t.commit()
+
+    def point(rng):
+        with closing(t.store.point()) as p:
+            for c in p.scan():
+                assert (c.row == c.row[:, :1]).all()
+
+    threads = [beside(act) for act in (look, ahead, ahead, others, point)]
+    for thread in threads:
+        thread.start()
+    rng, n = np.random.default_rng(9), np.zeros(300)
+    for _ in range(40):
+        keys = rng.integers(0, 300, 30)
+        t.update(keys, np.ones((30, 4)))
+        np.add.at(n, keys, 1)
+    going.clear()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    t.store.validate()
+    assert np.array_equal(t.lookup(np.arange(300)), np.repeat(-n[:, None], 4, axis=1))
+    t.close()
+
+
+@on_twin
+def test_device_deep_lookahead_of_several_threads_equals_host():
+    def run(store):
+        t = Table("t", 4, optimizer=Adam(), store=store)
+        rng, read = np.random.default_rng(4), []
+        batches = [rng.zipf(1.2, 80) % 500 for _ in range(24)]
+        requests = [t.request(b) for b in batches]
+        threads = [threading.Thread(target=lambda i=i: [r.fetch() for r in requests[i::3]]) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for r in requests:
+            r.wait()
+            r.create(True, t.step + 1)
+            rows = r.rows()
+            read.append(rows.tobytes())
+            r.update(np.sin(rows[r.inverse]), None, None, t.step + 1)
+            t.step += 1
+            r.close()
+        for thread in threads:
+            thread.join()
+        t.store.validate()
+        return read, contents(t.store)
+
+    want = run(host_memory())
+    for times in (1.0, 3.0, 10.0):
+        for below in (host_memory(), DictPlace(30, delay=0.0005)):
+            assert run(cached("cpu", times, below, dim=4, optimizer=Adam())) == want
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+WRONG = errors.StorageError("cannot do it: test", remedy="none")
+
+
+@on_twin
+def test_device_a_failing_read_below_leaves_everything_as_it_was():
+    t = Table("t", 4, store=cached("cpu", 2.0, DictPlace(5), dim=4))
+    t.lookup(np.arange(400), train=True)
+    want = contents(t.store)
+    t.store.below.home.fail["read"] = WRONG
+    away = np.setdiff1d(np.arange(400), t.store._index.contents()[0])
+    for use in (
+        lambda: t.lookup(np.arange(400)),
+        lambda: t.lookup(away[:20], train=True),
+        lambda: t.update(away[:20], np.ones((20, 4))),
+        lambda: t.request(away).fetch(),
+    ):
+        with pytest.raises(errors.StorageError, match="cannot do it"):
+            use()
+        t.store.validate()
+    del t.store.below.home.fail["read"]
+    assert contents(t.store) == want
+    t.commit()  # nothing was changed in part
+
+
+def refusing(monkeypatch, store, *names, error):
+    """Within, calls of the store below raise."""
+
+    def refuse(*args):
+        raise error
+
+    context = monkeypatch.context()
+    with context as m:
+        for name in names:
+            m.setattr(store.below, name, refuse)
+        yield
+
+
+@on_twin
+@pytest.mark.parametrize("error", [WRONG, MemoryError("test")], ids=["disk", "memory"])
+def test_device_victims_that_the_store_below_refuses_get_their_lines_back(error, monkeypatch):
+    ours, host = (Table("t", 4, store=store) for store in (cached("cpu", 2.0, dim=4), host_memory()))
+    for t in (ours, host):
+        t.lookup(np.arange(300), train=True)
+    for use in (
+        lambda away: ours.request(away[:20]).fetch(),
+        lambda away: ours.lookup(away),
+        lambda away: ours.store.create(ours.request(np.arange(300, 400))._lease, 9),
+        lambda away: list(ours.store.scan()),
+        lambda away: ours.commit(),
+    ):
+        here = np.sort(ours.store._index.contents()[0])
+        away = np.setdiff1d(np.arange(300), here)
+        for t in (ours, host):
+            t.update(here, np.ones((len(here), 4)))  # all that is near is dirty
+        for _ in refusing(monkeypatch, ours.store, "write", error=error):
+            with pytest.raises(type(error)):
+                use(away)
+            gc.collect()
+            ours.store.validate()
+        assert len(ours) == 300 and contents(ours.store) == contents(host.store)
+
+
+@on_twin
+@pytest.mark.parametrize("name", ["create", "write"])
+def test_device_a_failed_creation_makes_and_counts_nothing(name, monkeypatch):
+    class Counting(Every):
+        undone = 0
+
+        def undo(self):
+            self.undone += 1
+
+    ours, host = (Table("t", 4, store=store) for store in (cached("cpu", 2.0, dim=4), host_memory()))
+    for t in (ours, host):
+        t.lookup(np.arange(10), train=True)
+    keys, admission = np.arange(100, 600), Counting()
+    for _ in refusing(monkeypatch, ours.store, name, error=MemoryError("test")):
+        lease = ours.store.reserve(keys, np.ones(500, np.int64))
+        with pytest.raises(MemoryError):
+            ours.store.create(lease, 1, admission)
+        ours.store.release(lease)
+        ours.store.validate()
+    assert admission.undone == 1
+    assert contents(ours.store) == contents(host.store) and len(ours) == 10
+    ours.commit()
+
+
+@on_twin
+def test_device_a_failing_write_refuses_the_commit_only_where_a_change_was_cut():
+    t = Table("t", 4, store=cached("cpu", 2.0, dim=4))
+    t.lookup(np.arange(300), train=True)
+    apply = t.store.below.apply
+
+    def failing(*args):
+        raise WRONG
+
+    t.store.below.apply = failing
+    with pytest.raises(errors.StorageError):
+        t.update(np.arange(300), np.ones((300, 4)))
+    t.store.below.apply = apply
+    with pytest.raises(errors.StorageError, match="in part"):
+        t.commit()
+    t.store.validate()
+    t.lookup(np.arange(300))  # reading goes on
+
+
+def test_device_lost_in_an_update_leaves_what_is_below(monkeypatch, device):
+    t = Table("t", 4, optimizer=Adagrad(), store=device_cached(host_memory(), "16KiB", device))
+    t.lookup(np.arange(8), train=True)
+    t.commit()
+    want = contents(t.store.below)
+
+    def lost(*args, **kwargs):
+        raise errors.DeviceUnavailable("the device failed: it fell off the bus", device="cuda:0", remedy="nvidia-smi")
+
+    with monkeypatch.context() as m:
+        at, name = (t.store._lines, "apply") if device == "cpu" else (t.store.memory, "launch")
+        lease = t.request(np.arange(4))
+        lease.fetch()
+        m.setattr(at, name, lost)
+        with pytest.raises(errors.DeviceUnavailable, match="fell off"):
+            lease.update(np.ones((4, 4), np.float32), None, None, 2)
+    lease.close()
+    with pytest.raises(errors.StorageError, match="only in part"):
+        t.commit()
+    assert contents(t.store.below) == want
+    t.close()
+
+
+def test_device_optimizer_without_kernel_is_unsupported(device):
+    if device == "cpu":
+        pytest.skip("lane cpu: the C kernels have all optimizers")
+    t = Table("t", 4, optimizer=AdagradDecay(), store=device_cached(host_memory(), "16KiB", device))
+    with pytest.raises(errors.Unsupported, match="AdagradDecay"):
+        t.lookup([1], train=True)
+        t.update([1], np.ones((1, 4)))
+
+
+def test_device_reads_named_columns_but_does_not_update_them(device):
+    columns = {"a": Column(1, optimizer=SGD()), "b": Column(3, optimizer=Adagrad())}
+    ours = Table("t", columns=columns, store=device_cached(host_memory(), "16KiB", device))
+    host = Table("t", columns=columns)
+    keys = np.arange(9)
+    rows = ours.lookup(keys, train=True)
+    assert np.array_equal(rows, host.lookup(keys, train=True))
+    if device == "cpu":
+        pytest.skip("lane cpu: the C kernels have named columns")
+    with pytest.raises(errors.Unsupported, match=r"named columns.*host_memory"):
+        ours.update(keys, {"a": np.ones((9, 1)), "b": np.ones((9, 3))})
+    assert np.array_equal(ours.lookup(keys), rows) and ours.step == 0
+    ours.store.validate()
+    ours.close()
+
+
+def test_device_budget_too_small_says_what_would_do(device):
+    enough = least(device, dim=64)
+    assert Table("t", 64, store=device_cached(host_memory(), enough, device)).stats()["cache_lines"] >= 32
+    with pytest.raises(errors.BudgetExceeded):
+        Table("t", 64, store=device_cached(host_memory(), enough - 1, device))
+
+
+def test_device_does_not_take_a_batch_by_position_that_it_has_not_deduped(device):
+    t = Table("t", 4, store=device_cached(host_memory(), "16KiB", device))
+    t.lookup([1], train=True)
+    lease = t.store.reserve(np.array([1]), np.array([1]))
+    with pytest.raises(errors.InvalidArgument, match="reserve_batch"):
+        t.store.apply(lease, Summands(np.ones((1, 4), np.float32)), t.optimizer, t.optimizer.hyper(1), 1)
+    t.store.release(lease)
+
+
+def test_device_that_is_closed_says_so(device):
+    t = Table("t", 4, store=device_cached(host_memory(), "16KiB", device))
+    request = t.request([1, 2])
+    t.close()
+    t.close()
+    request.close()
+    for use in (
+        lambda: t.lookup([1]),
+        t.store.stats,
+        t.commit,
+        lambda: t.store.scan(),
+        lambda: t.store.has(np.ones(1, np.int64)),
+    ):
+        with pytest.raises(errors.Closed, match="table t"):
+            use()
+
+
+def test_device_that_does_not_exist_is_unavailable(device):
+    if device == "cpu":
+        pytest.skip("lane cpu: there is always one")
+    with pytest.raises(errors.DeviceUnavailable, match="cuda:99"):
+        Table("t", 4, store=device_cached(host_memory(), device="cuda:99"))
+
+
+@pytest.mark.parametrize(("device", "policy", "what"), [("tpu:0", "lfu", "tpu:0"), ("cpu", "tinylfu", "lfu, lru")])
+def test_device_name_and_policy_are_checked(device, policy, what):
+    with pytest.raises(errors.InvalidArgument, match=what):
+        Table("t", 4, store=device_cached(host_memory(), device=device, policy=policy))
+
+
+without = pytest.mark.skipif(missing("cudasim") is None or missing("cuda") is None, reason="there is a CUDA device")
+
+
+@without
+def test_device_absent_is_unavailable_and_names_the_remedy(tmp_path):
+    with pytest.raises(errors.DeviceUnavailable, match=r"hbkit\[cuda\].*another store"):
+        Table("t", 4, store=device_cached(cached_ssd(tmp_path)))
+    assert list(tmp_path.iterdir()) == []  # the store below was not touched
+
+
+@without
+def test_auto_without_a_device_is_the_store_below_and_says_so_once(caplog):
+    for name in "tu":
+        t = Table(name, 4, store=device_cached(host_memory(), device="auto"))
+        assert t.stats()["tier"] == Table("h", 4).stats()["tier"]
+    said = [r.message for r in caplog.records if "below the device tier" in r.message]
+    assert len(said) == 1 and "hbkit[cuda]" in said[0]
+
+
+def test_auto_with_a_device_is_the_device(device):
+    if device == "cpu":
+        pytest.skip("lane cpu: it is asked for by its name")
+    assert Table("t", 4, store=device_cached(host_memory(), "16KiB", device="auto")).stats()["device"] == "cuda:0"
