@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
-from hbkit.embedding.summands import Gradient, Joining, Lists, joined
+from hbkit.embedding import summands
+from hbkit.embedding.summands import Gradient, Joining, Lists
 from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
@@ -130,7 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
-        self._join = {t.name: joined if t.device is None else Joining(t.memory) for t in tables}
+        self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -510,9 +511,9 @@ class Staged:
     def _update(self, batches: Sequence[tuple[Staged, Mapping[str, Any]]], step: int) -> None:
         c = self._collection
         alone = self._state == "read" and len(batches) == 1
-        together = self._sum_together(batches[0][1]) if alone else {}
+        joined = self._sum_together(batches[0][1]) if alone else {}
         checked = len(c.tables) > 1  # where one table would refuse, none may be updated
-        given = [(batch, batch._parts(grads, checked, together)) for batch, grads in batches]
+        given = [(batch, batch._parts(grads, checked, joined)) for batch, grads in batches]
         for name, features in c._by_table.items():
             used = [(batch, f, parts[f]) for batch, parts in given for f in features if f in parts]
             if used:
@@ -524,10 +525,10 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                touched.update(*c._join[name]([part for _, _, part in used]), step, finite=checked)
+                touched.update(*c._joining[name]([part for _, _, part in used]), step, finite=checked)
                 touched.close()
-        if together and self._together is not None:
-            rules = [c._optimizers[name] for name in together]
+        if joined and self._together is not None:
+            rules = [c._optimizers[name] for name in joined]
             hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
             self._together.apply(rules, [hypers[id(rule)] for rule in rules], step)
 
@@ -558,13 +559,13 @@ class Staged:
                 grads |= {f: _Side(flat, shape[1], i) if there else g[:, i] for i, f in enumerate(features)}
         return stacks, grads
 
-    def _parts(self, grads: Mapping[str, Any], check: bool, together: Container[str] = ()) -> dict[str, Gradient]:
-        """`_gradient` of each feature that has one, of other tables than those that go `together`.
+    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, Gradient]:
+        """`_gradient` of each feature that has one, of other tables than those `joined`.
 
         With `check`, it is finite where its table asks for that.
         """
         c, (_, of) = self._collection, self._split(grads)
-        parts = {f: self._gradient(f, of[f]) for f, t in c.features.items() if f in of and t not in together}
+        parts = {f: self._gradient(f, of[f]) for f, t in c.features.items() if f in of and t not in joined}
         if check:
             looked_at: list[Any] = []  # stacks on a device, whose features have one array
             for f, (values, _, scale) in parts.items():

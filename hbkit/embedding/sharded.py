@@ -28,8 +28,9 @@ import numpy.typing as npt
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Segments, expand, pool, retained
+from hbkit.embedding import summands
 from hbkit.embedding.collection import Collection, Empty, Staged
-from hbkit.embedding.summands import Gradient, Joined, joined
+from hbkit.embedding.summands import Gradient, Joined
 from hbkit.embedding.table import Request, Table, distinct
 from hbkit.errors import Closed, InvalidArgument, TransportError
 from hbkit.shuffle.agree import agree
@@ -678,7 +679,7 @@ class _Between(Staged):
         used = [f for f in features if f in given]
         if not used:
             return np.zeros((len(p.keys), p.table.dim), np.float32), np.ones(len(p.keys), np.bool_)
-        grads = joined([given[f] for f in used])
+        grads = summands.joined([given[f] for f in used])
         if used == features:
             return p.sums(grads, p.inverse, self.share), None
         positions = np.concatenate([p.inverse[self._spans[f]] for f in used])
