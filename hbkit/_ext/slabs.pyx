@@ -376,24 +376,22 @@ cdef class Slabs:
                 kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
                 hb_fp_leave(fp)
 
-    def read(self, const int64_t[::1] slots, float[:, ::1] out, const int64_t[::1] index=None):
-        """As `gather`, of whole lines that the CPU will not ask for; ``out[i]`` stays as it is where the slot is -1."""
+    def read(self, const int64_t[::1] slots, float[:, ::1] out):
+        """As `gather`, of whole lines that the CPU will not ask for."""
         cdef hb_fp_state fp
-        cdef int64_t n = slots.shape[0] if index is None else index.shape[0]
+        cdef int64_t n = slots.shape[0]
         if out.shape[0] != n or out.shape[1] != self.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} slots",
                                   remedy=f"give one row a slot, {self.width} wide")
         self._check(slots, -1)
-        if index is not None and not in_range(index, slots.shape[0]):
-            raise InvalidArgument(f"index reaches outside {slots.shape[0]} slots", remedy="this is a precondition")
         if n:
             with nogil:
                 fp = hb_fp_enter()
-                kernels().read_lines(&self.s, &slots[0], &index[0] if index is not None else NULL, n, &out[0, 0])
+                kernels().read_lines(&self.s, &slots[0], n, &out[0, 0])
                 hb_fp_leave(fp)
 
     def write(self, const int64_t[::1] slots, const float[:, ::1] lines):
-        """As `scatter`, of whole lines that the CPU did not make; what has slot -1 is left out."""
+        """As `scatter`, of whole lines that the CPU will not ask for; where the slot is -1, nothing is written."""
         cdef hb_fp_state fp
         cdef int64_t n = slots.shape[0]
         if lines.shape[0] != n or lines.shape[1] != self.width:

@@ -171,7 +171,7 @@ class DeviceLines:
         nbytes = buffer_nbytes(batch_lines, width)
         self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
-        self._hyper: tuple[Float32s, list[Any]] | None = None
+        self._hyper: tuple[Float32s, Any, list[Any]] | None = None
         self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
@@ -228,6 +228,26 @@ class DeviceLines:
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
+
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of ``source[m, w]``, all in device memory, to ``out[n, w]``."""
+        index = self._device.none(np.int64) if index is None else self._ints(index)
+        source, out = self._floats(source), self._floats(out)
+        self._gather(self._ints(slots), index, out, [("float32", source, 0, 0, out.shape[1])])
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """``target[positions[i]] = values[i]``, all in device memory; positions are distinct, and -1 is left out."""
+        target, values = self._floats(target), self._floats(values)
+        self._scatter(self._ints(positions), values, [("float32", target, 0, 0, values.shape[1])])
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of ``source[u, dim]``, all in device memory: p takes ``source[index[p]]``."""
+        none = self._device.none
+        weight, row_scale = (none(np.float32) if a is None else self._floats(a) for a in (weight, row_scale))
+        rows, at, out = self._floats(source), self._ints(index), self._floats(out)
+        self._pool(at, none(np.int64), self._ints(splits), weight, row_scale, out, ("float32", rows))
 
     def incoming(self, n: int) -> Float32s:
         """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
@@ -446,13 +466,14 @@ class DeviceLines:
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
         check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
-            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
+            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(source, out))]
             shift = shift_of(width)
             self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
 
     def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
         for dtype, target, to, first, width in parts:
-            kernel = SCATTER[dtype, fours(target.shape[1], values.shape[1], first, to, width)]
+            vec = fours(target.shape[1], values.shape[1], first, to, width, arrays=(target, values))
+            kernel = SCATTER[dtype, vec]
             shift = shift_of(width)
             self._device.launch(kernel, values.shape[0] << shift, target, slots, values, first, to, width, shift)
 
@@ -470,11 +491,16 @@ class DeviceLines:
             buffer.end()
         self._settle()
 
-    def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
+    def _pool(
+        self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any, given: Any = None
+    ) -> None:
+        """Of the lines' rows, or those `given` by dtype and array."""
         n, dim = out.shape
         check_counts(n, slots.shape[0], index.shape[0])
-        shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
-        self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
+        dtype, rows = given or (self._dtype, self._rows)
+        stride = rows.shape[1] if dtype == "float32" else self._stride
+        shift, kernel = shift_of(dim), POOL[dtype, fours(dim, stride, arrays=(rows, out))]
+        self._device.launch(kernel, n << shift, rows, slots, index, splits, weight, row_scale, out, shift)
 
     def _slices(self, rule: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> list[Slice]:
         """What steps the columns of a row, as `hbkit._ext.slabs.Slabs.apply` takes it."""
@@ -548,14 +574,18 @@ class DeviceLines:
         return out
 
     def _hyper_of(self, hyper: Float32s) -> tuple[Float32s, list[Any]]:
-        """Hyper-parameters, a row for each slice; and the rows in device memory, where the last ones may be already."""
+        """Hyper-parameters, a row for each slice; and the rows in device memory, written where they have changed."""
         given = np.atleast_2d(hyper)
         packed = np.zeros((len(given), rules.N_HYPER), np.float32)
         packed[:, : given.shape[1]] = given
         packed[:, rules.FACTOR] = 1
-        if self._hyper is None or not np.array_equal(self._hyper[0], packed):
-            self._hyper = packed, [self._device.send(packed[k : k + 1]) for k in range(len(packed))]
-        return self._hyper
+        if self._hyper is None or len(self._hyper[0]) != len(packed):
+            far = self._device.send(packed)
+            self._hyper = packed, far, [far[k : k + 1] for k in range(len(packed))]
+        elif not np.array_equal(self._hyper[0], packed):
+            self._device.write(self._hyper[1], packed)
+            self._hyper = packed, *self._hyper[1:]
+        return packed, self._hyper[2]
 
     def _room(self, name: str, n: int, dim: int) -> Any:
         """float32[n, dim] in device memory that is kept for the next time."""

@@ -36,6 +36,7 @@ from hbkit.store.base import (
 from hbkit.store.changes import Changes
 from hbkit.store.locks import SharedLock
 from hbkit.store.point import READ_ROWS, InPlace, Point
+from hbkit.store.threads import shared
 
 
 @dataclass(frozen=True)
@@ -253,17 +254,39 @@ class HostStore:
             lease.refresh(self._index, self.version)
             slots = lease.slots[at]
             check_rows(self.layout, slots)
-            self._slabs.gather(slots, lines)
-            freq[:], last_step[:] = self._metadata.get(slots)
+
+            def read(some: slice) -> None:
+                self._slabs.read(slots[some], lines[some])
+                self._metadata.get(slots[some], (freq[some], last_step[some]))
+
+            shared(read, len(at), 4 * self.layout.width)
 
     def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
-        """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was."""
+        """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was.
+
+        Lookups go on meanwhile, but for the rows that are made.
+        """
         check_lines(self.layout, lines, keys, freq, last_step)
-        with self.lock.exclusive:
-            with self._inserted(keys) as slots:
-                self._metadata.put(slots, freq, last_step)
-                self._slabs.scatter(slots, lines)
-            self.changes.note_stamped(keys, len(self._index), last_step)
+        with self.lock.shared:
+            version, slots = self._erasures, self._index.find(keys)
+        new = np.flatnonzero(slots < 0)
+        if len(new):
+            with self.lock.exclusive, self._inserted(keys[new]) as made:
+                self._metadata.put(made, freq[new], last_step[new])
+                self._slabs.write(made, lines[new])
+                self.changes.note_stamped(keys[new], len(self._index), last_step[new])
+        with self.lock.shared, self.updating:
+            if self._erasures != version:  # what was erased meanwhile stays so
+                slots = self._index.find(keys)
+            if (point := self._point) is not None:
+                self._set_aside(point, keys, slots)
+
+            def write(some: slice) -> None:
+                self._slabs.write(slots[some], lines[some])
+                self._metadata.put(slots[some], freq[some], last_step[some])
+
+            shared(write, len(keys), 4 * self.layout.width)
+            self.changes.note_stamped(keys, len(self._index), last_step, slots)
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
@@ -333,12 +356,9 @@ class HostStore:
         with self.lock.exclusive:
             with self._inserted(keys) as slots:
                 self._metadata.put(slots, freq, last_step)
-                half = len(slots) // 2
-                if len(slots) < SHARED_ROWS:
-                    self._scatter(slots, row, state)
-                else:
-                    with _beside(self._scatter, slots[:half], row[:half], state[:half]):
-                        self._scatter(slots[half:], row[half:], state[half:])
+                shared(
+                    lambda some: self._scatter(slots[some], row[some], state[some]), len(keys), 4 * self.layout.width
+                )
             self.changes.note(keys, len(self._index))
 
     def _scatter(self, slots: Int64s, row: Float32s, state: Float32s) -> None:
@@ -480,14 +500,4 @@ class _HostPoint(Point):
 
 _NONE = np.zeros(0, np.int64)
 NEAR_ROWS = 1024
-SHARED_ROWS = 1 << 14  # of a call that are worth a second thread
 PIECE_ROWS = 1 << 18  # keys that are sorted at once
-
-
-@contextmanager
-def _beside(call: Callable[..., None], *args: Any) -> Iterator[None]:
-    """Run a call in another thread beside the block; raises what it raised."""
-    with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(call, *args)
-        yield
-        job.result()
