@@ -1,16 +1,21 @@
 """Kernels and the device tier on a CUDA device: what each must move, how long it takes, and what a step takes.
 
-``python bench/gpu.py [--report FILE] [--only kernels,step,tier] [--once NAMES]``; `make gpu` runs the tests before it.
+``python bench/gpu.py [--report FILE] [--only kernels,step,ids,tier] [--device cuda:0] [--small] [--once NAMES]``; `make
+gpu` runs the tests before it. ``--device cpu``: ids and tier on the device's twin in host memory, the same code but for
+the kernels. ``--small``: every part in seconds, so that a test can run it, in Numba's simulator too.
 
 The workload is that of dynamicemb's published benchmark: 10 tables of dim 128, Adam, 1,048,576 ids a step drawn by a
 Zipf law of 1.05, of which about 350,000 are distinct. All tables' lines are one array here, as the bytes are the same.
 
 - kernels: bytes that a kernel must move (each row that is named once in, once out), milliseconds by events around
-  5 launches (the median of 9 rounds), GB/s, and the share of what a plain copy on the same device reaches.
-- step: rows out for all ids, gradients summed by key, Adam. Deduping and looking up keys are other kernels.
-- tier: `device_cached` over `host_memory` through the store's calls, the index and the policy on the host; all lines in
-  device memory, then a cache of one batch's lines, then 0.8 of it. Rows and gradients stay on the device where PyTorch
-  is at hand ("tensors"), or come from and go to NumPy.
+  5 launches (the median of 9 rounds), GB/s, and the share of what a plain copy on the same device reaches. What a call
+  waits for is left out.
+- step: rows out for all ids, gradients summed by key, Adam; checked against the C kernels.
+- ids: a step from ids by the parts of the tier alone, all lines in device memory: dedupe, hold, gather for each id,
+  order, sums by key and Adam, stamp, settle.
+- tier: the same through `device_cached` over `host_memory`, from ids on the device to the update: all lines in device
+  memory, then a cache of as many lines as a batch has distinct keys, then 0.8 of it. Ids, rows and gradients stay on
+  the device ("tensors"), or come from and go to NumPy.
 
 --once runs each kernel that one of the names begins once, for a profiler.
 """
@@ -19,55 +24,72 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hbkit._ext.segment import segment_sum as c_segment_sum
 from hbkit._ext.slabs import Slabs
-from hbkit.cuda import wire
-from hbkit.cuda.dedupe import Dedupe
-from hbkit.cuda.device import COOPERATING, Device, simulated
-from hbkit.cuda.index import DeviceIndex
-from hbkit.cuda.lines import DeviceLines, sum_segments
-from hbkit.cuda.rows import padded
+from hbkit.cuda.parts import Room, open_parts
 from hbkit.embedding import Adam, Table
 from hbkit.store import device_cached, host_memory
+from hbkit.store.device import BUFFER_NBYTES, Summands
 
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 try:
+    if SIMULATED:
+        raise ImportError("its tensors are in no simulated memory")
     import torch
 except ImportError:  # a peer, and the owner of tensors; the kernels need none
     torch = None
 
-N_IDS, N_TABLES, N_KEYS, DIM, ALPHA = 1_048_576, 10, 3_000_000, 128, 1.05
-N_LINES = 2_000_000
+ALPHA = 1.05
+
+
+class Sizes(NamedTuple):
+    """Of the workload, and how often it runs."""
+
+    n_ids: int
+    n_tables: int
+    n_keys: int  # a table
+    dim: int
+    n_lines: int
+    n_slots: int  # of an index of all lines
+    batches: int
+    warm: int  # steps before those that count
+    steps: int  # one after the other
+    rounds: int
+    times: int  # a round
+    n_bytes: int  # of a copy
+
+
+FULL = Sizes(1_048_576, 10, 3_000_000, 128, 2_000_000, 2**22, 5, 5, 20, 9, 5, 2**29)
+SMALL = Sizes(80, 3, 40, 4, 128, 128, 2, 0, 1, 1, 1, 2**12)
 HYPER = {
     "sgd": (0, [0.1]),
     "adagrad": (1, [0.1, 1e-8]),
     "rowwise_adagrad": (2, [0.1, 1e-8]),
     "adam": (3, [0.01, 0.1, 0.999, 0.001, 0.03, 1e-8, 1.0]),
 }
-N_STATE = {"sgd": 0, "adagrad": DIM, "rowwise_adagrad": 1, "adam": 2 * DIM}
-PEERS = """| public figures, H100 80 GB, same workload | dynamicemb | FBGEMM |
-| --- | --- | --- |
-| all in device memory | 2.19 ms | 1.35 ms |
-| a cache of the batch's footprint | 12.3 ms | 14.4 ms |
-| 0.8 of it | 24.3 ms | 15.0 ms |
-"""
+N_STATE = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2}  # of a row's width; row-wise, one float
+# Cache; its lines by the distinct keys of a batch; a step of dynamicemb and of FBGEMM on an H100 80 GB, ms, published.
+CASES = (("all", None, 2.19, 1.35), ("a batch", 1.0, 12.3, 14.4), ("0.8 of it", 0.8, 24.3, 15.0))
 
 
-def draw(rng: np.random.Generator) -> np.ndarray:
-    """int64[N_IDS]: keys of all tables, table by table."""
-    weights = np.cumsum(1.0 / np.arange(1, N_KEYS + 1) ** ALPHA)
-    ids = np.searchsorted(weights / weights[-1], rng.random(N_IDS))
-    return ids + (np.arange(N_IDS) * N_TABLES // N_IDS << 32)
+def draw(rng: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """int64[n_ids]: keys of all tables, table by table."""
+    weights = np.cumsum(1.0 / np.arange(1, sizes.n_keys + 1) ** ALPHA)
+    ids = np.searchsorted(weights / weights[-1], rng.random(sizes.n_ids))
+    return ids + (np.arange(sizes.n_ids) * sizes.n_tables // sizes.n_ids << 32)
 
 
 def group(inverse: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,21 +104,35 @@ def hyper_of(rule: str) -> np.ndarray:
     return np.array([*own, *[0] * (12 - len(own))], np.float32)
 
 
+@contextmanager
+def unwaited(device: Any) -> Iterator[None]:
+    """Calls only launch: what they would wait for is 0."""
+    device.fetch, device.sync = (lambda array, out=None: np.zeros(array.shape, array.dtype)), (lambda: None)
+    try:
+        yield
+    finally:
+        del device.fetch, device.sync
+
+
 class Bench:
     """A device, the workload on it, and the report."""
 
-    def __init__(self, report: str | None) -> None:
-        self.device = Device()
-        self.cuda = self.device._cuda
+    def __init__(self, report: str | None, device: str, sizes: Sizes) -> None:
+        if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
+            sys.setswitchinterval(1e-4)
+        self.parts, self.sizes, self.name = open_parts(device), sizes, device
+        self.device = self.parts.device
+        self.real = device != "cpu" and not SIMULATED
+        self.cuda = self.device._cuda if device != "cpu" else None
         self.text: list[str] = []
         self.report = report
         self.copy_gbs = 0.0
-        self.busy = [self.device.empty((2**29,), np.uint8) for _ in range(2)]
+        self.busy = [self.device.empty((sizes.n_bytes,), np.uint8) for _ in range(2)]
         rng = np.random.default_rng(0)
-        self.ids = draw(rng)
+        self.ids = draw(rng, sizes)
         unique, self.inverse = np.unique(self.ids, return_inverse=True)
         self.n_unique = len(unique)
-        self.slots = rng.permutation(N_LINES)[: self.n_unique]
+        self.slots = rng.permutation(sizes.n_lines)[: self.n_unique]
         self.order, self.starts = group(self.inverse, self.n_unique)
         self.rng = rng
 
@@ -108,71 +144,110 @@ class Bench:
             with open(self.report, "w") as f:
                 f.write("\n".join(self.text) + "\n")
 
-    def ms(self, run: Callable[[], Any], rounds: int = 9, times: int = 5) -> tuple[float, float]:
+    def give(self, array: np.ndarray) -> Any:
+        """A copy in device memory: a tensor where PyTorch is at hand."""
+        if torch is None:
+            return self.device.send(array)
+        return torch.tensor(array, device="cuda" if self.real else "cpu")
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.real:
+            self.cuda.synchronize()
+
+    def ms(self, run: Callable[[], Any]) -> tuple[float, float]:
         """Median milliseconds of a call on the device, and of the host until it returns.
 
-        By events around `times` calls. The device is given copies to do before, so that the host is ahead of it.
+        By events around some calls. The device is given copies to do before, so that the host is ahead of it. In the
+        simulator both are the host's.
         """
         far, near = [], []
-        for i in range(rounds + 1):
+        stream = self.device._stream
+        for i in range(self.sizes.rounds + 1):
             a, b = self.cuda.event(), self.cuda.event()
-            for _ in range(16):
-                self.busy[0].copy_to_device(self.busy[1], stream=self.device._stream)
-            a.record(self.device._stream)
+            for _ in range(16 if self.real else 0):
+                self.busy[0].copy_to_device(self.busy[1], stream=stream)
+            a.record(stream)
             begin = time.perf_counter()
-            for _ in range(times):
-                run()
+            with unwaited(self.device):
+                for _ in range(self.sizes.times):
+                    run()
             end = time.perf_counter()
-            b.record(self.device._stream)
+            b.record(stream)
             b.synchronize()
             if i:
-                far.append(self.cuda.event_elapsed_time(a, b) / times)
-                near.append((end - begin) / times * 1e3)
+                near.append((end - begin) / self.sizes.times * 1e3)
+                far.append(self.cuda.event_elapsed_time(a, b) / self.sizes.times if self.real else near[-1])
         self.device.sync()
         return statistics.median(far), statistics.median(near)
 
     def machine(self) -> None:
         """The device, the versions, and the speed of plain copies."""
-        gpu, driver = self.cuda.get_current_device(), self.cuda.cudadrv.driver.driver.get_version()
-        name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
-        self.say(f"Measured on: {name}, {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}")
-        self.say(f"numba-cuda {importlib.metadata.version('numba-cuda')}, Python {platform.python_version()}")
+        name = "the twin in host memory" if self.name == "cpu" else "Numba's simulator"
+        if self.real:
+            gpu, driver = self.cuda.get_current_device(), self.cuda.cudadrv.driver.driver.get_version()
+            name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
+            name += f", {gpu.MULTIPROCESSOR_COUNT} multiprocessors, CUDA driver {driver}"
+        self.say(f"Measured on: {name}")
+        versions = [f"{p} {importlib.metadata.version(p)}" for p in ("numba-cuda", "numpy")]
+        self.say(f"{', '.join(versions)}, Python {platform.python_version()}")
         self.say(f"command: python bench/gpu.py {' '.join(sys.argv[1:])}")
-        n, (a, b) = 2**29, self.busy
-        took = self.ms(lambda: b.copy_to_device(a, stream=self.device._stream))[0]
-        self.copy_gbs = 2 * n / took / 1e6
+        if self.cuda is not None:
+            self.copies()
+        most = np.diff(self.starts).max()
+        self.say(f"workload: {self.sizes.n_ids:,} ids, {self.n_unique:,} distinct, the most frequent {most:,} times")
+        self.say()
+
+    def copies(self) -> None:
+        """The speed of plain copies."""
+        n, (a, b), stream = self.sizes.n_bytes, self.busy, self.device._stream
+        self.copy_gbs = 2 * n / self.ms(lambda: b.copy_to_device(a, stream=stream))[0] / 1e6
         pinned = self.device.pinned(n // 4)
         pinned[:] = 1
         part = a[: n // 4]
-        up = self.ms(lambda: part.copy_to_device(pinned, stream=self.device._stream), 5, 2)[0]
-        down = self.ms(lambda: part.copy_to_host(pinned, stream=self.device._stream), 5, 2)[0]
+        up = self.ms(lambda: part.copy_to_device(pinned, stream=stream))[0]
+        down = self.ms(lambda: part.copy_to_host(pinned, stream=stream))[0]
         self.say(
             f"copies: {self.copy_gbs:,.0f} GB/s on the device (read and written), "
             f"{n / 4 / up / 1e6:.1f} GB/s from pinned memory, {n / 4 / down / 1e6:.1f} GB/s to it"
         )
-        most = np.diff(self.starts).max()
-        self.say(f"workload: {N_IDS:,} ids, {self.n_unique:,} distinct, the most frequent {most:,} times")
-        self.say()
 
     # --- kernels ----------------------------------------------------------------------------------------------
 
-    def lines(self, rule: str, dtype: str = "float32") -> DeviceLines:
+    def width(self, rule: str) -> int:
+        """Floats of a line."""
+        return self.sizes.dim * (1 + N_STATE[rule]) + (rule == "rowwise_adagrad")
+
+    def lines(self, rule: str, dtype: str = "float32", n_lines: int | None = None) -> Any:
         """Lines of a table, with numbers in them."""
-        lines = DeviceLines(self.device, N_LINES, DIM + N_STATE[rule], 4096, DIM, dtype)
-        if not simulated():
+        n_lines, width = n_lines or self.sizes.n_lines, self.width(rule)
+        lines = self.parts.lines(self.device, n_lines, width, 4096, self.sizes.dim, dtype)
+        if self.real:
             with self.device._current():
                 self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)  # 0.0115 of float32, bfloat16
+        else:
+            for first in range(0, n_lines, 4096):
+                at = np.arange(first, min(first + 4096, n_lines))
+                lines.scatter(at, np.full((len(at), width), 0.01, np.float32))
         return lines
 
     def cases(self) -> Any:
         """(name, bytes that must move, call) of each kernel; one table's lines are in memory at a time."""
-        send, empty, rng, u, n, row = self.device.send, self.device.empty, self.rng, self.n_unique, N_IDS, 4 * DIM
+        yield from self.cases_of_keys()
+        from hbkit.cuda import wire
+        from hbkit.cuda.device import COOPERATING
+        from hbkit.cuda.rows import padded
+
+        send, empty, rng, u, n, dim = (
+            self.device.send, self.device.empty, self.rng, self.n_unique, self.sizes.n_ids, self.sizes.dim,
+        )  # fmt: skip
+        row = 4 * dim
         slots, index, order, starts = (send(a) for a in (self.slots, self.inverse, self.order, self.starts))
-        values, sums = (send(rng.standard_normal((k, DIM), np.float32)) for k in (n, u))
-        each_id, each_key = empty((n, DIM), np.float32), empty((u, DIM), np.float32)
-        splits, pooled = send(np.arange(0, n + 1, 8)), empty((n // 8, DIM), np.float32)
+        values, sums = (send(rng.standard_normal((k, dim), np.float32)) for k in (n, u))
+        each_id, each_key = empty((n, dim), np.float32), empty((u, dim), np.float32)
+        splits, pooled = send(np.arange(0, n + 1, 8)), empty((n // 8, dim), np.float32)
         for dtype, item in (("float32", 4), ("bfloat16", 2)):
-            lines, held = self.lines("sgd", dtype), u * (8 + item * DIM)
+            lines, held = self.lines("sgd", dtype), u * (8 + item * dim)
             yield f"gather {dtype}, each key", held + u * row, partial(lines.gather, slots, each_key)
             yield f"gather {dtype}, each id", held + n * (8 + row), partial(lines.gather, slots, each_id, index)
             pool = partial(lines.pool, slots, index, splits, pooled)
@@ -186,28 +261,58 @@ class Bench:
             ("adam", "float16", 2),
         ):
             lines, after = self.lines(rule, dtype), (hyper_of(rule), slots, 1, 1)
-            code, line = HYPER[rule][0], u * (8 + 2 * (item * DIM + 4 * N_STATE[rule]))
+            code, line = HYPER[rule][0], u * (8 + 2 * (item * dim + 4 * (self.width(rule) - dim)))
             yield (f"{rule} {dtype}", line + u * row, partial(lines.apply, code, slots, sums, *after))
             if dtype == "float32":
                 if rule == "adam":
-                    only = partial(sum_segments, self.device, values, order, starts, each_key)
+                    only = partial(lines.sums, values, order, starts, each_key)
                     yield "segment sums", n * (8 + row) + u * (8 + row), only
                 summed = partial(lines.apply_segments, code, slots, values, order, starts, *after)
                 yield (f"{rule} {dtype}, sums on the way", line + n * (8 + row) + u * 8, summed)
                 del summed
-        q, scales = empty((u, DIM), np.int8), empty((u,), np.uint16)
+        q, scales = empty((u, dim), np.int8), empty((u,), np.uint16)
         yield (
             "quantize",
-            u * (row + DIM + 2),
+            u * (row + dim + 2),
             lambda: self.device.launch(wire.QUANTIZE[True], u * COOPERATING, sums, q, scales),
         )
         yield (
             "dequantize",
-            u * (row + DIM + 2),
+            u * (row + dim + 2),
             lambda: self.device.launch(wire.DEQUANTIZE[True], u * COOPERATING, q, scales, each_key),
         )
         out = empty((n // 8, 16), np.int64)
         yield "padded, lists of 8 to 16", n // 8 * (8 + 128), lambda: self.device.launch(padded, n * 2, splits, 1, out)
+
+    def cases_of_keys(self) -> Any:
+        """The same of what a step from ids does before and after its rows move.
+
+        Where a key or slot is looked up, sectors of 32 bytes count: of a bucket's digests, of an entry, of metadata.
+        """
+        n, u, device = self.sizes.n_ids, self.n_unique, self.device
+        ids, room = device.send(self.ids), Room(device, n)
+        dedupe, order = self.parts.dedupe(device, n), self.parts.order(device, n)
+        index = self.parts.index(device, self.sizes.n_slots, u, 1024)
+        dedupe(ids, room)
+        keys, counts, one = room.keys[:u], room.counts[:u], np.ones(1, np.int64)
+        slots = index.hold(keys, one).slots
+        index.settle(index.insert(keys, one).slots)
+
+        def hold() -> None:
+            index.hold(keys, counts, add=True, slots=slots)
+            index.settle(slots)
+
+        def insert() -> None:
+            index.insert(keys, counts, add=True)
+            index.settle(slots)
+
+        pin = 8 + 32 + 2 * 32 + 8  # key, digests, entry in and out, score
+        settle = 8 + 2 * 32
+        yield "dedupe", 16 * n + 16 * u, partial(dedupe, ids, room)
+        yield "order", 16 * n + 16 * u, partial(order, room, n, u)
+        yield "hold, all there; settle", u * (pin + 8 + settle), hold
+        yield "insert, all there; settle", u * (pin + 16 + settle), insert
+        yield "stamp", u * (8 + 2 * 32 + 2 * 32 + 8), partial(index.stamp, slots, 1, counts)
 
     def kernels(self) -> None:
         """The table of kernels."""
@@ -224,13 +329,14 @@ class Bench:
 
     def peers(self) -> None:
         """What PyTorch's own operations take for the same rows."""
-        if torch is None:
+        if torch is None or not self.real:
             return
-        table = torch.full((N_LINES, DIM), 0.01, device="cuda")
+        n, dim = self.sizes.n_ids, self.sizes.dim
+        table = torch.full((self.sizes.n_lines, dim), 0.01, device="cuda")
         slots, inverse = (torch.as_tensor(a, device="cuda") for a in (self.slots, self.inverse))
-        index, grads = slots[inverse], torch.randn(N_IDS, DIM, device="cuda")
-        bags = torch.arange(0, N_IDS, 8, device="cuda")
-        sums = torch.zeros(self.n_unique, DIM, device="cuda")
+        index, grads = slots[inverse], torch.randn(n, dim, device="cuda")
+        bags = torch.arange(0, n, 8, device="cuda")
+        sums = torch.zeros(self.n_unique, dim, device="cuda")
         self.say("| PyTorch, the same rows | ms |")
         self.say("| --- | ---: |")
         for name, run in (
@@ -259,14 +365,14 @@ class Bench:
 
     def step(self) -> None:
         """Rows out, gradients summed and applied, with all lines in device memory; checked against the C kernels."""
-        send, u = self.device.send, self.n_unique
+        send, u, n, width = self.device.send, self.n_unique, self.sizes.n_ids, self.width("adam")
         lines, code, hyper = self.lines("adam"), HYPER["adam"][0], hyper_of("adam")
         slots, index, order, starts = (send(a) for a in (self.slots, self.inverse, self.order, self.starts))
-        grads = self.rng.standard_normal((N_IDS, DIM), np.float32)
-        values, out = send(grads), self.device.empty((N_IDS, DIM), np.float32)
+        grads = self.rng.standard_normal((n, self.sizes.dim), np.float32)
+        values, out = send(grads), self.device.empty((n, self.sizes.dim), np.float32)
 
-        start = self.rng.random((u, 3 * DIM), np.float32)
-        slabs, at = Slabs(3 * DIM), np.arange(u)
+        start = self.rng.random((u, width), np.float32)
+        slabs, at = Slabs(width), np.arange(u)
         slabs.reserve(u)
         slabs.scatter(at, start)
         lines.scatter(self.slots, start)
@@ -276,7 +382,7 @@ class Bench:
         slabs.gather(at, want)
         lines.gather(self.slots, found)
         same = np.array_equal(want.view(np.uint32), found.view(np.uint32))
-        self.say(f"Adam of {u:,} lines by {N_IDS:,} gradients equals the C kernels bit for bit: {same}")
+        self.say(f"Adam of {u:,} lines by {n:,} gradients equals the C kernels bit for bit: {same}")
         assert same
 
         def both() -> None:
@@ -288,128 +394,146 @@ class Bench:
             "one step of rows, all in device memory (gather for each id, sums by key, Adam): "
             f"{took:.3f} ms on the device, {host:.3f} ms of the host"
         )
-        if torch is not None:
-            inverse = torch.as_tensor(self.inverse, device="cuda")
-            extra = torch_ms(lambda: torch.argsort(inverse, stable=True))
-            self.say(f"  and the order of positions by key, by torch.argsort(stable=True): {extra:.3f} ms")
-        if torch is not None:
-            del lines, values, out
-            self.whole(grads)
         self.say()
-        self.say(PEERS)
 
-    def whole(self, grads: np.ndarray) -> None:
-        """The same from ids: deduped, looked up, rows out, and gradients summed and applied. All on the device."""
-        batches = [self.ids] + [draw(self.rng) for _ in range(3)]
-        index, dedupe = DeviceIndex(self.device, 2**22, N_IDS), Dedupe(self.device, N_IDS)
+    def batches(self) -> list[np.ndarray]:
+        """Ids of steps that differ."""
+        return [self.ids] + [draw(self.rng, self.sizes) for _ in range(self.sizes.batches - 1)]
+
+    def steps(self, step: Callable[[int], Any]) -> tuple[float, float]:
+        """Milliseconds of a step one after the other, by the wall clock, and by the clock of the thread that asks."""
+        n = self.sizes.steps
+        self.wait()
+        begin, own = time.perf_counter(), time.thread_time()
+        for i in range(n):
+            step(i)
+        own = time.thread_time() - own
+        self.wait()
+        return (time.perf_counter() - begin) / n * 1e3, own / n * 1e3
+
+    def ids_(self) -> None:
+        """A step from ids, by the parts of the tier, all lines in device memory."""
+        device, n, dim = self.device, self.sizes.n_ids, self.sizes.dim
+        batches, n_side, one = self.batches(), 1024, np.ones(1, np.int64)
+        index = self.parts.index(device, self.sizes.n_slots, n, n_side)
         for ids in batches:
-            keys = np.unique(ids)
-            index.insert(keys, np.ones(len(keys), np.int64))
-        lines = DeviceLines(self.device, index.n_slots + 1024, 3 * DIM, 4096, DIM)
-        self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)
+            index.settle(index.insert(np.unique(ids), one).slots)
+        lines = self.lines("adam", n_lines=self.sizes.n_slots + n_side)
+        dedupe, order, room = self.parts.dedupe(device, n), self.parts.order(device, n), Room(device, n)
         code, hyper = HYPER["adam"][0], hyper_of("adam")
-        here = [torch.as_tensor(ids, device="cuda") for ids in batches]
-        values, out = torch.as_tensor(grads, device="cuda"), torch.empty(N_IDS, DIM, device="cuda")
+        here = [device.array(self.give(ids)) for ids in batches]
+        values = device.array(self.give(self.rng.standard_normal((n, dim), np.float32)))
+        out = device.array(self.give(np.zeros((n, dim), np.float32)))
 
-        def step(ids: Any) -> None:
-            found = dedupe(self.device.array(ids))
-            slots = index.find(found.keys)
+        def step(i: int) -> None:
+            found = dedupe(here[i % len(here)], room)
+            slots = index.hold(found.keys, one, slots=room.slots).slots
             lines.gather(slots, out, found.inverse)
-            order = torch.argsort(torch.as_tensor(found.inverse, device="cuda"), stable=True)
-            starts = torch.zeros(found.n_distinct + 1, dtype=torch.int64, device="cuda")
-            torch.cumsum(torch.as_tensor(found.counts, device="cuda"), 0, out=starts[1:])
-            lines.apply_segments(code, slots, values, order, starts, hyper)
+            order(room, n, found.n_distinct)
+            of = room.order[:n], room.starts[: found.n_distinct + 1]
+            lines.apply_segments(code, slots, values, *of, hyper, found.keys, 1, i)
+            index.stamp(slots, i, found.counts)
+            index.settle(slots)
 
         took = []
-        for i in range(30):
+        for i in range(self.sizes.warm + self.sizes.rounds):
             self.wait()
             begin = time.perf_counter()
-            step(here[i % 4])
+            step(i)
             self.wait()
             took.append(1e3 * (time.perf_counter() - begin))
-        self.device.sync()
-        begin = time.perf_counter()
-        for i in range(20):
-            step(here[i % 4])
-        self.wait()
-        steady = (time.perf_counter() - begin) / 20 * 1e3
+        alone = statistics.median(took[self.sizes.warm :])
+        steady, host = self.steps(step)
+        device.sync()
         self.say(
-            "one step from ids (dedupe, find, gather for each id, order by torch.argsort, sums by key, Adam), by the "
-            f"wall clock: {statistics.median(took[5:]):.3f} ms alone, {steady:.3f} ms one after the other"
+            "one step from ids (dedupe, hold, gather for each id, order, sums by key and Adam, stamp, settle), by the "
+            f"wall clock: {alone:.3f} ms alone, {steady:.3f} ms one after the other, of which "
+            f"{host:.3f} ms of the host's thread"
         )
+        self.say()
 
     # --- the tier ---------------------------------------------------------------------------------------------
 
     def tier(self) -> None:
-        """The store's calls, for batches that differ."""
-        batches = [np.unique(self.ids, return_inverse=True)] + [
-            np.unique(draw(self.rng), return_inverse=True) for _ in range(4)
-        ]
-        groups = [group(inverse, len(keys)) for keys, inverse in batches]
-        line = 12 * DIM
-        footprint = max(len(keys) for keys, _ in batches) * line
-        staging = 2**25
-        grads = self.rng.standard_normal((N_IDS, DIM), np.float32)
+        """A step through the store's calls, for batches that differ; beside what others published for the same."""
+        batches = self.batches()
+        n_distinct = max(len(np.unique(ids)) for ids in batches)
+        grads = self.rng.standard_normal((self.sizes.n_ids, self.sizes.dim), np.float32)
         self.say(
-            "| device tier: cache | rows, gradients | fetch, ms | rows out, ms | update, ms | step, ms | hit rate |"
+            "| cache | lines, of distinct ids of a batch | ids, rows, gradients | rows made resident, ms "
+            "| rows out, ms | update, ms | a step alone, ms | one after the other, ms | host's thread, ms | hit rate "
+            "| dynamicemb, ms | FBGEMM, ms |"
         )
-        self.say("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, budget in (
-            ("all", 2**33),
-            ("a batch", footprint + staging),
-            ("0.8 of it", int(0.8 * footprint) + staging),
-        ):
-            for tensors in (True, False) if torch is not None and name == "all" else (torch is not None,):
-                table = Table("t", DIM, optimizer=Adam(), store=device_cached(host_memory(), budget), metadata=False)
-                for keys, _ in batches:  # all rows exist before
-                    lease = table.store.reserve(keys, np.ones(len(keys), np.int64))
-                    table.store.create(lease, 0)
-                    table.store.release(lease)
-                on_gpu = torch.as_tensor(grads, device="cuda") if tensors else None
-                out = torch.empty(N_IDS, DIM, device="cuda") if tensors else np.empty((N_IDS, DIM), np.float32)
-                took: list[list[float]] = []
-                before = table.store.stats()
-                for i, (keys, inverse) in enumerate(batches * 2):
-                    took.append(self.one(table, i + 1, keys, inverse, groups[i % 5], grads, on_gpu, out))
-                after = table.store.stats()
-                hits, misses = (after[k] - before[k] for k in ("hits", "misses"))
-                medians = [statistics.median(t) for t in zip(*took[2:], strict=True)]
-                self.say(
-                    f"| {name} | {'tensors' if tensors else 'NumPy'} | "
-                    + " | ".join(f"{1e3 * t:.1f}" for t in (*medians, sum(medians)))
-                    + f" | {hits / (hits + misses):.0%} |"
+        self.say("| --- | ---: | --- |" + " ---: |" * 9)
+        for cache, share, *public in CASES:
+            budget = 2**33 if self.sizes is FULL else 2**20
+            if share is not None:
+                budget = self.budget(int(share * n_distinct))
+            for tensors in (True, False) if share is None else (True,):
+                table = Table(
+                    "t",
+                    self.sizes.dim,
+                    optimizer=Adam(),
+                    store=device_cached(host_memory(), budget, self.name),
+                    metadata=False,
                 )
+                n_lines, *figures, hit_rate = self.table(table, batches, grads, tensors)
                 table.close()
-                del table
+                self.say(
+                    f"| {cache} | {n_lines / n_distinct:.2f} | {'tensors' if tensors else 'NumPy'} | "
+                    + " | ".join(f"{ms:.2f}" for ms in figures)
+                    + f" | {hit_rate:.0%} | {public[0]} | {public[1]} |"
+                )
         self.say()
-        self.say("fetch: announce the distinct keys and make their rows resident. Keys are deduped and grouped before.")
+        self.say(
+            "Rows made resident: the batch deduped, its rows found or brought, and pinned. Each of the first four "
+            "figures ends with a wait. The public figures are those of their authors' machine, an H100 80 GB."
+        )
 
-    def one(
-        self, table: Any, step: int, keys: Any, inverse: Any, by: Any, grads: Any, on_gpu: Any, out: Any
-    ) -> list[float]:
-        """Seconds of a step's parts."""
-        store, hyper, times = table.store, table.optimizer.hyper(step), [time.perf_counter()]
-        lease = store.reserve(keys, np.ones(len(keys), np.int64))
-        store.fetch(lease)
-        self.wait()
-        times.append(time.perf_counter())
-        store.gather(lease, out, inverse)
-        self.wait()
-        times.append(time.perf_counter())
-        if on_gpu is None:
-            sums = c_segment_sum(grads, inverse, len(keys))
-        else:
-            sums = store._device.empty((len(keys), DIM), np.float32)
-            sum_segments(store._device, on_gpu, *by, sums)
-        store.apply(lease, sums, table.optimizer, hyper, step)
-        self.wait()
-        times.append(time.perf_counter())
-        store.release(lease)
-        return [b - a for a, b in pairwise(times)]
+    def budget(self, n_lines: int) -> int:
+        """Bytes that a store needs for so many lines, with its index and buffers."""
+        width, dim, n_slots = self.width("adam"), self.sizes.dim, max(32, n_lines // 32 * 32)
+        n_side = min(n_slots // 32, 1024)
+        batch = max(1, min(BUFFER_NBYTES // (4 * width), n_lines // 8))
+        nbytes: int = self.parts.lines.nbytes_of(n_slots + n_side, width, batch, dim, "float32")
+        return nbytes + int(self.parts.index.nbytes_of(n_slots, batch, n_side, False))
 
-    def wait(self) -> None:
-        """Until the device is idle."""
-        self.cuda.synchronize()
+    def table(self, table: Any, batches: list[np.ndarray], grads: np.ndarray, tensors: bool) -> tuple[float, ...]:
+        """Lines of the cache, milliseconds of a step's parts and of a step, and the hit rate."""
+        store = table.store
+        for i, ids in enumerate(batches):  # all rows exist before
+            lease = store.reserve_batch(ids)
+            store.create(lease, i)
+            store.release(lease)
+        out = np.empty_like(grads)
+        here = batches
+        if tensors:
+            grads, out, *here = (self.give(a) for a in (grads, out, *batches))
+
+        def step(i: int, wait: Callable[[], None] = lambda: None) -> list[float]:
+            hyper, times = table.optimizer.hyper(i + 1), [time.perf_counter()]
+            lease = store.reserve_batch(here[i % len(here)])
+            store.fetch(lease)
+            wait()
+            times.append(time.perf_counter())
+            inverse = lease.inverse if tensors else store.memory.fetch(lease.inverse)
+            store.gather(lease, out, inverse)
+            wait()
+            times.append(time.perf_counter())
+            given = Summands(grads) if tensors else c_segment_sum(grads, inverse, lease.n_keys)
+            store.apply(lease, given, table.optimizer, hyper, i + 1)
+            wait()
+            times.append(time.perf_counter())
+            store.release(lease)
+            return [1e3 * (b - a) for a, b in pairwise(times)]
+
+        before = store.stats()
+        took = [step(i, self.wait) for i in range(self.sizes.warm + self.sizes.rounds)]
+        medians = [statistics.median(part) for part in zip(*took[self.sizes.warm :], strict=True)]
+        steady = self.steps(step)
+        after = store.stats()
+        hits, misses = (after[k] - before[k] for k in ("hits", "misses"))
+        return after["cache_lines"], *medians, sum(medians), *steady, hits / (hits + misses)
 
 
 def torch_ms(run: Callable[[], Any], rounds: int = 9, times: int = 5) -> float:
@@ -427,20 +551,23 @@ def torch_ms(run: Callable[[], Any], rounds: int = 9, times: int = 5) -> float:
     return statistics.median(took)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--report", help="also write what is printed to this file")
-    ap.add_argument("--only", default="kernels,step,tier")
+    ap.add_argument("--only", help="of kernels, step, ids, tier")
+    ap.add_argument("--device", default="cuda:0", help="cuda:N, or cpu: ids and tier on the twin")
+    ap.add_argument("--small", action="store_true", help="seconds instead of minutes; no figure means anything")
     ap.add_argument("--once", help="run kernels of these names once, for a profiler")
-    a = ap.parse_args()
-    bench = Bench(a.report)
+    a = ap.parse_args(argv)
+    bench = Bench(a.report, a.device, SMALL if a.small else FULL)
     if a.once:
         bench.once(a.once)
         return
     bench.machine()
-    for part in a.only.split(","):
-        getattr(bench, part)()
+    parts = {"kernels": bench.kernels, "step": bench.step, "ids": bench.ids_, "tier": bench.tier}
+    for part in (a.only or ("ids,tier" if a.device == "cpu" else ",".join(parts))).split(","):
+        parts[part]()
 
 
 if __name__ == "__main__":

@@ -222,6 +222,14 @@ class Ragged:
         self.row_splits: tuple[Int64s, ...] = tuple(reversed(checked))
 
     @classmethod
+    def on_device(cls, values: Any, row_splits: npt.ArrayLike) -> Ragged:
+        """Lists of values in a device's memory: a vector of any library, as keys for tables that are there.
+
+        A collection of embeddings takes it; nothing else here does.
+        """
+        return cls._trusted(values, (_splits(row_splits, len(values)),))
+
+    @classmethod
     def from_lists(cls, lists: Sequence[Any], dtype: npt.DTypeLike | None = None) -> Ragged:
         """A Ragged of nested Python lists of equal depth; without dtype, str and bytes become Strings."""
         splits, level = [_from_lengths([len(x) for x in lists])], [y for x in lists for y in x]

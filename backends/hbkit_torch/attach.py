@@ -25,8 +25,9 @@ class _Attached(torch.nn.Module):
         skipped = self.ignore | self.embeddings.collection.features.keys()
         columns = {name: to_column(column, name) for name, column in batch.items() if name not in skipped}
         embeddings = self.embeddings(batch)
-        n_rows = len(next(value if isinstance(value, Tensor) else value.values for value in embeddings.values()))
-        return self.model(tensor(hbkit.data.dense_inputs(columns, n_rows, n_rows)), embeddings)
+        rows = next(value if isinstance(value, Tensor) else value.values for value in embeddings.values())
+        dense = tensor(hbkit.data.dense_inputs(columns, len(rows), len(rows)))
+        return self.model(dense.to(rows.device), embeddings)
 
 
 def attach(model: torch.nn.Module, embeddings: Any, ignore: Iterable[str] = ()) -> torch.nn.Module:
@@ -35,7 +36,7 @@ def attach(model: torch.nn.Module, embeddings: Any, ignore: Iterable[str] = ()) 
     Parameters
     ----------
     model : Module
-        Called with dense float32[n, n_dense] and the dict of embeddings.
+        Called with dense float32[n, n_dense], on the device of the first feature's rows, and the dict of embeddings.
     embeddings : EmbeddingCollection
         After ``backward()``, call its ``apply()``.
     ignore : names of columns that are no input, such as the label

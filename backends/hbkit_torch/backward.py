@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hbkit import errors
-from hbkit_torch.update import Forward
+from hbkit_torch.transfer import in_order
+from hbkit_torch.update import Forward, as_core
 
 __all__ = ["Watch", "refused"]
 
@@ -62,9 +63,10 @@ class Watch:
             if forward.staged.state != "read":
                 raise refused("Accumulation of several forwards or backwards")
             self.waiting, self.n_updates = False, self.n_updates + 1
-            forward.staged.apply(
-                {f: grad.float().numpy() for f, grad in zip(leaves, grads, strict=True) if grad is not None}
-            )
+            given = {f: grad for f, grad in zip(leaves, grads, strict=True) if grad is not None}
+            gradients = as_core(forward.staged, given)
+            with in_order(forward.staged.collection):
+                forward.staged.apply(gradients)
 
         torch.autograd.graph.register_multi_grad_hook(list(leaves.values()), update)
         return {

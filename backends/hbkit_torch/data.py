@@ -60,7 +60,7 @@ def from_column(column: Any) -> Any:
     return column
 
 
-def to_column(column: Any, name: str = "") -> Any:
+def to_column(column: Any, name: str = "", there: torch.device | None = None) -> Any:
     """A column of a batch as the core has it: from a Tensor, `Jagged`, ``(values, row_splits)``, or as it is.
 
     Parameters
@@ -69,18 +69,22 @@ def to_column(column: Any, name: str = "") -> Any:
         A sparse Tensor of two dimensions is lists: in each row, its values in their order.
     name : str
         The feature that an error names.
+    there : torch.device, optional
+        Where the feature's table is: integers there stay there, as contiguous tensors.
 
     Raises
     ------
     InvalidArgument
-        The tensor is not in host memory.
+        The tensor is neither in host memory nor `there`.
     Unsupported
         The tensor has another sparse layout.
     """
     if isinstance(column, torch.Tensor):
+        if column.device == there and column.layout == torch.strided:
+            return _keys(column.detach(), name)
         if column.device.type != "cpu":
             raise errors.InvalidArgument(
-                f"keys on device {column.device}", feature=name, remedy="the core reads host memory: pass .cpu()"
+                f"keys on device {column.device}", feature=name, remedy="its table is elsewhere: pass .cpu()"
             )
         column = column.detach()
         if column.layout == torch.strided:
@@ -95,8 +99,18 @@ def to_column(column: Any, name: str = "") -> Any:
     if isinstance(column, tuple) and len(column) == 2:
         values, splits = column
         splits = splits if isinstance(splits, tuple | list) else (splits,)
+        if isinstance(values, torch.Tensor) and values.device == there and len(splits) == 1:
+            of_rows = splits[0].cpu() if isinstance(splits[0], torch.Tensor) else splits[0]
+            return hbkit.Ragged.on_device(to_column(values, name, there), of_rows)
         return hbkit.Ragged(to_column(values, name), tuple(to_column(s, name) for s in splits))
     return column
+
+
+def _keys(keys: torch.Tensor, name: str) -> torch.Tensor:
+    """Integers as a table on their device takes them."""
+    if keys.dtype.is_floating_point or keys.dtype.is_complex or keys.dtype == torch.bool:
+        raise errors.InvalidArgument(f"keys of type {keys.dtype}", feature=name, remedy="keys are integers: cast them")
+    return (keys if keys.dtype == torch.uint64 else keys.to(torch.int64)).contiguous()
 
 
 def padded(name: str, lists: hbkit.Ragged, pad: Any = 0) -> Array:

@@ -14,6 +14,7 @@ from hbkit.embedding import Checkpoint, Collection
 from hbkit_torch import backward
 from hbkit_torch.data import to_column
 from hbkit_torch.pipeline import leaves
+from hbkit_torch.transfer import empty_on, in_order, place_of
 from hbkit_torch.update import Forward, Updating
 
 __all__ = ["EmbeddingCollection"]
@@ -50,6 +51,10 @@ class EmbeddingCollection(Updating, torch.nn.Module):
 
     Notes
     -----
+    Rows of tables on a device (`hbkit.store.device_cached`) are written into tensors there, and updated by gradients
+    that are there: neither passes through host memory. Device and model work in order, on whichever stream of PyTorch's
+    is current. Over tables that ranks share, rows come to host memory.
+
     Not thread-safe. A forward in training waits for ``apply()`` until ``zero_grad()`` or ``drop()``; one that had no
     backward by then has no part in the update. The forward itself is no part of a compiled graph; the model behind it
     is. Rows are float32, under autocast too.
@@ -95,34 +100,37 @@ class EmbeddingCollection(Updating, torch.nn.Module):
         ----------
         batch : dict
             A key column for each feature: integer Tensor or ndarray [n], `Jagged`, ``(values, row_splits)`` or
-            `hbkit.Ragged`; other columns are ignored.
+            `hbkit.Ragged`; other columns are ignored. Tensors may be on the device of the feature's table, and then
+            stay there; they must not change before the update.
 
         Returns
         -------
         dict of feature to Tensor float32[n, dim]
-            A ragged feature without pooling gives a `Sequence`.
+            A ragged feature without pooling gives a `Sequence`. On the device of the feature's table where that has
+            one (`hbkit.embedding.Table.device`), else in host memory.
 
         Raises
         ------
         UnknownColumn
             A feature is not in the batch.
         InvalidArgument
-            A feature's keys are not integers, or not in host memory.
+            A feature's keys are not integers, or neither in host memory nor on its table's device.
         Closed
             The module was closed.
         """
         train = self.training and torch.is_grad_enabled()
         collection = self.collection
-        columns = {f: to_column(batch[f], f) for f in collection.features if f in batch}
-        staged = collection.stage(columns, train=train)
-        try:
-            staged.wait()
-            if train:
-                self._make_way()
-            embeddings = leaves(staged.outputs(), train)
-        except BaseException:
-            staged.close()
-            raise
+        columns = {f: to_column(batch[f], f, place_of(collection.device(f))) for f in collection.features if f in batch}
+        with in_order(collection) as streams:
+            staged = collection.stage(columns, train=train)
+            try:
+                staged.wait()
+                if train:
+                    self._make_way()
+                embeddings = leaves(staged.outputs(empty_on(streams)), train)
+            except BaseException:
+                staged.close()
+                raise
         if not train:
             staged.close()
             return embeddings

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import hbkit
 from hbkit import errors
-from hbkit.embedding import Collection, Pipeline, Staged
+from hbkit.embedding import Collection, Pipeline, SequenceOutput, Staged
 from hbkit_torch.data import Array, tensor
-from hbkit_torch.transfer import target, to_device
+from hbkit_torch.transfer import empty_on, in_order, target, to_device
 from hbkit_torch.update import Forward, Updating
 
 __all__ = ["Pipeline", "Sequence", "Step", "pipeline"]
@@ -40,19 +40,24 @@ Make = Callable[[Array], Tensor]
 
 def leaves(outputs: Mapping[str, Any], train: bool, make: Make = tensor) -> dict[str, Any]:
     """The core's outputs as tensors, by default over the same memory, which take gradients when training."""
+
+    def leaf(rows: Array | Tensor) -> Tensor:
+        return (make(rows) if isinstance(rows, np.ndarray) else rows).requires_grad_(train)
+
     out: dict[str, Any] = {}
     for feature, value in outputs.items():
-        if isinstance(value, np.ndarray):
-            out[feature] = make(value).requires_grad_(train)
+        if isinstance(value, SequenceOutput):
+            values = leaf(value.values)
+            out[feature] = Sequence(values, make(value.mask).to(values.device))
         else:
-            out[feature] = Sequence(make(value.values).requires_grad_(train), make(value.mask))
+            out[feature] = leaf(value)
     return out
 
 
 def in_one_copy(inputs: hbkit.data.Inputs, outputs: Mapping[str, Any], device: torch.device) -> Make:
     """What gives tensors on the device for the arrays of a batch, asked for in the order in which they stand there."""
-    rows = [a for value in outputs.values() for a in ([value] if isinstance(value, np.ndarray) else value)]
-    arrays = [inputs.dense, inputs.label, inputs.weight, *rows]
+    rows = [a for value in outputs.values() for a in (value if isinstance(value, SequenceOutput) else [value])]
+    arrays = [inputs.dense, inputs.label, inputs.weight, *(a for a in rows if isinstance(a, np.ndarray))]
     copies = iter(to_device([tensor(a) for a in arrays], device))
     return lambda _: next(copies)
 
@@ -85,7 +90,8 @@ class Step(Updating):
     ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
         self._staged = staged
-        outputs = staged.outputs()
+        with in_order(staged.collection) as streams:
+            outputs = staged.outputs(empty_on(streams, device or torch.device("cpu")))
         self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
         make = tensor if device is None else in_one_copy(inputs, outputs, device)
         self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)
@@ -158,7 +164,8 @@ def pipeline(
         False only reads: no row is created, and there is nothing to apply.
     device : optional
         Where the tensors of a step are to be: all of them come in one copy, from pinned memory and without blocking
-        where that is a GPU; the gradients go back in one.
+        where that is a GPU; the gradients go back in one. Rows of tables that are on that device are written and
+        updated there, and are part of neither.
 
     Returns
     -------

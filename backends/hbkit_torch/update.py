@@ -11,9 +11,9 @@ from torch import Tensor
 from hbkit import errors
 from hbkit.embedding import Staged
 from hbkit_torch.data import Array
-from hbkit_torch.transfer import to_host
+from hbkit_torch.transfer import in_order, place_of, to_host
 
-__all__ = ["Forward", "Updating"]
+__all__ = ["Forward", "Updating", "as_core"]
 
 
 class Forward(NamedTuple):
@@ -40,12 +40,22 @@ class Forward(NamedTuple):
                 "no embedding has a gradient", feature=", ".join(self.embeddings), remedy="call loss.backward() first"
             )
 
-    def gradients(self) -> dict[str, Array]:
-        """Gradients of the leaves that have one: over the same memory, or of a device in one copy."""
-        grads = {feature: leaf.grad for feature, leaf in self.leaves.items() if leaf.grad is not None}
-        if any(grad.device.type != "cpu" for grad in grads.values()):
-            grads = dict(zip(grads, to_host(list(grads.values())), strict=True))
-        return {feature: grad.float().numpy() for feature, grad in grads.items()}
+    def gradients(self) -> dict[str, Array | Tensor]:
+        """Gradients of the leaves that have one, as `as_core` gives them."""
+        return as_core(self.staged, {f: leaf.grad for f, leaf in self.leaves.items() if leaf.grad is not None})
+
+
+def as_core(staged: Staged, grads: Mapping[str, Tensor]) -> dict[str, Array | Tensor]:
+    """Gradients as a batch takes them, float32: those on the device of their tables stay there; others as NumPy's.
+
+    The latter are over the same memory, or come from a device in one copy.
+    """
+    places = {f: place_of(staged.collection.device(f)) for f in grads}
+    there = {f: grad.detach().float().contiguous() for f, grad in grads.items() if grad.device == places[f]}
+    rest = {f: grad for f, grad in grads.items() if f not in there}
+    if any(grad.device.type != "cpu" for grad in rest.values()):
+        rest = dict(zip(rest, to_host(list(rest.values())), strict=True))
+    return {**there, **{f: grad.float().numpy() for f, grad in rest.items()}}
 
 
 class Updating:
@@ -73,7 +83,8 @@ class Updating:
         """One update by the gradients that are there, of all forwards: what ``scaler.step`` calls."""
         grads = [forward.gradients() for forward in self._forwards]
         *held, last = self._forwards
-        last.staged.apply(grads.pop(), [(f.staged, g) for f, g in zip(held, grads, strict=True) if g])
+        with in_order(last.staged.collection):
+            last.staged.apply(grads.pop(), [(f.staged, g) for f, g in zip(held, grads, strict=True) if g])
 
     def update(self, scaler: torch.amp.GradScaler | None) -> None:
         """``step``, by way of the scaler if there is one."""

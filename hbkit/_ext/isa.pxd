@@ -156,7 +156,7 @@ cdef extern from "kernels.h" nogil:
         void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, float *, int64_t) noexcept nogil
         int (*sum_together)(const hb_feature *, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
         void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil
-        void (*read_lines)(const hb_slabs *, const int64_t *, const int64_t *, int64_t, float *) noexcept nogil
+        void (*read_lines)(const hb_slabs *, const int64_t *, int64_t, float *) noexcept nogil
         void (*write_lines)(const hb_slabs *, const int64_t *, int64_t, const float *) noexcept nogil
 
     ctypedef struct hb_fp_state:

@@ -130,10 +130,11 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
     int64_t first = column > s->dim ? column - s->dim : 0; /* of the state */
     for (int64_t i = 0; i < n; i++) {
         const float *from = lines + i * stride;
-        if (i + 8 < n) {
+        if (i + 8 < n && slots[i + 8] >= 0) {
             fetch(hb_row(s, slots[i + 8]), columns * item_nbytes(s));
             fetch(hb_state(s, slots[i + 8]) + first, (width - columns) * 4);
         }
+        if (slots[i] < 0) continue;
         if (s->dtype == HB_FLOAT32)
             memcpy((float *)hb_row(s, slots[i]) + column, from, (size_t)columns * sizeof(float));
         else
@@ -142,86 +143,93 @@ static void scatter(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t 
     }
 }
 
-/* ---- whole lines for another device's memory, or from there: past the cache, which will not be asked for them ---- */
+/* ---- whole lines for a device's memory, or from there, which the CPU does not ask for: past the cache ---- */
 
-enum { PIECE = 256 }; /* columns that are widened or narrowed at once */
+#if defined(__AVX2__)
+typedef uint32_t eight __attribute__((vector_size(32), may_alias));
+typedef uint16_t eight_narrow __attribute__((vector_size(16), may_alias));
 
-/* memcpy, but that whole cache lines are written without being read first. `written` comes after the last. */
-INLINE void put_past(void *to, const void *from, int64_t nbytes) {
-#if defined(__SSE2__)
-    if (((uintptr_t)to | (uintptr_t)nbytes) % 64 == 0) {
-        for (int64_t i = 0; i < nbytes; i += 64)
-            for (int64_t j = i; j < i + 64; j += LANES * 4) {
-                vec x = *(const vec *)((const char *)from + j);
-#if defined(__AVX512F__)
-                _mm512_stream_ps((float *)((char *)to + j), (__m512)x);
-#elif defined(__AVX__)
-                _mm256_stream_ps((float *)((char *)to + j), (__m256)x);
-#else
-                _mm_stream_ps((float *)((char *)to + j), (__m128)x);
+/* Both halves of a cache line at once, lest it go to memory in two. */
+INLINE void put_past(char *to, eight a, eight b) {
+    _mm256_stream_si256((__m256i *)to, (__m256i)a);
+    _mm256_stream_si256((__m256i *)to + 1, (__m256i)b);
+}
+
+INLINE eight eight_at(const char *p) { return (eight)_mm256_loadu_si256((const __m256i *)p); }
+
+INLINE void copy_past(char *to, const char *from, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) put_past(to + i, eight_at(from + i), eight_at(from + i + 32));
+}
+
+INLINE void widen_past(char *to, const char *from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        eight all = eight_at(from + 2 * i);
+        eight a = __builtin_convertvector((eight_narrow)_mm256_castsi256_si128((__m256i)all), eight);
+        eight b = __builtin_convertvector((eight_narrow)_mm256_extracti128_si256((__m256i)all, 1), eight);
+        put_past(to + 4 * i, a << 16, b << 16);
+    }
+}
+
+/* Loops with little in them: what the compiler then puts on the stack would cost half as much again as all of it. */
+#define PAST static __attribute__((noinline)) void
+
+PAST read_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *out) {
+    int64_t nbytes = s->row_stride, d = ahead(nbytes);
+    for (int64_t i = 0; i < n; i++, out += nbytes) {
+        if (i + d < n) fetch(hb_row(s, slots[i + d]), nbytes);
+        copy_past(out, hb_row(s, slots[i]), nbytes);
+    }
+}
+
+PAST read_narrow_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *out) {
+    int64_t dim = s->dim, nbytes = s->row_stride, d = ahead(nbytes);
+    for (int64_t i = 0; i < n; i++, out += nbytes + 2 * dim) {
+        if (i + d < n) fetch(hb_row(s, slots[i + d]), nbytes);
+        const char *row = hb_row(s, slots[i]);
+        widen_past(out, row, dim);
+        copy_past(out + 4 * dim, row + 2 * dim, nbytes - 2 * dim);
+    }
+}
+
+enum { TLB_AHEAD = 8 }; /* a line that is overwritten is not read, but its page is to be known */
+
+PAST write_past(const hb_slabs *s, const int64_t *slots, int64_t n, const char *lines) {
+    int64_t nbytes = s->row_stride;
+    for (int64_t i = 0; i < n; i++, lines += nbytes) {
+        if (i + TLB_AHEAD < n) fetch_near(hb_row(s, slots[i + TLB_AHEAD]), 1);
+        copy_past(hb_row(s, slots[i]), lines, nbytes);
+    }
+}
+
+/* Whether rows and states are cache lines side by side, and all slots are lines. */
+INLINE int past(const hb_slabs *s, const int64_t *slots, int64_t n) {
+    int64_t row_nbytes = s->dim * item_nbytes(s), all = 0;
+    for (int64_t i = 0; i < n; i++) all |= slots[i];
+    return all >= 0 && (s->state_at == row_nbytes || s->n_state == 0) && row_nbytes % 64 == 0 && s->n_state % 16 == 0;
+}
 #endif
-            }
+
+static void read_lines(const hb_slabs *s, const int64_t *slots, int64_t n, float *out) {
+#if defined(__AVX2__)
+    if (s->dtype != HB_FLOAT16 && (uintptr_t)out % 64 == 0 && past(s, slots, n)) {
+        (s->dtype == HB_FLOAT32 ? read_past : read_narrow_past)(s, slots, n, (char *)out);
+        _mm_sfence();
         return;
     }
 #endif
-    memcpy(to, from, (size_t)nbytes);
-}
-
-INLINE void written(void) {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
-
-/* Whether row and state of a line lie as the line's floats do. */
-INLINE int in_one(const hb_slabs *s) { return s->dtype == HB_FLOAT32 && s->state_at == s->dim * 4; }
-
-static void read_lines(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, float *out) {
-    int64_t width = s->dim + s->n_state, d = ahead(width * 4), row = in_one(s) ? width : s->dim;
-    float some[PIECE] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < n; i++, out += width) {
-        int64_t slot = slot_at(slots, index, i), later = i + d < n ? slot_at(slots, index, i + d) : -1;
-        if (later >= 0) {
-            fetch(hb_row(s, later), row * item_nbytes(s));
-            fetch(hb_state(s, later), (width - row) * 4);
-        }
-        if (slot < 0) continue;
-        if (s->dtype == HB_FLOAT32)
-            put_past(out, hb_row(s, slot), row * 4);
-        else
-            for (int64_t j = 0; j < row; j += PIECE) {
-                int64_t m = row - j < PIECE ? row - j : PIECE;
-                widen_row(s->dtype, (const uint16_t *)hb_row(s, slot) + j, m, some);
-                put_past(out + j, some, m * 4);
-            }
-        put_past(out + row, hb_state(s, slot), (width - row) * 4);
-    }
-    written();
+    gather(s, slots, NULL, n, s->dim + s->n_state, out);
 }
 
 static void write_lines(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines) {
-    int64_t width = s->dim + s->n_state, row = in_one(s) ? width : s->dim;
-    int64_t row_nbytes = row * item_nbytes(s), state_nbytes = (width - row) * 4;
-    int past = s->row_stride % 64 == 0 && s->state_at % 64 == 0 && row_nbytes % 64 == 0;
-    uint16_t some[PIECE] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < n; i++, lines += width) {
-        int64_t slot = slots[i], later = i + 8 < n && !past ? slots[i + 8] : -1;
-        if (later >= 0) {
-            fetch(hb_row(s, later), row_nbytes);
-            fetch(hb_state(s, later), state_nbytes);
-        }
-        if (slot < 0) continue;
-        if (s->dtype == HB_FLOAT32)
-            put_past(hb_row(s, slot), lines, row_nbytes);
-        else
-            for (int64_t j = 0; j < row; j += PIECE) {
-                int64_t m = row - j < PIECE ? row - j : PIECE;
-                narrow_row(s->dtype, lines + j, NULL, m, some);
-                put_past((uint16_t *)hb_row(s, slot) + j, some, m * 2);
-            }
-        put_past(hb_state(s, slot), lines + row, state_nbytes);
+    int64_t width = s->dim + s->n_state;
+#if defined(__AVX2__)
+    if (s->dtype == HB_FLOAT32 && past(s, slots, n)) { /* to narrow rows takes longer than to write them */
+        write_past(s, slots, n, (const char *)lines);
+        _mm_sfence();
+        return;
     }
-    written();
+#endif
+    scatter(s, slots, n, 0, width, lines, width);
 }
 
 INLINE void expand_as(const float *rows, const int64_t *index, int64_t n, int64_t dim, float *restrict out) {

@@ -124,7 +124,8 @@ typedef struct {
      * where that slot is below 0. */
     void (*gather)(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, int64_t width,
                    float *out);
-    /* Line slots[i] from column `column` on = lines[i, :width]; narrow rows round to the nearest value. */
+    /* Line slots[i] from column `column` on = lines[i, :width], but for slots below 0; narrow rows round to the nearest
+     * value. */
     void (*scatter)(const hb_slabs *s, const int64_t *slots, int64_t n, int64_t column, int64_t width,
                     const float *lines, int64_t stride);
     /* out[i] = rows[index[i]]. */
@@ -159,9 +160,8 @@ typedef struct {
     int (*sum_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
                         int64_t stride);
     void (*finish_sums)(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim);
-    /* gather and scatter of whole lines, which the CPU does not ask for before or after: out[i] is left as it is where
-     * the slot is below 0, and lines[i] is left out. */
-    void (*read_lines)(const hb_slabs *s, const int64_t *slots, const int64_t *index, int64_t n, float *out);
+    /* gather and scatter of whole lines, which the CPU does not ask for afterwards. */
+    void (*read_lines)(const hb_slabs *s, const int64_t *slots, int64_t n, float *out);
     void (*write_lines)(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines);
 } hb_kernels;
 

@@ -1,6 +1,15 @@
 from libc.stdint cimport int64_t
 
-from hbkit._ext.isa cimport hb_slabs
+from hbkit._ext.isa cimport hb_draw, hb_slabs
+
+ctypedef struct New:
+    hb_draw *draws
+    int64_t n_draws
+    float *state
+
+
+cdef class Lines:
+    cdef New lines
 
 
 cdef class Slabs:
@@ -16,3 +25,8 @@ cdef class Slabs:
     cdef int _outside(self, const int64_t *slots, int64_t n, int64_t least) noexcept nogil
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1
     cdef int64_t _near(self) noexcept
+
+
+cdef int64_t tile(const hb_slabs *s) noexcept nogil
+cdef void begin(const New *new, const hb_slabs *s, const int64_t *slots, const int64_t *keys, int64_t n,
+                float *room) noexcept nogil

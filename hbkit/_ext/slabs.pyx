@@ -13,7 +13,7 @@ not handed out yet of a region is address space, not memory.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -48,6 +48,53 @@ cdef int64_t FEW = 4
 cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
 ROW_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BAD = ("apply", "raise", "skip")
+
+
+cdef int64_t tile(const hb_slabs *s) noexcept nogil:
+    """Floats of room that `begin` needs."""
+    return TILE * (s.dim + s.n_state)
+
+
+cdef void begin(const New *new, const hb_slabs *s, const int64_t *slots, const int64_t *keys, int64_t n,
+                float *room) noexcept nogil:
+    """Make n new lines in slots: rows drawn for their keys, and their state."""
+    cdef int64_t i, k, some, width = s.dim + s.n_state
+    memset(room, 0, tile(s) * sizeof(float))
+    for i in range(TILE):
+        memcpy(room + i * width + s.dim, new.state, s.n_state * sizeof(float))
+    i = 0
+    while i < n:
+        some = TILE if n - i > TILE else n - i
+        for k in range(new.n_draws):
+            kernels().initialize(&new.draws[k], &keys[i], some, room + new.draws[k].column, width)
+        kernels().scatter(s, &slots[i], some, 0, width, room, width)
+        i += some
+
+
+cdef class Lines:
+    """How lines of some slabs begin; `Slabs.fill` has the parameters."""
+
+    def __cinit__(self, Slabs slabs, draws, const float[::1] state):
+        cdef int64_t w = slabs.s.dim, k
+        if not slabs.divided or state.shape[0] != slabs.s.n_state:
+            raise InvalidArgument(f"a state of {state.shape[0]} for new lines",
+                                  remedy=f"the lines must have a dim; give {slabs.s.n_state} floats of state")
+        self.lines.n_draws = len(draws)
+        self.lines.draws = <hb_draw *>allocate((self.lines.n_draws + 1) * sizeof(hb_draw))
+        self.lines.state = <float *>allocate((slabs.s.n_state + 1) * sizeof(float))
+        if self.lines.draws == NULL or self.lines.state == NULL:
+            raise MemoryError("no memory for new lines")
+        for k, (kind, a, b, seed, column, count) in enumerate(draws):
+            if kind not in KINDS or column < 0 or count < 0 or column + count > w:
+                raise InvalidArgument(f"{kind!r} in columns {column} to {column + count}",
+                                      remedy=f"a row has {w} columns; initializers are {', '.join(KINDS)}")
+            self.lines.draws[k] = hb_draw(KINDS[kind], column, count, a, b, seed)
+        for k in range(slabs.s.n_state):
+            self.lines.state[k] = state[k]
+
+    def __dealloc__(self):
+        free(self.lines.draws)
+        free(self.lines.state)
 
 
 def n_state(int rule, int64_t dim, bint momentum=False):
@@ -329,24 +376,22 @@ cdef class Slabs:
                 kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
                 hb_fp_leave(fp)
 
-    def read(self, const int64_t[::1] slots, float[:, ::1] out, const int64_t[::1] index=None):
-        """As `gather`, of whole lines that the CPU will not ask for; ``out[i]`` stays as it is where the slot is -1."""
+    def read(self, const int64_t[::1] slots, float[:, ::1] out):
+        """As `gather`, of whole lines that the CPU will not ask for."""
         cdef hb_fp_state fp
-        cdef int64_t n = slots.shape[0] if index is None else index.shape[0]
+        cdef int64_t n = slots.shape[0]
         if out.shape[0] != n or out.shape[1] != self.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} slots",
                                   remedy=f"give one row a slot, {self.width} wide")
         self._check(slots, -1)
-        if index is not None and not in_range(index, slots.shape[0]):
-            raise InvalidArgument(f"index reaches outside {slots.shape[0]} slots", remedy="this is a precondition")
         if n:
             with nogil:
                 fp = hb_fp_enter()
-                kernels().read_lines(&self.s, &slots[0], &index[0] if index is not None else NULL, n, &out[0, 0])
+                kernels().read_lines(&self.s, &slots[0], n, &out[0, 0])
                 hb_fp_leave(fp)
 
     def write(self, const int64_t[::1] slots, const float[:, ::1] lines):
-        """As `scatter`, of whole lines that the CPU did not make; what has slot -1 is left out."""
+        """As `scatter`, of whole lines that the CPU will not ask for; where the slot is -1, nothing is written."""
         cdef hb_fp_state fp
         cdef int64_t n = slots.shape[0]
         if lines.shape[0] != n or lines.shape[1] != self.width:
@@ -397,45 +442,22 @@ cdef class Slabs:
             is 0. A draw's own columns count from 0. `Initializer.draw` makes one.
         state : float32[width - dim]
         """
-        cdef int64_t n = slots.shape[0], i, k, some, w = self.s.dim, n_draws = len(draws)
+        cdef int64_t n = slots.shape[0]
         cdef hb_fp_state fp
-        cdef hb_draw *d
-        cdef float *lines
-        if keys.shape[0] != n or not self.divided or state.shape[0] != self.width - w:
-            raise InvalidArgument(f"{keys.shape[0]} keys and a state of {state.shape[0]} for {n} slots",
-                                  remedy=f"the lines must have a dim; give {self.width - w} floats of state")
+        cdef Lines new = Lines(self, draws, state)
+        cdef float *room
+        if keys.shape[0] != n:
+            raise InvalidArgument(f"{keys.shape[0]} keys for {n} slots", remedy="give one a slot")
         self._check(slots, 0)
-        columns = []
-        for kind, _, _, _, column, count in draws:
-            if kind not in KINDS or column < 0 or count < 0 or column + count > w:
-                raise InvalidArgument(f"{kind!r} in columns {column} to {column + count}",
-                                      remedy=f"a row has {w} columns; initializers are {', '.join(KINDS)}")
-            columns.append((KINDS[kind], column, count))
-        d = <hb_draw *>allocate((n_draws + 1) * sizeof(hb_draw))
-        lines = <float *>allocate(TILE * self.width * sizeof(float))
-        try:
-            if d == NULL or lines == NULL:
-                raise MemoryError("no memory for new lines")
-            for k, ((code, column, count), (_, a, b, seed, _, _)) in enumerate(zip(columns, draws)):
-                d[k] = hb_draw(code, column, count, a, b, seed)
+        room = <float *>allocate(tile(&self.s) * sizeof(float))
+        if room == NULL:
+            raise MemoryError("no memory for new lines")
+        if n:
             with nogil:
                 fp = hb_fp_enter()
-                for i in range(TILE * self.width):
-                    lines[i] = 0
-                for i in range(TILE):
-                    for k in range(state.shape[0]):
-                        lines[i * self.width + w + k] = state[k]
-                i = 0
-                while i < n:
-                    some = TILE if n - i > TILE else n - i
-                    for k in range(n_draws):
-                        kernels().initialize(&d[k], &keys[i], some, lines + d[k].column, self.width)
-                    kernels().scatter(&self.s, &slots[i], some, 0, self.width, lines, self.width)
-                    i += some
+                begin(&new.lines, &self.s, &slots[0], &keys[0], n, room)
                 hb_fp_leave(fp)
-        finally:
-            free(d)
-            free(lines)
+        free(room)
 
     def apply(self, rule, const int64_t[::1] slots, grads, hyper, const int64_t[::1] keys=None, uint64_t seed=0,
               step=0, str bad="apply"):

@@ -5,7 +5,7 @@ and gradients of features that stand side by side are gone through row by row: w
 gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -19,7 +19,7 @@ from hbkit._ext.slabs import n_state
 from hbkit._ext.index cimport Index
 from hbkit._ext.metadata cimport Metadata, Pair, stamp
 from hbkit._ext.pool cimport allocate, fails
-from hbkit._ext.slabs cimport Slabs
+from hbkit._ext.slabs cimport Lines, New, Slabs, begin, tile
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
@@ -39,6 +39,11 @@ cdef struct Part:  # one table
     hb_slabs *slabs
     Pair *pairs
     bint stamped
+    const New *new
+    int64_t n_new, n_slots
+    int64_t *new_keys
+    int64_t *new_slots
+    uint8_t *is_new
     hb_part rule
     hb_update update
 
@@ -69,6 +74,27 @@ cdef int64_t odd(int64_t n, int64_t line) noexcept nogil:
     return ((n + line - 1) // line | 1) * line
 
 
+cdef int insert(Part *part) noexcept nogil:
+    """Put the absent keys into the index; not 0 without memory, and then it is as it was."""
+    cdef int64_t k, n = 0
+    for k in range(part.u):
+        if part.slots[k] < 0:
+            part.new_keys[n] = part.unique[k]
+            n += 1
+    return kernels().index.insert(<hb_index *>part.index, part.new_keys, n, part.new_slots, part.is_new)
+
+
+cdef void taken(Part *part) noexcept nogil:
+    """Slots of the keys that were absent are those of the new rows, which nobody has used yet."""
+    cdef int64_t k, n = 0
+    for k in range(part.u):
+        if part.slots[k] < 0:
+            part.slots[k] = part.new_slots[n]
+            n += 1
+            if part.pairs != NULL:
+                part.pairs[part.slots[k]] = Pair(0, 0)
+
+
 cdef int64_t room(const Part *part) noexcept nogil:
     """Floats of sums[u, dim], blocks[u, dim], seen[u]."""
     return odd(part.u * (2 * part.slabs.dim + 1), 16)
@@ -79,7 +105,8 @@ cdef class Together:
 
     Parameters
     ----------
-    tables : list of (Index, Slabs, Metadata)
+    tables : list of (Index, Slabs, Metadata, Lines or None)
+        None: `make` does not make this table's rows.
     keys : list of int64[k * n_rows]
         One array a table: the keys of its k features, one a row, end to end.
     places : list of (group, column)
@@ -177,16 +204,83 @@ cdef class Together:
         free(self.places)
         free(self.features)
 
-    def absent(self):
-        """Numbers of the tables in which some key is absent: list of int."""
-        cdef int64_t i, k
+    def n_absent(self):
+        """How many keys are absent, of each table: list of int."""
+        cdef int64_t i, k, n
         found = []
         for i in range(self.n_parts):
+            n = 0
             for k in range(self.parts[i].u):
-                if self.parts[i].slots[k] < 0:
-                    found.append(i)
-                    break
+                n += self.parts[i].slots[k] < 0
+            found.append(n)
         return found
+
+    def make(self, list numbers):
+        """Make rows of the absent keys of the tables of these numbers, as each has room for them.
+
+        Where there is no memory, none is made in any. Nobody else may use these tables meanwhile.
+
+        Returns
+        -------
+        list of int64[m]
+            Slots of each table's new rows.
+        """
+        cdef int64_t i, total = 0, most = 0, n_made = 0, n = len(numbers), at = 0
+        cdef int failed = 0
+        cdef Index index
+        cdef Slabs slabs
+        cdef Metadata metadata
+        cdef Lines lines
+        cdef Part *part
+        cdef int64_t[::1] wide
+        cdef uint8_t[::1] narrow
+        cdef int64_t *which
+        cdef float *scratch
+        cdef hb_fp_state fp
+        n_absent = self.n_absent()
+        for i in numbers:
+            total += <int64_t>n_absent[i]
+        if total == 0:
+            return [np.empty(0, np.int64) for _ in numbers]
+        wide = array = retained((2 * total + n,), np.int64)  # slots, keys; numbers
+        narrow = retained((total,), np.uint8)
+        which = &wide[2 * total]
+        made = []
+        for i in numbers:
+            index, slabs, metadata, lines = self.tables[i]
+            part = &self.parts[i]
+            part.n_new, part.n_slots = n_absent[i], index.index.next_slot
+            if lines is None or part.n_slots + part.n_new > min(<int64_t>slabs.capacity, metadata.n):
+                _refuse("a table has no room for new rows, or does not say how they begin")
+            part.new, part.pairs = &lines.lines, metadata.at if metadata.kept else NULL
+            part.new_slots, part.new_keys, part.is_new = &wide[at], &wide[total + at], &narrow[at]
+            made.append(array[at:at + part.n_new])
+            most, at = max(most, tile(&slabs.s)), at + part.n_new
+            which[n_made] = i
+            n_made += 1
+        scratch = <float *>allocate(most * sizeof(float))
+        if scratch == NULL:
+            raise MemoryError("no memory for new rows")
+        n_made = 0
+        with nogil:
+            fp = hb_fp_enter()
+            while n_made < n and not failed:
+                part = &self.parts[which[n_made]]
+                failed = part.n_new and insert(part)
+                n_made += not failed
+            for i in range(n_made):
+                part = &self.parts[which[i]]
+                if failed:
+                    kernels().index.take_back(<hb_index *>part.index, part.new_keys, part.n_new, part.is_new,
+                                              part.n_slots)
+                elif part.n_new:
+                    begin(part.new, part.slabs, part.new_slots, part.new_keys, part.n_new, scratch)
+                    taken(part)
+            hb_fp_leave(fp)
+            free(scratch)
+        if failed:
+            raise MemoryError("no memory for the index of new rows")
+        return made
 
     def stamp(self, list numbers, int64_t step):
         """`Metadata.stamp` of the tables of these numbers: each key's count is added."""
@@ -319,7 +413,7 @@ cdef class Together:
         list of int
             Keys of each table that were absent and ignored.
         """
-        cdef int64_t i, k, n, dim, most = 1
+        cdef int64_t i, dim, most = 1
         cdef const float[::1] hyper
         cdef Slabs slabs
         cdef Part *part
@@ -357,10 +451,4 @@ cdef class Together:
                 part.sums = NULL
             hb_fp_leave(fp)
             free(scratch)
-        ignored = []
-        for i in range(self.n_parts):
-            part, n = &self.parts[i], 0
-            for k in range(part.u):
-                n += part.slots[k] < 0
-            ignored.append(n)
-        return ignored
+        return self.n_absent()

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -196,6 +196,19 @@ class Device:
                 remedy=f"give a contiguous one{'' if dtype is None else f' of {np.dtype(dtype)}'}",
             )
         return far
+
+    def join(self, arrays: Sequence[Any], out: Any = None) -> Any:
+        """Arrays end to end in device memory, in `out` if it is given; NumPy's are copied there."""
+        arrays = [a if isinstance(a, np.ndarray) else self.array(a) for a in arrays]
+        n, one = sum(len(a) for a in arrays), arrays[0]
+        to = self.empty((n, *one.shape[1:]), one.dtype) if out is None else self.array(out)
+        with self._current():
+            end = 0
+            for a in arrays:
+                begin, end = end, end + len(a)
+                if end > begin:
+                    to[begin:end].copy_to_device(a, stream=self._stream)
+        return to
 
     def write(self, far: Any, array: npt.NDArray[Any]) -> None:
         """Copy a small contiguous array into device memory, after what was launched and before what will be."""

@@ -1,6 +1,6 @@
 """DeviceIndex: which line of device memory holds a key; buckets of a warp's width, each owned by one warp in a launch.
 
-A key belongs to one bucket of `BUCKET` slots, and a slot is the number of its line. Of a slot there is a digest (a
+A key may be in two buckets of `BUCKET` slots, and a slot is the number of its line. Of a slot there is a digest (a
 byte; 0 where it is free) and an entry of 16 bytes: the key, and its word
 
     pins << 48 | soon << 40 | score << 1 | dirty
@@ -18,18 +18,22 @@ a second launch, only where there are any.
 
 New keys are inserted in two launches, in both of which no two threads write one place:
 
-- `probe`: a thread a key, as `hold`. A key that is not there is pushed on its bucket's list by an atomic exchange, and
-  whoever pushes first puts the bucket on the list of work.
+- `probe`: a thread a key, as `hold`. A key that is not there goes to its first bucket, or to the second if the first is
+  `CROWDED` and the second has more free slots; so nearly all keys are in their first bucket, where they are found at
+  once, and buckets fill evenly even so. It is pushed on its bucket's list by an atomic exchange, and whoever pushes
+  first puts the bucket on the list of work. Free slots are what they were before the call: nobody takes any meanwhile.
 - `place`: a warp a bucket of that list. It reads the list of new keys, whose order came of the threads' race, and keeps
   the `BUCKET` least positions in order, one a lane: so the race leaves no trace. One after the other they take the free
   slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so none evicts another.
   Nobody else reads or writes the bucket in this launch.
 
+What found all of its bucket pinned tries the other one: `again` lists it there, and `place` runs once more.
+
 All other calls are given distinct slots, or distinct keys, whose threads change their own entries alone; or they change
 each entry by its own thread (`age`); or they list by a scan over tiles, which keeps the order.
 
-So slots, victims and their order are a function of the calls alone. What finds all of its bucket pinned goes to the
-side list, whose lines come after those of the buckets: every search goes through it after the bucket, `drain` empties
+So slots, victims and their order are a function of the calls alone. What finds both buckets pinned goes to the
+side list, whose lines come after those of the buckets: every search goes through it after the buckets, `drain` empties
 it when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
 """
 
@@ -68,6 +72,8 @@ from hbkit.errors import InvalidArgument
 Int64s = npt.NDArray[np.int64]
 
 BUCKET = WARP  # slots a bucket
+CROWDED = BUCKET // 4  # as few free slots
+OTHER = -2  # a slot that says that the first bucket is still to be tried
 KEY, WORD = 0, 1  # of an entry
 MOST_PINNED = MOST_PINS * PIN
 SOONS, SCORED = MOST_SOON * SOON, 2 * MAX_SCORE  # bits of a word
@@ -97,8 +103,14 @@ def mix(key: Any) -> Any:
 
 @inline
 def bucket_of(mixed: Any, n_buckets: Any) -> Any:
-    """Bucket of a mixed key, from its low 32 bits."""
+    """First bucket of a mixed key, from its low 32 bits."""
     return np.int64(((mixed & LOW32) * word(n_buckets)) >> S32)
+
+
+@inline
+def second_of(mixed: Any, n_buckets: Any) -> Any:
+    """Second bucket of a mixed key, from its high 32 bits; it may be the first."""
+    return np.int64(((mixed >> S32) * word(n_buckets)) >> S32)
 
 
 @inline
@@ -108,15 +120,41 @@ def digest_of(mixed: Any) -> Any:
 
 
 @inline
+def zeros(x: Any) -> Any:
+    """The high bit of each byte that is 0."""
+    return ALL64 ^ (((x & LOWS) + LOWS) | x | LOWS)
+
+
+@inline
 def matches(digests: Any, bucket: Any, digest: Any) -> Any:
     """A bit for each slot of a bucket whose digest is this."""
     pattern = word(digest) * BYTES
     found = np.int64(0)
     for i in range(BUCKET // 8):
-        x = word(digests[bucket * (BUCKET // 8) + i]) ^ pattern
-        zero = ALL64 ^ (((x & LOWS) + LOWS) | x | LOWS)  # the high bit of each byte that is 0, and of no other
+        zero = zeros(word(digests[bucket * (BUCKET // 8) + i]) ^ pattern)
         found |= np.int64((((zero >> S7) * TO_TOP_BYTE) & ALL64) >> S56) << (8 * i)
     return found
+
+
+@inline
+def n_free(digests: Any, bucket: Any) -> Any:
+    """Free slots of a bucket."""
+    n = np.int64(0)
+    for i in range(BUCKET // 8):
+        n += ones(zeros(word(digests[bucket * (BUCKET // 8) + i])))
+    return n
+
+
+@inline
+def slot_in(digests: Any, entries: Any, key: Any, bucket: Any, digest: Any) -> Any:
+    """Slot of a key in a bucket, or -1."""
+    found = matches(digests, bucket, digest)
+    while found != 0:
+        slot = bucket * BUCKET + first(found)
+        if entries[slot, KEY] == key:
+            return slot
+        found &= found - 1
+    return np.int64(-1)
 
 
 @inline
@@ -124,17 +162,40 @@ def look(digests: Any, entries: Any, key: Any) -> Any:
     """Slot of a key, or -1."""
     mixed = mix(key)
     n_slots = digests.shape[0] * 8
-    bucket = bucket_of(mixed, n_slots // BUCKET)
-    found = matches(digests, bucket, digest_of(mixed))
-    while found != 0:
-        slot = bucket * BUCKET + first(found)
-        if entries[slot, KEY] == key:
-            return slot
-        found &= found - 1
-    for slot in range(n_slots, entries.shape[0]):
-        if entries[slot, KEY] == key and entries[slot, WORD] != HOLE:
-            return slot
-    return np.int64(-1)
+    n_buckets = n_slots // BUCKET
+    slot = slot_in(digests, entries, key, bucket_of(mixed, n_buckets), digest_of(mixed))
+    if slot < 0:
+        slot = slot_in(digests, entries, key, second_of(mixed, n_buckets), digest_of(mixed))
+    if slot < 0:
+        for side in range(n_slots, entries.shape[0]):
+            if entries[side, KEY] == key and entries[side, WORD] != HOLE:
+                slot = np.int64(side)
+    return slot
+
+
+@inline
+def push(pushed: Any, bucket: Any, i: Any, n: Any, n_buckets: Any, lists: Any, turn: Any) -> None:
+    """Put the key at i of n on a bucket's list; all lanes of a warp come, those with a key to push.
+
+    ``lists``: int32, `COUNTERS` of them, of which this call's begin at `turn`; a head for each bucket, a link for each
+    key, then the buckets that have work, as many as keys. Heads are -1 before the call, and after `place`.
+    """
+    links = COUNTERS + n_buckets
+    begins = False
+    if pushed:
+        below = cuda.atomic.exch(lists, COUNTERS + bucket, i)
+        lists[links + i] = below
+        begins = below < 0
+    # One addition a warp: a million to one place would take longer than all the rest.
+    beginners = ballot(begins)
+    if beginners != 0:
+        at = np.int32(0)
+        if lane() == first(beginners):
+            at = cuda.atomic.add(lists, turn + N_WORK, ones(beginners))
+        at = shuffle(at, first(beginners))
+        if begins:
+            before = beginners & ((1 << lane()) - 1)
+            lists[links + n + at + ones(before)] = bucket
 
 
 @inline
@@ -206,12 +267,9 @@ def hold(
     """Pin and score the keys that are there: ``slots[i]`` as `find` has it. Keys are distinct.
 
     The key `skip` is not looked for where `skips` is not 0. ``totals``: two sets of `TILES` + 1, of which this call's
-    begins at `turn` and is 0: how many of a tile are missing, and of all tiles. The other set is set to 0.
+    begins at `turn` and is 0: how many of a tile are missing, and of all tiles.
     """
     n = keys.shape[0]
-    length = tile_length(n)
-    for i in range(cuda.grid(1), TILES + 1, cuda.gridsize(1)):
-        totals[TILES + 1 - turn + i] = 0
     for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
         i = base + lane()
         missed = False
@@ -225,14 +283,21 @@ def hold(
             slots[i] = slot
         missing = ballot(missed)
         if missing != 0 and lane() == 0:
-            cuda.atomic.add(totals, turn + base // length, ones(missing))
+            cuda.atomic.add(totals, turn + base // tile_length(n), ones(missing))
             cuda.atomic.add(totals, turn + TILES, ones(missing))
 
 
-def list_missing(keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, missing: Any, error: Any) -> None:
-    """List the positions that `hold` counted, in order. A warp sums the totals before its tile for itself."""
+def list_missing(
+    keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, others: Any, missing: Any, error: Any
+) -> None:
+    """List the positions that `hold` counted, in order. A warp sums the totals before its tile for itself.
+
+    The other set of totals is set to 0, for the next `hold`.
+    """
     n = keys.shape[0]
     length = tile_length(n)
+    for i in range(cuda.grid(1), TILES + 1, cuda.gridsize(1)):
+        others[i] = 0
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
@@ -258,39 +323,44 @@ def probe(
 ) -> None:
     """Pin and score the keys that are there, and list the others by bucket. Keys are distinct.
 
-    A score is set, or added where `add` is not 0. ``lists``: int32, `COUNTERS` of them, of which this call's begin at
-    `turn`; a head for each bucket, a link for each key, then the buckets that have work, as many as keys. Heads are -1
-    before and after.
+    A score is set, or added where `add` is not 0.
     """
     n = keys.shape[0]
     n_buckets = digests.shape[0] * 8 // BUCKET
-    links = COUNTERS + n_buckets
     for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
         i = base + lane()
         bucket = np.int64(0)
-        begins = False
+        missed = False
         if i < n:
             slot = look(digests, entries, keys[i])
-            if slot >= 0:
-                placed[SLOT, i] = pin(entries, slot, given_score(scores, score, i), add, error)
-                placed[STATUS, i] = FOUND
-            else:
-                placed[SLOT, i] = -1
+            missed = slot < 0
+            if missed:
+                mixed = mix(keys[i])
+                bucket = bucket_of(mixed, n_buckets)
+                free = n_free(digests, bucket)
+                if free <= CROWDED and n_free(digests, second_of(mixed, n_buckets)) > free:
+                    bucket = second_of(mixed, n_buckets)
+                    slot = np.int64(OTHER)
                 placed[STATUS, i] = REFUSED
-                bucket = bucket_of(mix(keys[i]), n_buckets)
-                below = cuda.atomic.exch(lists, COUNTERS + bucket, i)
-                lists[links + i] = below
-                begins = below < 0
-        # One addition a warp: a million to one place would take longer than all the rest.
-        beginners = ballot(begins)
-        if beginners != 0:
-            at = np.int32(0)
-            if lane() == first(beginners):
-                at = cuda.atomic.add(lists, turn + N_WORK, ones(beginners))
-            at = shuffle(at, first(beginners))
-            if begins:
-                before = beginners & ((1 << lane()) - 1)
-                lists[links + n + at + ones(before)] = bucket
+            else:
+                slot = pin(entries, slot, given_score(scores, score, i), add, error)
+                placed[STATUS, i] = FOUND
+            placed[SLOT, i] = slot
+        push(missed, bucket, i, n, n_buckets, lists, turn)
+
+
+def again(keys: Any, n_buckets: Any, placed: Any, lists: Any, turn: Any, error: Any) -> None:
+    """List the keys that `place` refused by their other bucket."""
+    n = keys.shape[0]
+    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
+        i = base + lane()
+        bucket = np.int64(0)
+        refused = i < n and placed[STATUS, min(i, n - 1)] == REFUSED
+        if refused:
+            mixed = mix(keys[i])
+            bucket = bucket_of(mixed, n_buckets) if placed[SLOT, i] == OTHER else second_of(mixed, n_buckets)
+            placed[SLOT, i] = -1
+        push(refused, bucket, i, n, n_buckets, lists, turn)
 
 
 def place(
@@ -306,7 +376,7 @@ def place(
     turn: Any,
     error: Any,
 ) -> None:
-    """Give the keys that `probe` listed a slot, the first ones first; evict where `evict` is not 0.
+    """Give the keys that are listed a slot of their bucket, the first ones first; evict where `evict` is not 0.
 
     Here ``digests`` is the same memory by bytes. A victim's key, metadata and whether it was dirty are noted at the
     position of the key that took its slot; its line is still as it was. The next call's counters are set to 0.
@@ -631,9 +701,10 @@ _SCORED = f"{_A64}, {_A64}, int64"  # keys, scores, score
 SIGNATURES = {
     find: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
     hold: f"void({_A64}, {_E64}, {_SCORED}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
-    list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A64}, {_A32})",
+    list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A32}, {_A64}, {_A32})",
     probe: f"void({_A64}, {_E64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
     place: f"void(uint8[::1], {_E64}, {_A64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
+    again: f"void({_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
     mark: f"void({_A64}, {_E64}, {_A64}, int64, {_A32})",
     age: f"void({_E64}, {_A32})",
     settle: f"void({_E64}, {_A64}, {_A32})",
@@ -777,19 +848,21 @@ class DeviceIndex:
         none = device.none(np.int64)
         if n == 0:
             return Held(slots, 0, none)
-        turn, self._hold_turn = self._hold_turn, self._hold_turn ^ 1  # `hold` clears the other totals in any case
-        skipped = (0, 0) if skip is None else (skip, 1)
+        skipped, turn = (0, 0) if skip is None else (skip, 1), self._hold_turn
         searched = (self._digests, self._searched, keys, *scores, int(add), *skipped)
         device.launch(hold, n, *searched, slots, self._missed, turn * (TILES + 1))
         try:
             n_missing = int(device.fetch(self._n_missed_of[turn])[0])
         except InvalidArgument:  # of a launch before or of this one
             device.launch(settle, n, self._entries, slots)
+            self._missed.copy_to_device(np.zeros(2 * (TILES + 1), np.int32))
             raise
         if n_missing == 0:
             return Held(slots, 0, none)
         missing = device.empty((n_missing,), np.int64) if missing is None else device.array(missing)[:n_missing]
-        device.launch(list_missing, TILES * WARP, keys, *skipped, slots, self._missed_of[turn], missing)
+        self._hold_turn ^= 1
+        totals = (self._missed_of[turn], self._missed_of[turn ^ 1])
+        device.launch(list_missing, TILES * WARP, keys, *skipped, slots, *totals, missing)
         return Held(slots, n_missing, missing)
 
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
@@ -1004,22 +1077,36 @@ class DeviceIndex:
         return scores, 0
 
     def _place(self, keys: Any, scores: tuple[Any, int], evict: bool, add: bool) -> Placement:
-        n = keys.shape[0]
+        """Find keys or give them slots, but for the side list."""
+        n, rest = keys.shape[0], (self._placed, self._lists)
         if n == 0:
             return Placement(self._flat, 0, 0, 0, 0, 0)
+        launch, turn = self._device.launch, self._turn * (COUNTERS // 2)
+        launch(probe, n, self._digests, self._searched, keys, *scores, int(add), *rest, turn)
+        n_new, n_evicted, n_dirty, n_refused = self._fill(keys, scores, evict)
+        if n_refused:
+            launch(again, n, keys, self.n_slots // BUCKET, *rest, self._turn * (COUNTERS // 2))
+            more_new, more_evicted, more_dirty, n_refused = self._fill(keys, scores, evict)
+            n_new, n_evicted, n_dirty = n_new + more_new, n_evicted + more_evicted, n_dirty + more_dirty
+        return Placement(self._flat, n, n_new, n_evicted, n_refused, n_dirty)
+
+    def _fill(self, keys: Any, scores: tuple[Any, int], evict: bool) -> list[int]:
+        """Give slots to the keys that are listed; how many are new, evicted another, a dirty one, and are refused."""
         device, turn = self._device, self._turn * (COUNTERS // 2)
-        searched, rest = (keys, *scores), (self._placed, self._lists, turn)
-        device.launch(probe, n, self._digests, self._searched, *searched, int(add), *rest)
-        warps = min(n, PLACERS)
-        device.launch(place, warps * WARP, self._bytes, self._entries, self._notes, *searched, int(evict), *rest)
+        data, rest = (self._bytes, self._entries, self._notes), (self._placed, self._lists, turn)
+        device.launch(place, min(keys.shape[0], PLACERS) * WARP, *data, keys, *scores, int(evict), *rest)
         counters = self._counters[self._turn]
         self._turn ^= 1  # `place` has cleared the other ones, whatever the wait reports
+        error = None
         try:
             counted = device.fetch(counters)
-        except InvalidArgument:  # of a launch before or of these, which placed keys even so
-            self._counted(device.fetch(counters))
-            raise
-        return self._counted(counted, n)
+        except InvalidArgument as e:  # of a launch before or of these, which placed keys even so
+            counted, error = device.fetch(counters), e
+        self._n_keys += int(counted[N_NEW])
+        self._n_evicted += int(counted[N_EVICTED])
+        if error:
+            raise error
+        return [int(counted[i]) for i in (N_NEW, N_EVICTED, N_DIRTY, N_REFUSED)]
 
     def _spill(self, placed: Placement, keys: Any, scores: tuple[Any, int]) -> Placement:
         """Write what was refused to the side list, as far as there is room."""
@@ -1045,10 +1132,3 @@ class DeviceIndex:
             holes.remove(end)
         self._holes = sorted(holes, reverse=True)
         self._searched = self._entries[:end]
-
-    def _counted(self, counters: Any, n: int = 0) -> Placement:
-        """The placement of n keys, and what it changes of the index's own counts."""
-        n_new, n_evicted, n_dirty, n_refused = map(int, counters[[N_NEW, N_EVICTED, N_DIRTY, N_REFUSED]])
-        self._n_keys += n_new
-        self._n_evicted += n_evicted
-        return Placement(self._flat, n, n_new, n_evicted, n_refused, n_dirty)

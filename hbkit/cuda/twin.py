@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Gradients, Segments
+from hbkit._ext.segment import Gradients, Segments, pool
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -110,33 +110,34 @@ class HostDevice:
 
 
 @loop
-def bucket_of(key: Any, n_buckets: int) -> Any:
-    """Bucket of a key, from the low 32 bits of its mix."""
+def buckets_of(key: Any, n_buckets: int) -> Any:
+    """The two buckets of a key, from the low and the high 32 bits of its mix."""
     x = np.uint64(key) * MIX1
     x ^= x >> S32
     x *= MIX2
     x ^= x >> S32
-    return np.int64(((x & LOW32) * np.uint64(n_buckets)) >> S32)
+    n = np.uint64(n_buckets)
+    return np.int64(((x & LOW32) * n) >> S32), np.int64(((x >> S32) * n) >> S32)
 
 
 @loop
-def look(resident: Int64s, words: Int64s, first_side: int, width: int, key: int) -> int:
-    """Slot of a key, or -1: in its bucket, then in the side list."""
-    bucket = bucket_of(key, first_side // width)
-    for slot in range(bucket * width, (bucket + 1) * width):
-        if resident[slot] == key and words[slot] != FREE:
-            return slot
-    for slot in range(first_side, len(words)):
+def look(resident: Int64s, words: Int64s, n_slots: int, width: int, key: int) -> int:
+    """Slot of a key, or -1: in its first bucket, its second, then in the side list."""
+    for bucket in buckets_of(key, n_slots // width):
+        for slot in range(bucket * width, (bucket + 1) * width):
+            if resident[slot] == key and words[slot] != FREE:
+                return slot
+    for slot in range(n_slots, len(words)):
         if resident[slot] == key and words[slot] != FREE:
             return slot
     return -1
 
 
 @loop
-def look_all(resident: Int64s, words: Int64s, first_side: int, width: int, keys: Int64s, slots: Int64s) -> None:
+def look_all(resident: Int64s, words: Int64s, n_slots: int, width: int, keys: Int64s, slots: Int64s) -> None:
     """``slots[i]`` = slot of ``keys[i]``, or -1."""
     for i in range(len(keys)):
-        slots[i] = look(resident, words, first_side, width, keys[i])
+        slots[i] = look(resident, words, n_slots, width, keys[i])
 
 
 @loop
@@ -152,30 +153,49 @@ def pin(words: Int64s, slots: Int64s, scores: Int64s, add: bool) -> None:
 
 
 @loop
+def n_free(words: Int64s, bucket: int, width: int) -> int:
+    """Free slots of a bucket."""
+    n = 0
+    for slot in range(bucket * width, (bucket + 1) * width):
+        n += words[slot] == FREE
+    return n
+
+
+@loop
 def place(
     resident: Int64s, words: Int64s, n_slots: int, width: int, keys: Int64s, scores: Int64s, evict: bool, placed: Any
 ) -> None:
-    """Give the keys that have no slot one of their bucket: a free one, or that of the least word that nobody pins."""
+    """Give the keys that have no slot one of a bucket: a free one, or that of the least word that nobody pins.
+
+    All of them try their first bucket, or the second where that one is crowded and this one less so; then those that
+    were refused try the other. How many slots are free is counted before any key takes one.
+    """
+    tries = np.empty((2, len(keys)), np.int64)
     for i in range(len(keys)):
-        if placed[SLOT, i] >= 0:
-            placed[STATUS, i] = FOUND
-            continue
-        placed[STATUS, i] = REFUSED
-        bucket = bucket_of(keys[i], n_slots // width)
-        chosen = bucket * width
-        for slot in range(chosen, chosen + width):  # FREE is less than every word
-            if words[slot] < words[chosen]:
-                chosen = slot
-        if words[chosen] == FREE:
-            placed[STATUS, i] = NEW
-        elif evict and words[chosen] < PIN:
-            placed[STATUS, i] = EVICTED_CLEAN + (words[chosen] & DIRTY)
-            placed[VICTIM, i] = resident[chosen]
-        else:
-            continue
-        resident[chosen] = keys[i]
-        words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
-        placed[SLOT, i] = chosen
+        placed[STATUS, i] = FOUND if placed[SLOT, i] >= 0 else REFUSED
+        first, second = buckets_of(keys[i], n_slots // width)
+        free = n_free(words, first, width)
+        if free <= width // 4 and n_free(words, second, width) > free:
+            first, second = second, first
+        tries[0, i], tries[1, i] = first, second
+    for turn in range(2):
+        for i in range(len(keys)):
+            if placed[STATUS, i] != REFUSED:
+                continue
+            chosen = tries[turn, i] * width
+            for slot in range(chosen, chosen + width):  # FREE is less than every word
+                if words[slot] < words[chosen]:
+                    chosen = slot
+            if words[chosen] == FREE:
+                placed[STATUS, i] = NEW
+            elif evict and words[chosen] < PIN:
+                placed[STATUS, i] = EVICTED_CLEAN + (words[chosen] & DIRTY)
+                placed[VICTIM, i] = resident[chosen]
+            else:
+                continue
+            resident[chosen] = keys[i]
+            words[chosen] = PIN + (scores[i if len(scores) > 1 else 0] << 1)
+            placed[SLOT, i] = chosen
 
 
 class HostIndex:
@@ -471,13 +491,15 @@ class HostLines:
         self._device, self._batch, self._dim = device, batch_lines, width if dim is None else dim
         self._slabs = Slabs(width, CHUNK_NBYTES, dim=self._dim, row_dtype=row_dtype)
         self._slabs.reserve(n_lines)
-        self._coming, self._other, self._leaving = (np.empty((batch_lines, width), np.float32) for _ in range(3))
+        self._coming, self._came, self._leaving, self._left = (
+            np.empty((batch_lines, width), np.float32) for _ in range(4)
+        )
         self.nbytes = int(self._slabs.nbytes)
 
     @staticmethod
     def nbytes_of(n_lines: int, width: int, batch_lines: int, dim: int, row_dtype: str) -> int:
         """Bytes of so many lines, and of the buffers of those on their way."""
-        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 3 * batch_lines * width * 4
+        return n_lines * int(Slabs(width, 1, dim=dim, row_dtype=row_dtype).line_nbytes) + 4 * batch_lines * width * 4
 
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``, or ``slots[index[i]]``; 0 where -1."""
@@ -496,9 +518,26 @@ class HostLines:
         """``out[b]`` = ``row_scale[b]`` * sum of ``weight[p]`` * row ``slots[index[p]]`` over p of list b, in order."""
         self._slabs.pool(*map(self._device.array, (slots, index, splits, out)), self._if(weight), self._if(row_scale))
 
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of an array."""
+        source, slots = self._device.array(source), self._device.array(slots)
+        slots = slots if index is None else slots[self._device.array(index)]
+        self._device.array(out)[...] = np.where(slots[:, None] >= 0, source[slots], np.float32(0))
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """Write rows of an array at distinct positions; those of -1 go nowhere."""
+        positions = self._device.array(positions)
+        self._device.array(target)[positions[positions >= 0]] = self._device.array(values)[positions >= 0]
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of an array: ``source[index[p]]``."""
+        pool(*map(self._device.array, (source, index, splits, out)), self._if(weight), self._if(row_scale))
+
     def incoming(self, n: int) -> Float32s:
         """float32[n, width] for lines that `land` is to write: one of two buffers in turn."""
-        self._coming, self._other = self._other, self._coming
+        self._coming, self._came = self._came, self._coming
         return self._coming[:n]
 
     def land(self, slots: Any) -> None:
@@ -506,24 +545,16 @@ class HostLines:
         slots = self._device.array(slots)
         self._slabs.scatter(slots[slots >= 0], self._coming[: len(slots)][slots >= 0])
 
-    def leave(self, slots: Any) -> Float32s:
-        """Whole lines: float32[n, width] in a buffer that the next call uses again."""
+    def depart(self, slots: Any) -> Callable[[], Float32s]:
+        """What gives whole lines: float32[n, width], in one of two buffers in turn."""
+        self._leaving, self._left = self._left, self._leaving
         near = self._leaving[: len(slots)]
         self._slabs.gather(self._device.array(slots), near)
-        return near
+        return lambda: near
 
-    def bring(self, slots: Any, fill: Callable[[slice, Float32s], None]) -> None:
-        """Lines that `fill` writes, a part at a time, go to these slots."""
-        slots = self._device.array(slots)
-        for part in self._parts(len(slots)):
-            fill(part, self.incoming(part.stop - part.start))
-            self.land(slots[part])
-
-    def take_out(self, slots: Any, drain: Callable[[slice, Float32s], None]) -> None:
-        """Lines at these slots go to `drain`, a part at a time, in order."""
-        slots = self._device.array(slots)
-        for part in self._parts(len(slots)):
-            drain(part, self.leave(slots[part]))
+    def leave(self, slots: Any) -> Float32s:
+        """`depart`, and wait."""
+        return self.depart(slots)()
 
     def move(self, old: Any, new: Any) -> None:
         """Lines at slots `old` to slots `new`; no slot is in both."""
@@ -581,10 +612,6 @@ class HostLines:
 
     def _if(self, array: Any) -> Any:
         return None if array is None else self._device.array(array)
-
-    def _parts(self, n: int) -> list[slice]:
-        """Parts of n lines."""
-        return [slice(first, min(n, first + self._batch)) for first in range(0, n, self._batch)]
 
     def _summands(self, values: Any, order: Any, starts: Any, picked: Any, scale: Any) -> Any:
         """Gradients of the C kernels, by positions that are in order already."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,16 +36,17 @@ class SequenceOutput(NamedTuple):
     values : float32[B, L, dim]
         Zeros where the mask is false.
     mask : bool[B, L]
+        NumPy's, also where `values` is on a device.
     """
 
-    values: Float32s
+    values: Any
     mask: npt.NDArray[np.bool_]
 
 
 class _Input(NamedTuple):
     """One feature of a batch: its keys, and how they fall into rows."""
 
-    keys: npt.NDArray[Any]  # or the codes of a dictionary's entries
+    keys: Any  # NumPy's, or on the device of their table; or the codes of a dictionary's entries
     dictionary: Any  # None: keys are what they are
     splits: Int64s | None  # None: one key a row
     length: int | None  # lists of a dense array all have this length
@@ -56,7 +58,17 @@ class _Input(NamedTuple):
         return self.splits is None and self.dictionary is None and self.weight is None
 
 
-_Gradient = tuple[Float32s, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
+# As `Request.update` takes it: values, rows, scale. Rows on a device that follow from the batch's size are a range.
+_Gradient = tuple[Any, Any, Float32s | None]
+Empty = Callable[[tuple[int, ...], str], Any]  # of a shape and the name of a device, see `Staged.outputs`
+
+
+class _Side(NamedTuple):
+    """A feature's part of the gradient of a stack on a device: every `step`-th row, from the `first`."""
+
+    values: Any  # float32[size * step, dim]
+    step: int
+    first: int
 
 
 class Stages(Protocol):
@@ -119,6 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        self._rows_there: dict[str, tuple[list[range], Any]] = {}  # of a table on a device, its last update's
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -144,6 +157,45 @@ class Collection:
         """Floats of a feature's row."""
         return self.tables[self.features[feature]].dim
 
+    def device(self, output: str) -> str | None:
+        """`Table.device` of a feature, or of all features of a stack: where its rows and its gradient may be."""
+        devices = {self.tables[self.features[f]].device for f in self.stack.get(output, [output])}
+        return devices.pop() if len(devices) == 1 else None
+
+    def _join_there(self, table: Table, parts: Sequence[_Gradient]) -> _Gradient:
+        """As `_join`, of arrays on a table's device: they are joined there, each once, where there are several."""
+        begins: dict[int, int] = {}
+        arrays: list[Any] = []
+        rows: list[Any] = []
+        n = 0
+        for values, at, _ in parts:
+            if at is None or id(values) not in begins:
+                begins[id(values)] = n
+                arrays.append(values)
+                n += len(values)
+            begin, at = begins[id(values)], range(len(values)) if at is None else at
+            rows.append(
+                range(at.start + begin, at.stop + begin, at.step)
+                if isinstance(at, range)
+                else at + begin
+                if begin
+                else at
+            )
+        values = arrays[0] if len(arrays) == 1 else table.memory.join(arrays)
+        return values, self._send_rows(table, rows, n), _scale_of_all(parts)
+
+    def _send_rows(self, table: Table, rows: list[Any], n: int) -> Any:
+        """Rows of several features end to end, None where they are 0 to n - 1; those of ranges are sent once."""
+        if not all(isinstance(at, range) for at in rows):
+            return _end_to_end([np.arange(at.start, at.stop, at.step) if isinstance(at, range) else at for at in rows])
+        if all(at.step == 1 for at in rows) and sum(map(len, rows)) == n:
+            return None
+        kept = self._rows_there.get(table.name)
+        if kept is None or kept[0] != rows:
+            every = _end_to_end([np.arange(at.start, at.stop, at.step) for at in rows])
+            kept = self._rows_there[table.name] = rows, table.memory.send(every)
+        return kept[1]
+
     def stage(
         self,
         batch: Mapping[str, Any],
@@ -159,6 +211,8 @@ class Collection:
         batch : mapping of column name to array[n], array[n, L], Ragged of rank 1, or a Dictionary with such codes
             Integer keys; of a dictionary, each entry is hashed and looked up once, however many values it has. Columns
             that are no feature are left alone. ``batch.n_rows`` where present says how many of the rows are real.
+            Where a feature's table is on a device, int64 keys in its memory are taken too, as an array of any library
+            or as `Ragged.on_device`; they must stay as they are until the update.
         train : bool
             Whether the step will count, admit, create and update.
         size : int, optional
@@ -240,7 +294,10 @@ class Staged:
         ahead: bool = False,
     ) -> None:
         self._collection, self._train = collection, train
-        inputs = {f: _input(f, batch, weights.get(f)) for f in collection.features}
+        inputs = {
+            f: _input(f, batch, weights.get(f), collection.tables[t] if collection.device(f) else None)
+            for f, t in collection.features.items()
+        }
         rows = {f: len(i.keys) if i.splits is None else len(i.splits) - 1 for f, i in inputs.items()}
         n = next(iter(rows.values()), 0)
         for feature, have in rows.items():
@@ -308,8 +365,20 @@ class Staged:
             for request in self._requests.values():
                 request.wait(since)
 
-    def outputs(self) -> dict[str, Float32s | SequenceOutput]:
+    def outputs(self, empty: Empty | None = None) -> dict[str, Any]:
         """Rows of each feature: float32[size, dim] (scalar or pooled), or a `SequenceOutput`; the caller's own.
+
+        Parameters
+        ----------
+        empty : callable, optional
+            ``empty(shape, device)`` gives an uninitialised float32 array in the memory of that device, contiguous and
+            sliced as NumPy's are, or None to have NumPy's. It is called for each output whose tables are all on one
+            device, and is the output: rows are written there, without a copy, and what is launched on the device's
+            default stream comes after. NumPy's for all when left out.
+
+        Notes
+        -----
+        Rows written on a device equal those that NumPy gets; a -0 of a sequence, or of a row times its weight, is 0.
 
         Raises
         ------
@@ -321,7 +390,12 @@ class Staged:
         step = self._begin()
         for request in self._requests.values():
             request.create(self._train, step)
-        return self._read(step)
+        return self._read(step, empty)
+
+    @property
+    def collection(self) -> Collection:
+        """What the batch goes through."""
+        return self._collection
 
     def _begin(self) -> int:
         """The step that the batch is read for, once."""
@@ -339,11 +413,17 @@ class Staged:
         self._state = "read"
         return c.step + 1
 
-    def _read(self, step: int) -> dict[str, Float32s | SequenceOutput]:
+    def _read(self, step: int, empty: Empty | None = None) -> dict[str, Any]:
         """The outputs, once all rows are made but those of the tables that go together."""
         c = self._collection
+
+        def room(output: str, *shape: int) -> Any:
+            device = None if empty is None else c.device(output)
+            made = None if empty is None or device is None else empty(shape, device)
+            return _ext.retained(shape) if made is None else made
+
         whole: dict[str, Any] = {
-            name: _ext.retained((self.size, len(features), c.dim(features[0]))) for name, features in c.stack.items()
+            name: room(name, self.size, len(features), c.dim(features[0])) for name, features in c.stack.items()
         }
         rows = {f: whole[name][:, i] for f, (name, i) in c._in_stack.items()}
         joined = [f for features in self._joined.values() for f in features]
@@ -356,7 +436,7 @@ class Staged:
             self._together.gather(self._flat(whole))
         for f, name in c.features.items():
             if name not in self._joined:
-                out = self._output(f, self._requests[name])
+                out = self._output(f, self._requests[name], partial(room, c._in_stack[f][0] if f in rows else f))
                 if f in rows and isinstance(out, SequenceOutput):
                     raise InvalidArgument("a list without pooling in a stack", feature=f, remedy="pool it")
                 if f in rows:
@@ -368,30 +448,43 @@ class Staged:
                 whole[name][self.n_rows :] = 0
         return {name: whole[name] for name in self._outputs_of({"": list(c.features)})}
 
-    def _output(self, feature: str, request: Request) -> Float32s | SequenceOutput:
+    def _output(self, feature: str, request: Request, room: Callable[..., Any]) -> Any:
         c, i = self._collection, self._inputs[feature]
         part, dim = self._spans[feature], request.table.dim
-        if i.splits is None:
-            out = _ext.retained((self.size, dim))
-            request.take(part, out[: self.n_rows])
-            if i.weight is not None:
-                out[: self.n_rows] *= i.weight[:, None]
+        if i.splits is not None and c.pooling[feature] is None:
+            return self._sequence(i, part, request, room)
+        out = room(self.size, dim)
+        here = out[: self.n_rows]
+        if i.splits is not None:
+            request.pool(part, i.splits, here, i.weight, self._row_scale(feature))
+        else:
+            _take(request, part, here, i.weight)
+        if self.n_rows < self.size:
             out[self.n_rows :] = 0
-            return out
-        if c.pooling[feature] is None:
-            at, length = _positions(i)
-            values = _ext.retained((self.size, length, dim))
+        return out
+
+    def _sequence(self, i: _Input, part: slice, request: Request, room: Callable[..., Any]) -> SequenceOutput:
+        n, dim = self.n_rows, request.table.dim
+        if i.length:
+            values, mask = room(self.size, i.length, dim), np.zeros((self.size, i.length), np.bool_)
+            _take(request, part, values[:n].reshape(-1, dim), i.weight)
+            mask[:n] = True
+            if n < self.size:
+                values[n:] = 0
+            return SequenceOutput(values, mask)
+        at, length = _positions(i)
+        values, mask = room(self.size, length, dim), np.zeros((self.size, length), np.bool_)
+        mask.reshape(-1)[at] = True
+        if isinstance(values, np.ndarray):
             values[:] = 0
-            mask = np.zeros((self.size, length), np.bool_)
             picked = _ext.retained((len(i.keys), dim))
             request.take(part, picked)
             values.reshape(-1, dim)[at] = picked if i.weight is None else picked * i.weight[:, None]
-            mask.reshape(-1)[at] = True
-            return SequenceOutput(values, mask)
-        out = _ext.retained((self.size, dim))
-        request.pool(part, i.splits, out[: self.n_rows], i.weight, self._row_scale(feature))
-        out[self.n_rows :] = 0
-        return out
+        else:  # on a device: lists of one key, or of none
+            splits = np.zeros(mask.size + 1, np.int64)
+            np.cumsum(mask.reshape(-1), out=splits[1:])
+            request.pool(part, splits, values.reshape(-1, dim), i.weight, None)
+        return SequenceOutput(values, mask)
 
     def _row_scale(self, feature: str) -> Float32s | None:
         how, splits = self._collection.pooling[feature], self._inputs[feature].splits
@@ -419,7 +512,9 @@ class Staged:
         Parameters
         ----------
         grads : mapping of output to float32 array of its shape (of a sequence's `values`)
-            Or, for a table of named columns, a mapping of their names to such arrays.
+            Or, for a table of named columns, a mapping of their names to such arrays. Where
+            `Collection.device` names one, a contiguous array in its memory is used there; it must stay as it is until
+            the device has come so far.
             An output left out had no part in the loss.
         held : sequence of (Staged, its gradients)
             Earlier batches, which `hold` was called on: one update for all, as if they and this, which may be held too,
@@ -464,7 +559,8 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                touched.update(*_join([part for _, _, part in used]), step, finite=checked)
+                join = _join if table.device is None else partial(c._join_there, table)
+                touched.update(*join([part for _, _, part in used]), step, finite=checked)
                 touched.close()
         if joined and self._together is not None:
             rules = [c._optimizers[name] for name in joined]
@@ -487,9 +583,15 @@ class Staged:
         for name in grads:
             if name not in c.stack and (name not in c.features or name in c._in_stack):
                 raise UnknownColumn(f"gradient of unknown feature {name!r}", remedy="name outputs of the collection")
-        stacks = {name: self._stacked(name, grads.pop(name)) for name in c.stack if name in grads}
-        for name, g in stacks.items():
-            grads |= {f: g[:, i] for i, f in enumerate(c.stack[name])}
+        stacks = {}
+        for name, features in c.stack.items():
+            if name in grads:
+                table = None if c.device(name) is None else c.tables[c.features[features[0]]]
+                there = table is not None and table.is_there(grads[name])
+                shape = (self.size, len(features), c.dim(features[0]))
+                stacks[name] = g = _checked(name, grads.pop(name), shape, table)
+                flat = g.reshape(-1, shape[2])
+                grads |= {f: _Side(flat, shape[1], i) if there else g[:, i] for i, f in enumerate(features)}
         return stacks, grads
 
     def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, _Gradient]:
@@ -500,15 +602,22 @@ class Staged:
         c, (_, of) = self._collection, self._split(grads)
         parts = {f: self._gradient(f, of[f]) for f, t in c.features.items() if f in of and t not in joined}
         if check:
+            looked_at: list[Any] = []  # stacks on a device, whose features have one array
             for f, (values, _, scale) in parts.items():
-                if c.tables[c.features[f]].nonfinite == "raise" and not all_finite(values, scale):
-                    raise nonfinite_gradient("a feature", feature=f, table=c.features[f])
+                table = c.tables[c.features[f]]
+                if table.nonfinite != "raise" or (scale is None and any(values is other for other in looked_at)):
+                    continue
+                if not table.all_finite(values, scale):
+                    raise nonfinite_gradient("a feature", feature=f, table=table.name)
+                looked_at.append(values)
         return parts
 
     def _sum_together(self, grads: Mapping[str, Any]) -> dict[str, list[str]]:
         """Sum the gradients of the tables that go together; which they are: none where some gradient is missing."""
+        if self._together is None:
+            return {}
         stacks, of = self._split(grads)
-        if self._together is None or not all(f in of for features in self._joined.values() for f in features):
+        if not all(f in of for features in self._joined.values() for f in features):
             return {}
         singles = {f: self._gradient(f, of[f])[0] for f in self._outputs_of(self._joined) if f not in stacks}
         return self._joined if self._together.sum(self._flat(stacks | singles)) else self._refused(of)
@@ -531,40 +640,34 @@ class Staged:
                     raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
         return {}
 
-    def _stacked(self, name: str, grad: Any) -> Float32s:
-        """A stack's gradient, checked and contiguous."""
-        c, g = self._collection, np.asarray(grad)
-        shape = (self.size, len(c.stack[name]), c.dim(c.stack[name][0]))
-        if g.shape != shape or g.dtype.kind != "f":
-            raise InvalidArgument(
-                f"gradient of {g.dtype}{list(g.shape)}", feature=name, remedy=f"give float32{list(shape)}"
-            )
-        return np.ascontiguousarray(g, np.float32)
-
     def _gradient(self, feature: str, grad: Any) -> _Gradient:
         """(values, row of each key, scale of each key) as `Request.update` takes them."""
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
-        g = c.tables[c.features[feature]].join(grad) if isinstance(grad, Mapping) else np.asarray(grad)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
+        at: Int64s | None = None
         if sequence:
-            at, length = _positions(i)
+            at, length = (None, i.length) if i.length else _positions(i)
             shape = (self.size, length, dim)
-        if g.shape != shape or g.dtype.kind != "f":
-            raise InvalidArgument(
-                f"gradient of {g.dtype}{list(g.shape)}", feature=feature, remedy=f"give float32{list(shape)}"
-            )
-        g = np.ascontiguousarray(g, np.float32).reshape(-1, dim)
+        step, first = 1, 0
+        if isinstance(grad, _Side):
+            g, step, first = grad
+        else:
+            table = c.tables[c.features[feature]]
+            whole = table.join(grad) if isinstance(grad, Mapping) else grad
+            g = _checked(feature, whole, shape, table).reshape(-1, dim)
         if sequence:
-            return g, at, i.weight
+            return (g[: len(i.keys)], None, i.weight) if at is None else (g, at, i.weight)
         if i.splits is None:
+            if step > 1:
+                return g, range(first, self.n_rows * step, step), i.weight
             return g[: self.n_rows], None, i.weight
         rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
         per_key = scale[rows] if scale is not None else None
         if per_key is not None and weight is not None:
             per_key = per_key * weight
-        return g, rows, weight if per_key is None else per_key
+        return g, rows * step + first if step > 1 else rows, weight if per_key is None else per_key
 
     @property
     def state(self) -> str:
@@ -581,8 +684,8 @@ class Staged:
                 request.close()
 
 
-def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
-    """A feature's column of a batch."""
+def _input(feature: str, batch: Mapping[str, Any], weight: Any, there: Table | None) -> _Input:
+    """A feature's column of a batch; `there` is its table, where that takes what is on its device."""
     try:
         column = batch[feature]
     except KeyError:
@@ -592,26 +695,28 @@ def _input(feature: str, batch: Mapping[str, Any], weight: Any) -> _Input:
     dictionary = None
     if isinstance(column, Dictionary):
         dictionary, column = column
-    if isinstance(column, Ragged) and column.ragged_rank == 1 and isinstance(column.values, np.ndarray):
-        keys, splits, length = column.values, column.row_splits[0], None
-    elif isinstance(column, np.ndarray) and column.ndim == 1:
-        keys, splits, length = column, None, None
-    elif isinstance(column, np.ndarray) and column.ndim == 2:
-        length = column.shape[1]
-        keys, splits = column.reshape(-1), np.arange(len(column) + 1, dtype=np.int64) * length
+    values: Any = column.values if isinstance(column, Ragged) and column.ragged_rank == 1 else column
+    taken = isinstance(values, np.ndarray) or (there is not None and there.is_there(values))
+    n_dims = len(values.shape) if taken else 0
+    if n_dims == 1:
+        keys, splits, length = values, column.row_splits[0] if isinstance(column, Ragged) else None, None
+    elif n_dims == 2:
+        length = int(values.shape[1])
+        keys, splits = values.reshape(-1), np.arange(len(values) + 1, dtype=np.int64) * length
     else:
         raise InvalidArgument(
             f"column is {column!r:.80}",
             feature=feature,
             remedy="give integers as array[n], array[n, L] or Ragged of rank 1; hash strings: Field(hash_to='int64')",
         )
-    kind = keys.dtype if dictionary is None else getattr(dictionary, "dtype", type(dictionary).__name__)
-    if keys.size and (keys.dtype.kind not in "iu" or getattr(kind, "kind", "") not in "iu"):
-        raise InvalidArgument(
-            f"keys of type {kind}",
-            feature=feature,
-            remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
-        )
+    if isinstance(keys, np.ndarray) and keys.size:  # of others, the table looks at the dtype
+        kind = keys.dtype if dictionary is None else getattr(dictionary, "dtype", type(dictionary).__name__)
+        if keys.dtype.kind not in "iu" or getattr(kind, "kind", "") not in "iu":
+            raise InvalidArgument(
+                f"keys of type {kind}",
+                feature=feature,
+                remedy="keys are integers: cast them, or hash strings with Field(hash_to='int64')",
+            )
     if weight is not None:
         weight = np.ascontiguousarray(weight.values if isinstance(weight, Ragged) else weight, np.float32).reshape(-1)
         if len(weight) != len(keys):
@@ -628,18 +733,45 @@ def _first_rows(i: _Input, n: int) -> _Input:
     return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
 
 
+def _take(request: Request, part: slice, out: Any, weight: Float32s | None) -> None:
+    """Rows of a part of the keys times their weights, into ``out[n, dim]``."""
+    if weight is None or isinstance(out, np.ndarray):
+        request.take(part, out)
+        if weight is not None:
+            out *= weight[:, None]
+    else:  # on a device: lists of one key
+        request.pool(part, np.arange(len(out) + 1), out, weight, None)
+
+
 def _positions(i: _Input) -> tuple[Int64s, int]:
-    """Where each key stands in [B, L] flattened, and L: the dense width, else the next power of two."""
+    """Where each key of lists stands in [B, L] flattened, and L: a power of two."""
     assert i.splits is not None
     lengths = np.diff(i.splits)
     longest = int(lengths.max(initial=1))
-    length = i.length or 1 << (longest - 1).bit_length()
+    length = 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
 
 
 def _end_to_end(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _checked(output: str, grad: Any, shape: tuple[int, ...], table: Table | None) -> Any:
+    """An output's gradient as contiguous float32 of its shape: NumPy's, or where it is, on the device of `table`."""
+    there = table is not None and table.is_there(grad)
+    g = table.memory.array(grad) if table is not None and there else np.asarray(grad)
+    if there and (g.dtype != np.float32 or not g.flags["C_CONTIGUOUS"]):
+        raise InvalidArgument(
+            f"gradient of {g.dtype}{list(g.shape)} on a device",
+            feature=output,
+            remedy=f"give contiguous float32{list(shape)}",
+        )
+    if g.shape != shape or g.dtype.kind != "f":
+        raise InvalidArgument(
+            f"gradient of {g.dtype}{list(g.shape)}", feature=output, remedy=f"give float32{list(shape)}"
+        )
+    return g if there else np.ascontiguousarray(g, np.float32)
 
 
 def _join(parts: Sequence[_Gradient]) -> _Gradient:
@@ -650,9 +782,12 @@ def _join(parts: Sequence[_Gradient]) -> _Gradient:
     for values, at, _ in parts:
         rows.append((np.arange(len(values)) if at is None else at) + base)
         base += len(values)
-    scale = None
-    if any(s is not None for _, _, s in parts):
-        scale = np.concatenate(
-            [np.ones(len(r), np.float32) if p[2] is None else p[2] for p, r in zip(parts, rows, strict=True)]
-        )
-    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), scale
+    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), _scale_of_all(parts)
+
+
+def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
+    if all(scale is None for _, _, scale in parts):
+        return None
+    n = [len(values) if rows is None else len(rows) for values, rows, _ in parts]
+    ones = (np.ones(m, np.float32) for m in n)
+    return np.concatenate([one if p[2] is None else p[2] for one, p in zip(ones, parts, strict=True)])

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Segments, expand, pool, retained
-from hbkit.embedding.collection import Collection, SequenceOutput, Staged, _Gradient, _join
+from hbkit.embedding.collection import Collection, Empty, Staged, _Gradient, _join
 from hbkit.embedding.table import Request, Table, distinct
 from hbkit.errors import Closed, InvalidArgument, TransportError
 from hbkit.shuffle.agree import agree
@@ -136,6 +136,10 @@ class Sharded(Collection):
             held: npt.NDArray[np.bool_] = self._hot[table].find(keys) >= 0
             return held
         return np.full(len(keys), table in self.placement and not isinstance(self.placement[table], int))
+
+    def device(self, output: str) -> str | None:
+        """None: rows and gradients travel from host memory to host memory."""
+        return None
 
     def stage(
         self,
@@ -544,7 +548,7 @@ class _Between(Staged):
 
     # --- rows ------------------------------------------------------------------------------------------------
 
-    def outputs(self) -> dict[str, Float32s | SequenceOutput]:
+    def outputs(self, empty: Empty | None = None) -> dict[str, Any]:
         """As `Staged.outputs`; every rank must call it now. TransportError where another has failed or is lost."""
         failure: Exception | None = None
         step = self._sharded.step + 1

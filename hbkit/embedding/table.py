@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import batch as _ext
-from hbkit._ext.segment import Segments, expand, pool, retained
+from hbkit._ext.segment import Gradients, Segments, expand, pool, retained
 from hbkit._ext.slabs import ROW_DTYPES
 from hbkit.embedding.admission import Admission
 from hbkit.embedding.columns import Column, ColumnOptimizer, divide, draws
@@ -21,6 +21,7 @@ from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Pending, StoreSpec
+from hbkit.store.device import Summands
 from hbkit.store.host import HostStore, host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
@@ -69,6 +70,12 @@ class Table:
     columns : mapping of name to Column, optional
         Divides a row into named slices, in this order, each with its own initializer and optimizer: a DeepFM's linear
         weight beside its embedding, say. `split` names the slices of what was looked up.
+
+    Attributes
+    ----------
+    device : str or None
+        "cuda:N" where rows are used in that device's memory, or "cpu" where host memory plays its part
+        (`hbkit.store.device_cached`); None where they are in the host's.
 
     Notes
     -----
@@ -132,7 +139,7 @@ class Table:
         self.eviction = tuple(eviction)
         self.placement: Any = None  # where a `Sharded` has its rows, which saves and loads go by
         self.padding_key = padding_key
-        self._padding = None if padding_key is None else int(self.keys([padding_key])[0])
+        self._padding = None if padding_key is None else int(as_keys([padding_key], key_dtype, name)[0])
         self.default = _checked(default, name, self.dim)
         self._default = None if self.default is None else partial(default_rows, self.default, name, dim=self.dim)
         self.nonfinite, self.evict_every, self.on_evict = nonfinite, evict_every, on_evict
@@ -143,6 +150,7 @@ class Table:
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
         layout = Layout(name, self.dim, state, initialize, metadata, fill, dtype, stream(0, name))
         self.store = (store or host_memory()).open(layout)
+        self.device: str | None = self.store.device if getattr(self.store, "on_device", False) else None  # type: ignore[attr-defined]  # those on one have it
         self._reads_keys = isinstance(self.store, HostStore) and self._default is None and self._padding is None
         # Whether a batch of single keys may go through several tables at once.
         plain = dtype == "float32" and nonfinite == "raise" and isinstance(self.optimizer, Optimizer)
@@ -157,8 +165,42 @@ class Table:
                 raise
 
     def keys(self, keys: npt.ArrayLike) -> Int64s:
-        """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits."""
-        return as_keys(keys, self.key_dtype, self.name)
+        """Keys as the table holds them: contiguous int64[n], unsigned ones by their bits; on its device if they are."""
+        return self._keys_there(keys) if self.is_there(keys) else as_keys(keys, self.key_dtype, self.name)
+
+    def is_there(self, array: Any) -> bool:
+        """Whether an array is in the memory of the table's device, and no NumPy array."""
+        if self.device is None or isinstance(array, np.ndarray):
+            return False
+        if hasattr(array, "copy_to_host"):  # Numba's
+            return True
+        if not hasattr(array, "__dlpack__"):
+            return False
+        return self.device == "cpu" or tuple(array.__dlpack_device__()) == (_CUDA, int(self.device[5:]))
+
+    def _keys_there(self, keys: Any) -> Any:
+        """`keys` of arrays on the device."""
+        if len(keys) == 0:
+            return _NONE
+        found = self.memory.array(keys)
+        if found.dtype not in (np.int64, np.uint64) or found.ndim != 1 or not found.flags["C_CONTIGUOUS"]:
+            raise InvalidArgument(
+                f"keys are {found.dtype} of {found.ndim} dimensions on {self.device}",
+                table=self.name,
+                remedy="give a contiguous vector of int64 or uint64 there, or integers of NumPy",
+            )
+        if self.key_dtype == "int32":  # whose range the host looks at
+            return as_keys(self.memory.fetch(found), self.key_dtype, self.name)
+        return keys if found.dtype == np.int64 else found.view(np.int64)
+
+    @property
+    def memory(self) -> Any:
+        """The opened device of a table that is on one (`hbkit.cuda.device.Device`)."""
+        return self.store.memory  # type: ignore[attr-defined]  # those on a device have it
+
+    def near(self, array: Any) -> npt.NDArray[Any]:
+        """An array as NumPy's: what is on the table's device is waited for and copied."""
+        return self.memory.fetch(self.memory.array(array)) if self.is_there(array) else np.asarray(array)
 
     def request(self, *parts: npt.ArrayLike | Dictionary) -> Request:
         """Begin a batch: dedupe its keys and reserve their rows. Creates nothing; may run ahead of the step.
@@ -178,7 +220,8 @@ class Table:
             raise InvalidArgument("keys are lists", table=self.name, remedy="give them to a Collection")
         codes = np.ascontiguousarray(keys.codes, np.uint32)
         entries: Any = keys.dictionary  # of strings, `self.keys` refuses
-        if len(entries) > len(codes):  # a large dictionary of which a small batch uses little
+        # A large dictionary of which a small batch uses little; and a device dedupes keys sooner than they are sent.
+        if len(entries) > len(codes) or self.device is not None:
             values: Any = Dictionary(entries, codes).decode()
             return self.keys(values)
         return Dictionary(self.keys(entries), codes)
@@ -224,7 +267,7 @@ class Table:
                 table=self.name,
                 remedy=f"give those of {', '.join(self._columns) or 'whole rows'}",
             )
-        parts = [np.asarray(grads[name], np.float32) for name in self._columns]
+        parts = [np.asarray(self.near(grads[name]), np.float32) for name in self._columns]
         shapes = [
             (*part.shape[:-1], place.stop - place.start)
             for part, place in zip(parts, self._columns.values(), strict=True)
@@ -340,6 +383,13 @@ class Table:
             "evicted_rows": self._n_evicted,
         }
 
+    def all_finite(self, values: Any, scale: Float32s | None) -> bool:
+        """Whether gradients, which may be on the table's device, and what scales them hold no NaN or infinities."""
+        if isinstance(values, np.ndarray):
+            return all_finite(values, scale)
+        found: bool = self.store.all_finite(values, scale)  # type: ignore[attr-defined]  # those on a device have it
+        return found
+
     def settings(self) -> dict[str, object]:
         """What makes the table's rows what they are, besides its data: equal on all ranks that share it."""
         return {
@@ -441,6 +491,9 @@ class Request:
 
     Host memory finds every key sooner than it could dedupe them all. So what only reads there, and is not staged ahead,
     goes from keys to rows; a lease is taken out when the batch turns out to need one.
+
+    Of a table on a device, keys are deduped there, and `inverse` is there. What `take`, `pool` and `update` are given
+    may be there too, and is then used there.
     """
 
     def __init__(
@@ -457,6 +510,8 @@ class Request:
         self._lease: Lease | None = None
         self._open = True
         self._room: tuple[Float32s, Float32s, npt.NDArray[np.bool_]] | None = None
+        self._whole = table._default is None  # whether a key without a row reads zeros, or none is without
+        self._deduped_there = table.device is not None and counts is None
         if (
             table._reads_keys
             and not ahead
@@ -470,6 +525,8 @@ class Request:
 
     def _reserve(self, ahead: bool = False) -> Lease:
         table = self.table
+        if self._deduped_there:
+            return self._reserve_there(ahead)
         unique, self._inverse, counts = distinct(self._parts)
         if self._counts is not None:
             counts = _ext.sum_counts(self._inverse, self._counts, len(unique))
@@ -478,12 +535,20 @@ class Request:
         self._keys = None
         return lease
 
+    def _reserve_there(self, ahead: bool) -> Lease:
+        table, store = self.table, cast(Any, self.table.store)
+        parts = [part for part in self._parts if len(part)]
+        join = table.memory.join if len(parts) > 1 and any(map(table.is_there, parts)) else _end_to_end
+        lease: Any = store.reserve_batch(join(parts or [_NONE]), table._padding, ahead)
+        self._lease, self._inverse = lease, lease.inverse
+        return self._lease
+
     def __len__(self) -> int:
         return len(self.inverse if self._keys is None else self._keys)
 
     @property
-    def inverse(self) -> Int64s:
-        """Row of `rows()` that each key reads: int64[n]."""
+    def inverse(self) -> Any:
+        """Row of `rows()` that each key reads: int64[n], of a table on a device in its memory."""
         if self._lease is None:
             self._reserve()
         return self._inverse
@@ -502,7 +567,8 @@ class Request:
         """In training, count the keys, admit and create rows; first of what the step does."""
         if train:
             lease = self._use()
-            if self.table._default is not None:  # first: to read what was made must need no memory
+            self._whole |= self._deduped_there and self.table.admission is None
+            if not self._whole:  # first: to read what was made must need no memory
                 self._room = self._make_room()
             self.table.store.create(lease, step, self.table.admission)
 
@@ -523,42 +589,56 @@ class Request:
         np.copyto(out, default, where=absent)
         return out
 
-    def take(self, part: slice, out: Float32s) -> None:
+    def take(self, part: slice, out: Any) -> None:
         """Rows of a part of the keys, into ``out[n, dim]``."""
         store = self.table.store
         if self._keys is not None and self._open and isinstance(store, HostStore):
             store.lookup(self._keys[part], out)
-        elif self.table._default is None:
+        elif self._whole:
             store.gather(self._use(), out, self.inverse[part])
         else:
-            expand(self.rows(), self.inverse[part], out)
+            self._from_rows(out, lambda to: expand(self.rows(), self._near(self.inverse[part]), to))
 
-    def pool(
-        self, part: slice, splits: Int64s, out: Float32s, weight: Float32s | None, row_scale: Float32s | None
-    ) -> None:
+    def pool(self, part: slice, splits: Int64s, out: Any, weight: Float32s | None, row_scale: Float32s | None) -> None:
         """Weighted sums of the rows of a part of the keys; see `hbkit._ext.segment.pool`."""
         store = self.table.store
         if self._keys is not None and self._open and isinstance(store, HostStore):
             store.lookup_pooled(self._keys[part], splits, out, weight, row_scale)
-        elif self.table._default is None:
+        elif self._whole:
             store.pool(self._use(), self.inverse[part], splits, out, weight, row_scale)
         else:
-            pool(self.rows(), self.inverse[part], splits, out, weight, row_scale)
+            inverse = self._near(self.inverse[part])
+            self._from_rows(out, lambda to: pool(self.rows(), inverse, splits, to, weight, row_scale))
 
-    def update(
-        self, values: Float32s, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False
-    ) -> None:
+    def _from_rows(self, out: Any, make: Callable[[Float32s], object]) -> None:
+        """Let `make` write what is read of `rows()`; into host memory first where `out` is elsewhere."""
+        if isinstance(out, np.ndarray):
+            make(out)
+        else:
+            to: Float32s = retained((len(out), self.table.dim))
+            make(to)
+            self.table.memory.join([to], out)
+
+    def _near(self, array: Any) -> Any:
+        """An array that may be on the table's device, or None, in the host's memory."""
+        return array if array is None or isinstance(array, np.ndarray) else self.table.memory.fetch(array)
+
+    def update(self, values: Any, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False) -> None:
         """Sum gradients per key in batch order and run the optimizer.
 
         Position p of the batch contributes ``scale[p] * values[rows[p]]``; see `hbkit._ext.segment.segment_sum`.
         `finite` says that all of them are known to be finite.
         """
         lease, table = self._use(), self.table
-        grads = Segments(self.inverse, len(lease.keys)).of(values, rows, scale)
-        if table.nonfinite == "raise" and not finite and not all_finite(values, scale):
-            self._refuse_nonfinite(grads.sum())
+        grads = Summands(values, rows, scale) if self._deduped_there else self._segments(values, rows, scale)
+        if table.nonfinite == "raise" and not finite and not table.all_finite(values, scale):
+            self._refuse_nonfinite(self._segments(values, rows, scale).sum())
         hyper = table.optimizer.hyper(step)
         table.store.apply(lease, grads, table.optimizer, hyper, step, skip=table.nonfinite == "skip")
+
+    def _segments(self, *gradient: Any) -> Gradients:
+        values, rows, scale = map(self._near, gradient)
+        return Segments(self._near(self.inverse), len(self._use().keys)).of(values, rows, scale)
 
     def _refuse_nonfinite(self, sums: Float32s) -> None:
         bad, lease = ~_ext.finite_rows(sums), self._use()
@@ -597,3 +677,4 @@ def nonfinite_gradient(of: str, **place: object) -> InvalidArgument:
 
 
 _NONE, _ZERO = np.zeros(0, np.int64), np.zeros((), np.int64)
+_CUDA = 2  # as DLPack numbers devices

@@ -1,4 +1,4 @@
-"""Threads that share the columns of one read."""
+"""Threads that share work, such as the columns of one read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class Threads:
     ----------
     n : int
         1 makes no helper.
+    name : str
+        What the helpers' names begin with.
 
     Notes
     -----
     Used as a context manager: the helpers end with it. Several threads may call `each` at once.
     """
 
-    def __init__(self, n: int = 1) -> None:
+    def __init__(self, n: int = 1, name: str = "hbkit-decode") -> None:
         self.n = n
-        self._pool = ThreadPoolExecutor(n - 1, thread_name_prefix="hbkit-decode") if n > 1 else None
+        self._pool = ThreadPoolExecutor(n - 1, thread_name_prefix=name) if n > 1 else None
 
     def __enter__(self) -> Self:
         return self

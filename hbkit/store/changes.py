@@ -126,16 +126,19 @@ class Changes:
         while self._n_keys > max(LEAST_KEYS, n_rows // KEYS):
             self._forget_oldest()
 
-    def note_stamped(self, keys: Int64s, n_rows: int, last_step: Int64s) -> None:
+    def note_stamped(self, keys: Int64s, n_rows: int, last_step: Int64s, slots: Int64s | None = None) -> None:
         """`note` those keys whose rows, stamped with ``last_step[n]`` by a tier above, do not show it. Never fails."""
         if not self._marks:
             return
         try:
-            untold = np.where(np.minimum(last_step, MOST_STAMP) > self._newest, -1, 0)
+            untold = np.minimum(last_step, MOST_STAMP) <= self._newest
+            if slots is not None:
+                untold &= slots >= 0
+            keys = keys[untold]
         except MemoryError:
             self.forget()
             return
-        self.note(keys, n_rows, untold)
+        self.note(keys, n_rows)
 
     def forget(self) -> None:
         """Forget all marks: the rows are to be replaced."""

@@ -17,7 +17,7 @@ from hbkit._ext.batch import absent, clear_bits, n_absent, set_bits, with_bits
 from hbkit._ext.index import Index
 from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, retained
-from hbkit._ext.slabs import Slabs
+from hbkit._ext.slabs import Lines, Slabs
 from hbkit.errors import Closed, SchemaMismatch
 from hbkit.store.base import (
     CHUNK_ROWS,
@@ -36,6 +36,7 @@ from hbkit.store.base import (
 from hbkit.store.changes import Changes
 from hbkit.store.locks import SharedLock
 from hbkit.store.point import READ_ROWS, InPlace, Point
+from hbkit.store.threads import shared
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class HostStore:
         self._n_commits = 0
         self.lock = SharedLock()  # exclusive: keys come or go
         self.updating = threading.Lock()  # one thread at a time writes rows and metadata in place
+        self._lines = None if layout.draws is None else Lines(self._slabs, layout.draws, layout.initial_state)
         self.changes = Changes(layout.metadata)
         self._pointing = threading.Lock()  # held while there is a point
         self._point: _HostPoint | None = None
@@ -97,9 +99,35 @@ class HostStore:
         return lease
 
     @property
-    def parts(self) -> tuple[Index, Slabs, Metadata]:
-        """What the store is made of, for passes over several stores at once (`hbkit.store.together`)."""
-        return self._index, self._slabs, self._metadata
+    def parts(self) -> tuple[Index, Slabs, Metadata, Lines | None]:
+        """What the store is made of, for passes over several stores at once (`hbkit.store.together`).
+
+        The last says how new rows begin, where they are drawn in place.
+        """
+        return self._index, self._slabs, self._metadata, self._lines
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Lines and metadata there is room for, as `shrink` takes them."""
+        return self._slabs.capacity, self._metadata.room
+
+    def grow(self, n: int) -> None:
+        """Make room for n more rows, `lock` being held."""
+        need = self._index.n_slots + n
+        self._slabs.reserve(need)
+        if need > self._metadata.room:
+            self._metadata.reserve(need + need // 8 + 512)
+
+    def shrink(self, room: tuple[int, int]) -> None:
+        """Give back the room made since."""
+        self._slabs.trim(room[0])
+        self._metadata.trim(room[1])
+
+    def created(self, slots: Int64s) -> None:
+        """New keys have these slots, `lock` being held: their rows are none of a point's, though old ones had them."""
+        if (point := self._point) is not None:
+            clear_bits(point.bits, slots)
+        self._creations += 1
 
     def refresh(self, lease: Lease) -> None:
         """Bring the lease's slots up to date, `lock` being held."""
@@ -126,26 +154,21 @@ class HostStore:
     @contextmanager
     def _inserted(self, keys: Int64s) -> Iterator[Int64s]:
         """Slots of keys, whose lines and metadata are written within. If that fails, the store is as it was."""
-        n_slots, capacity, room = self._index.n_slots, self._slabs.capacity, self._metadata.room
-        need = n_slots + len(keys)
+        n_slots, room = self._index.n_slots, self.room
         try:
-            self._slabs.reserve(need)
-            if need > room:
-                self._metadata.reserve(need + need // 8 + 512)
+            self.grow(len(keys))
             slots, is_new = self._index.find_or_insert(keys)
             try:
                 if (point := self._point) is not None:
                     self._set_aside(point, keys[~is_new], slots[~is_new])
-                    clear_bits(point.bits, slots)  # a new row may have an old one's slot
                 yield slots
             except BaseException:
                 self._index.take_back(keys, is_new, n_slots)
                 raise
         except BaseException:
-            self._slabs.trim(capacity)
-            self._metadata.trim(room)
+            self.shrink(room)
             raise
-        self._creations += 1
+        self.created(slots)
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
         """Make the lease's absent rows that are admitted, count its keys, stamp them with `step`; rows made."""
@@ -231,17 +254,39 @@ class HostStore:
             lease.refresh(self._index, self.version)
             slots = lease.slots[at]
             check_rows(self.layout, slots)
-            self._slabs.gather(slots, lines)
-            freq[:], last_step[:] = self._metadata.get(slots)
+
+            def read(some: slice) -> None:
+                self._slabs.read(slots[some], lines[some])
+                self._metadata.get(slots[some], (freq[some], last_step[some]))
+
+            shared(read, len(at), 4 * self.layout.width)
 
     def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
-        """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was."""
+        """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was.
+
+        Lookups go on meanwhile, but for the rows that are made.
+        """
         check_lines(self.layout, lines, keys, freq, last_step)
-        with self.lock.exclusive:
-            with self._inserted(keys) as slots:
-                self._metadata.put(slots, freq, last_step)
-                self._slabs.scatter(slots, lines)
-            self.changes.note_stamped(keys, len(self._index), last_step)
+        with self.lock.shared:
+            version, slots = self._erasures, self._index.find(keys)
+        new = np.flatnonzero(slots < 0)
+        if len(new):
+            with self.lock.exclusive, self._inserted(keys[new]) as made:
+                self._metadata.put(made, freq[new], last_step[new])
+                self._slabs.write(made, lines[new])
+                self.changes.note_stamped(keys[new], len(self._index), last_step[new])
+        with self.lock.shared, self.updating:
+            if self._erasures != version:  # what was erased meanwhile stays so
+                slots = self._index.find(keys)
+            if (point := self._point) is not None:
+                self._set_aside(point, keys, slots)
+
+            def write(some: slice) -> None:
+                self._slabs.write(slots[some], lines[some])
+                self._metadata.put(slots[some], freq[some], last_step[some])
+
+            shared(write, len(keys), 4 * self.layout.width)
+            self.changes.note_stamped(keys, len(self._index), last_step, slots)
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
@@ -311,12 +356,9 @@ class HostStore:
         with self.lock.exclusive:
             with self._inserted(keys) as slots:
                 self._metadata.put(slots, freq, last_step)
-                half = len(slots) // 2
-                if len(slots) < SHARED_ROWS:
-                    self._scatter(slots, row, state)
-                else:
-                    with _beside(self._scatter, slots[:half], row[:half], state[:half]):
-                        self._scatter(slots[half:], row[half:], state[half:])
+                shared(
+                    lambda some: self._scatter(slots[some], row[some], state[some]), len(keys), 4 * self.layout.width
+                )
             self.changes.note(keys, len(self._index))
 
     def _scatter(self, slots: Int64s, row: Float32s, state: Float32s) -> None:
@@ -458,14 +500,4 @@ class _HostPoint(Point):
 
 _NONE = np.zeros(0, np.int64)
 NEAR_ROWS = 1024
-SHARED_ROWS = 1 << 14  # of a call that are worth a second thread
 PIECE_ROWS = 1 << 18  # keys that are sorted at once
-
-
-@contextmanager
-def _beside(call: Callable[..., None], *args: Any) -> Iterator[None]:
-    """Run a call in another thread beside the block; raises what it raised."""
-    with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(call, *args)
-        yield
-        job.result()

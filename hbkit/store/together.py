@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from hbkit._ext.together import Together as Batch
 from hbkit.store.base import Filter, Float32s, Int64s, Lease, Rule
@@ -42,59 +42,68 @@ class Together:
         self._leases = [Lease(key, slots, counts, -1, version) for key, slots, counts, version in columns]
         self._each = list(zip(stores, self._leases, self._batch.slots, strict=True))
         # Whoever takes several locks takes them in this order, so that none waits for another in a circle.
-        self._ordered = sorted(stores, key=id)
+        self._order = sorted(range(len(stores)), key=lambda i: id(stores[i]))
+        self._read_locks = [stores[i].lock.shared for i in self._order]
+        self._update_locks = [stores[i].updating for i in self._order]
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """No key comes or goes, and slots are up to date."""
-        held = []
-        try:
-            for store in self._ordered:
-                store.lock.shared.__enter__()
-                held.append(store)
-            for store, lease, slots in self._each:
-                if lease.version != store.version:
-                    store.refresh(lease)
-                if lease.slots is not slots:  # they were found anew
-                    slots[:] = lease.slots
-                    lease.slots = slots
-            yield
-        finally:
-            for store in held:
-                store.lock.shared.__exit__()
-
-    @contextmanager
-    def _updating(self) -> Iterator[None]:
-        """No other thread updates rows or metadata."""
-        held = []
-        try:
-            for store in self._ordered:
-                store.updating.acquire()
-                held.append(store)
-            yield
-        finally:
-            for store in held:
-                store.updating.release()
+    def _refresh(self, tables: Sequence[tuple[HostStore, Lease, Int64s]]) -> None:
+        """Bring the slots of these of `each` up to date, their locks being held."""
+        for store, lease, slots in tables:
+            if lease.version != store.version:
+                store.refresh(lease)
+            if lease.slots is not slots:  # they were found anew
+                slots[:] = lease.slots
+                lease.slots = slots
 
     def create(self, step: int, admissions: Sequence[Filter | None], outs: list[Float32s]) -> None:
         """Make the absent rows that are admitted, count the keys, stamp them with `step`; then `gather`."""
-        lacking = set(self._batch.absent())
+        lacking = {i for i, n in enumerate(self._batch.n_absent()) if n}
         lacking |= {i for i, (store, lease, _) in enumerate(self._each) if lease.version[0] != store.version[0]}
-        for i in lacking:  # or their keys were erased
-            self._stores[i].create(self._leases[i], step, admissions[i])
         others = [i for i in range(len(self._stores)) if i not in lacking]
-        with self._reading():
-            with self._updating():
-                for i in others:
-                    self._stores[i].about_to_change(self._leases[i], step)
-                self._batch.stamp(others, step)
-                for i in others:
-                    self._leases[i].stamped = step, self._leases[i].version
+        for i in [i for i in lacking if admissions[i] is not None or self._stores[i].layout.draws is None]:
+            self._stores[i].create(self._leases[i], step, admissions[i])
+            lacking.remove(i)
+        if lacking:
+            numbers = [i for i in self._order if i in lacking]
+            with _held([self._stores[i].lock.exclusive for i in numbers]):
+                self._refresh([self._each[i] for i in numbers])
+                self._make(numbers)
+                self._count(numbers, step)
+        with _held(self._read_locks):
+            self._refresh(self._each)
+            with _held(self._update_locks):
+                self._count(others, step)
             self._batch.gather(outs)
+
+    def _make(self, numbers: Sequence[int]) -> None:
+        """Make the absent rows of these tables, or none where there is no memory for all of them."""
+        stores = [self._stores[i] for i in numbers]
+        rooms = [store.room for store in stores]
+        n_absent = self._batch.n_absent()
+        try:
+            for i, store in zip(numbers, stores, strict=True):
+                store.grow(n_absent[i])
+            made = self._batch.make(numbers)
+        except BaseException:
+            for store, room in zip(stores, rooms, strict=True):
+                store.shrink(room)
+            raise
+        for i, store, slots in zip(numbers, stores, made, strict=True):
+            store.created(slots)
+            self._leases[i].version = store.version
+
+    def _count(self, numbers: list[int], step: int) -> None:
+        """Count the keys of these tables and stamp their rows, which no other thread writes to."""
+        for i in numbers:
+            self._stores[i].about_to_change(self._leases[i], step)
+        self._batch.stamp(numbers, step)
+        for i in numbers:
+            self._leases[i].stamped = step, self._leases[i].version
 
     def gather(self, outs: list[Float32s]) -> None:
         """Rows into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent."""
-        with self._reading():
+        with _held(self._read_locks):
+            self._refresh(self._each)
             self._batch.gather(outs)
 
     def sum(self, grads: list[Float32s]) -> bool:
@@ -104,10 +113,26 @@ class Together:
 
     def apply(self, rules: Sequence[Rule], hypers: list[Float32s], step: int) -> None:
         """One optimizer step in place by what was summed; absent keys are ignored and counted."""
-        with self._reading(), self._updating():
-            for store, lease, _ in self._each:
-                store.about_to_change(lease, step)
-            codes, seeds = [rule.code for rule in rules], [store.layout.seed for store in self._stores]
-            ignored = self._batch.apply(codes, hypers, seeds, step)
-            for (store, lease, _), n in zip(self._each, ignored, strict=True):
-                store.updated(lease, step, n)
+        with _held(self._read_locks):
+            self._refresh(self._each)
+            with _held(self._update_locks):
+                for store, lease, _ in self._each:
+                    store.about_to_change(lease, step)
+                codes, seeds = [rule.code for rule in rules], [store.layout.seed for store in self._stores]
+                ignored = self._batch.apply(codes, hypers, seeds, step)
+                for (store, lease, _), n in zip(self._each, ignored, strict=True):
+                    store.updated(lease, step, n)
+
+
+@contextmanager
+def _held(locks: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    """Several locks, taken one after the other."""
+    held = []
+    try:
+        for lock in locks:
+            lock.__enter__()
+            held.append(lock)
+        yield
+    finally:
+        for lock in held:
+            lock.__exit__(None, None, None)

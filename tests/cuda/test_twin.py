@@ -56,11 +56,15 @@ class Model:
         self.n_buckets, self.width, self.n_slots, self.n_side = n_buckets, width, n_buckets * width, n_side
         self.entries = {}
 
-    def bucket(self, key):
+    def buckets(self, key):
+        """The slots of the bucket that a key tries first, and those of the other."""
         x = (key & ALL64) * MIXES[0] & ALL64
         x = (x ^ x >> 32) * MIXES[1] & ALL64
-        at = ((x ^ x >> 32) & 0xFFFF_FFFF) * self.n_buckets >> 32
-        return range(at * self.width, (at + 1) * self.width)
+        x ^= x >> 32
+        both = [half * self.n_buckets >> 32 for half in (x & 0xFFFF_FFFF, x >> 32)]
+        both = [range(b * self.width, (b + 1) * self.width) for b in both]
+        one, two = (sum(slot not in self.entries for slot in slots) for slots in both)
+        return both if one > self.width // 4 or one >= two else both[::-1]
 
     def side(self):
         return range(self.n_slots, self.n_slots + self.n_side)
@@ -91,28 +95,30 @@ class Model:
         self.entries[slot] = SimpleNamespace(key=key, pins=1, soon=0, score=score, dirty=0, freq=0, last_step=0)
         return slot, NEW if victim is None else EVICTED_CLEAN + victim.dirty, victim
 
-    def insert(self, keys, scores, evict, add):
-        slots = [self.hold(key, score, add) for key, score in zip(keys, scores, strict=True)]
-        placed = [(slot, FOUND, None) for slot in slots]
-        for where, may_evict in ((self.bucket, evict), (lambda _: self.side(), False)):
+    def place(self, placed, keys, scores, tries):
+        """Give those slots that were refused so far: `tries` says where, and whether to evict."""
+        for where, evict in tries:
             for i, key in enumerate(keys):
                 if placed[i][0] < 0:
-                    placed[i] = self.give(key, scores[i], where(key), may_evict)
+                    placed[i] = self.give(key, scores[i], where[i], evict)
         return placed
+
+    def insert(self, keys, scores, evict, add):
+        placed = [(self.hold(key, score, add), FOUND, None) for key, score in zip(keys, scores, strict=True)]
+        firsts, seconds = zip(*map(self.buckets, keys), strict=True) if keys else ((), ())
+        return self.place(placed, keys, scores, [(firsts, evict), (seconds, evict), ([self.side()] * len(keys), False)])
 
     def drain(self):
         old = [slot for slot in self.side() if slot in self.entries and not self.entries[slot].pins]
-        placed = []
-        for slot in old:
-            e = self.entries[slot]
-            placed.append(self.give(e.key, e.score, self.bucket(e.key), True))
-            if placed[-1][0] >= 0:
-                self.entries[placed[-1][0]] = self.entries.pop(slot)
-                self.pinned(placed[-1][0], 1)
+        moving = [self.entries[slot] for slot in old]
+        keys, zeros = [e.key for e in moving], [0] * len(old)
+        firsts, seconds = zip(*map(self.buckets, keys), strict=True) if keys else ((), ())
+        placed = self.place([(-1, REFUSED, None)] * len(old), keys, zeros, [(firsts, True), (seconds, True)])
+        for slot, e, (new, _, _) in zip(old, moving, placed, strict=True):
+            if new >= 0:
+                del self.entries[slot]
+                self.entries[new] = e
         return old, placed
-
-    def pinned(self, slot, pins):
-        self.entries[slot].pins = pins
 
 
 def words_of(index):
@@ -135,7 +141,8 @@ def same_placement(index, placement, want):
     assert list(zip(*(a.tolist() for a in index.dirty_victims(placement)), strict=True)) == dirty
 
 
-KEYS = st.lists(st.integers(-12, 12) | st.sampled_from([-(2**63), 2**63 - 1]), unique=True, max_size=14)
+KEY = st.integers(-12, 12) | st.sampled_from([-(2**63), 2**63 - 1])
+KEYS, MANY = st.lists(KEY, unique=True, max_size=14), st.lists(KEY, unique=True, min_size=9, max_size=14)
 SCORES = st.integers(-1, 4) | st.sampled_from([MAX_SCORE - 1, MAX_SCORE, 2**45])
 
 
@@ -150,6 +157,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = Narrow(HostDevice(), 4 * n_buckets + 3, 14, n_side)
         self.model = Model(n_buckets, 4, n_side)
         self.held = []
+        self.put_in(range(n_buckets * 4 + n_side - 1), range(14), False, False)
 
     @rule(keys=KEYS, score=SCORES, add=st.booleans(), skip=st.none() | st.integers(-12, 12))
     def hold(self, keys, score, add, skip):
@@ -160,9 +168,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert got.missing.tolist() == missing and got.n_missing == len(missing)
         self.held.append(want)
 
-    @rule(keys=KEYS, data=st.data(), evict=st.booleans(), add=st.booleans())
+    @rule(keys=KEYS | MANY, data=st.data(), evict=st.booleans(), add=st.booleans())
     def insert(self, keys, data, evict, add):
-        scores = data.draw(st.lists(SCORES, min_size=len(keys), max_size=len(keys)))
+        self.put_in(keys, data.draw(st.lists(SCORES, min_size=len(keys), max_size=len(keys))), evict, add)
+
+    def put_in(self, keys, scores, evict, add):
+        keys, scores = list(keys)[:14], list(scores)[: len(keys)]
         want = self.model.insert(keys, scores, evict, add)
         same_placement(self.index, self.index.insert(int64s(keys), int64s(scores), evict=evict, add=add), want)
         self.held.append([slot for slot, _, _ in want])
@@ -171,7 +182,10 @@ class IndexMachine(RuleBasedStateMachine):
     def settle(self, data, step, counts):
         if not self.held:
             return
-        slots = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.settle_one(data.draw(st.integers(0, len(self.held) - 1)), step, counts)
+
+    def settle_one(self, which, step, counts):
+        slots = self.held.pop(which)
         there = [self.model.entries[slot] for slot in slots if slot >= 0]
         if step is not None:
             more = np.arange(len(slots)) * (2**31 if step > 9 else 1)
@@ -223,12 +237,11 @@ class IndexMachine(RuleBasedStateMachine):
         for slot in want:
             self.model.entries.pop(slot, None)
 
-    @rule()
-    def drain(self):
+    @rule(release=st.booleans(), step=st.none() | st.integers(0, 9))
+    def drain(self, release, step):
+        while release and self.held:
+            self.settle_one(0, step, True)
         want_old, want = self.model.drain()
-        for slot, _, _ in want:
-            if slot >= 0:
-                self.model.pinned(slot, 0)
         old, placement = self.index.drain()
         assert old.tolist() == want_old
         same_placement(self.index, placement, want)
@@ -250,19 +263,31 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = here(IndexMachine.TestCase)
-TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=40)
+TestIndexMachine.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 # --- the index at its full size ------------------------------------------------------------------------------------
 
 
+def by_sorting(words, bucket, width):
+    """Slots of keys that come to buckets in this order, -1 where all are pinned.
+
+    A bucket's m-th key takes its m-th slot: the free ones first, then those of least words.
+    """
+    in_order = np.argsort(bucket, kind="stable")
+    before = np.empty(len(bucket), np.int64)  # how many keys of its bucket come before it
+    before[in_order] = np.arange(len(bucket)) - np.searchsorted(bucket[in_order], bucket[in_order])
+    ranked = np.lexsort((np.arange(len(words)), words, np.arange(len(words)) // width)).reshape(-1, width)
+    usable = (words < PIN).reshape(-1, width).sum(axis=1)
+    return np.where(before < usable[bucket], ranked[bucket, np.minimum(before, width - 1)], -1)
+
+
 @here
 def test_index_of_many_buckets_evicts_the_least_words_in_order():
-    """By sorting: a bucket's m-th new key takes its m-th slot, the free ones first, then those of least words."""
     rng = np.random.default_rng(2)
     parts = open_parts("cpu")
     index = parts.index(parts.device, 40_000, 50_000, 500)
-    width = index.bucket
+    n_buckets, width = index.n_slots // index.bucket, index.bucket
     held = index.insert(int64s([]), int64s([])).slots
     for call in range(6):
         keys = np.unique(rng.integers(-(2**63), 2**63 - 1, 30_000))
@@ -271,24 +296,25 @@ def test_index_of_many_buckets_evicts_the_least_words_in_order():
         words, resident = index._words[: index.n_slots].copy(), index._keys.copy()
         mixed = keys.view(np.uint64) * np.uint64(MIXES[0])
         mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(MIXES[1])
-        mixed = (mixed ^ mixed >> np.uint64(32)) & np.uint64(0xFFFF_FFFF)
-        bucket = (mixed.astype(object) * (index.n_slots // width) >> 32).astype(np.int64)
-        turn = np.empty(len(keys), np.int64)  # how many keys of its bucket come before it
-        in_order = np.argsort(bucket, kind="stable")
-        first = np.searchsorted(bucket[in_order], bucket[in_order])
-        turn[in_order] = np.arange(len(keys)) - first
-        ranked = np.lexsort((np.arange(index.n_slots), words, np.arange(index.n_slots) // width)).reshape(-1, width)
-        usable = (words < PIN).reshape(-1, width).sum(axis=1)
-        fits = turn < usable[bucket]
-        want = np.where(fits, ranked[bucket, np.minimum(turn, width - 1)], -1)
+        mixed ^= mixed >> np.uint64(32)
+        first, second = (
+            (half.astype(np.int64) * n_buckets) >> 32 for half in (mixed & np.uint64(2**32 - 1), mixed >> np.uint64(32))
+        )
+        free = (words < 0).reshape(-1, width).sum(axis=1)
+        swap = (free[first] <= width // 4) & (free[second] > free[first])
+        want = by_sorting(words, np.where(swap, second, first), width)
+        refused = np.flatnonzero(want < 0)
+        taken = words.copy()
+        taken[want[want >= 0]] = PIN
+        want[refused] = by_sorting(taken, np.where(swap, first, second)[refused], width)
         status = np.where(words[want] < 0, NEW, EVICTED_CLEAN + (words[want] & DIRTY))
-        side = index.n_slots + np.flatnonzero(index._words[index.n_slots :] < 0)[: np.count_nonzero(~fits)]
-        spilled = np.flatnonzero(~fits)[: len(side)]
+        victims = np.flatnonzero((want >= 0) & (status != NEW))
+        refused = np.flatnonzero(want < 0)
+        side = index.n_slots + np.flatnonzero(index._words[index.n_slots :] < 0)[: len(refused)]
         placement = index.insert(keys, scores, evict=True)
-        victims = np.flatnonzero(fits & (status != NEW))
         assert np.array_equal(placement.victims[victims], resident[want[victims]])
-        want[spilled] = side
-        status = np.where(want >= index.n_slots, NEW, np.where(want < 0, REFUSED, status))
+        want[refused[: len(side)]] = side
+        status[refused] = np.where(want[refused] < 0, REFUSED, NEW)
         assert np.array_equal(placement.slots, want) and np.array_equal(placement.status, status)
         # Every second batch stays pinned until the next one has come.
         if call % 2:
@@ -345,23 +371,17 @@ def test_index_refuses_what_does_not_fit():
 
 @here
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_lines_come_and_go_by_parts(dtype):
+def test_lines_come_and_go(dtype):
     parts = open_parts("cpu")
     lines = parts.lines(parts.device, 5000, 12, 700, 8, dtype)
     rng = np.random.default_rng(0)
     slots = rng.permutation(5000)[:2000]
     values = rng.integers(-50, 50, (2000, 12)).astype(np.float32)  # which every dtype holds
-    seen = []
-
-    def fill(part, near):
-        seen.append(part)
-        near[...] = values[part]
-
-    lines.bring(slots, fill)
-    assert [(p.start, p.stop) for p in seen] == [(0, 700), (700, 1400), (1400, 2000)]
-    out = np.empty((2000, 12), np.float32)
-    lines.take_out(slots, lambda part, near: out.__setitem__(part, near))
-    assert np.array_equal(out, values)
+    for part in (slice(0, 700), slice(700, 1400), slice(1400, 2000)):
+        lines.incoming(part.stop - part.start)[...] = values[part]
+        lines.land(slots[part])
+    coming = [lines.depart(slots[part])() for part in (slice(0, 700), slice(700, 1400))]
+    assert np.array_equal(np.concatenate(coming), values[:1400])
     old, new = slots[:900], np.setdiff1d(np.arange(5000), slots)[:900]
     lines.move(old, new)
     index = rng.integers(0, 900, 3000)
@@ -376,7 +396,28 @@ def test_lines_come_and_go_by_parts(dtype):
     near[...], before[...] = 7, np.arange(4)[:, None]
     lines.land(some)
     assert lines.leave(int64s([3, 4]))[:, 11].tolist() == [1, 3] and lines.incoming(4).base is near.base
-    assert lines.nbytes_of(5000, 12, 700, 8, dtype) == 5000 * (4 * 4 + 8 * (4 if dtype == "float32" else 2)) + 100_800
+    assert lines.nbytes_of(5000, 12, 700, 8, dtype) == 5000 * (4 * 4 + 8 * (4 if dtype == "float32" else 2)) + 134_400
+
+
+@here
+def test_rows_of_arrays_are_gathered_scattered_and_pooled():
+    parts = open_parts("cpu")
+    lines = parts.lines(parts.device, 8, 4, 8)
+    rng = np.random.default_rng(4)
+    rows = rng.integers(-9, 9, (7, 4)).astype(np.float32)
+    slots, index = int64s([6, -1, 0]), rng.integers(0, 3, 20)
+    out = np.empty((20, 4), np.float32)
+    lines.gather_from(rows, slots, out, index)
+    assert np.array_equal(out, np.append(rows, 0 * rows[:1], 0)[slots][index])
+    lines.gather_from(rows, slots, out[:3])
+    assert np.array_equal(out[:3], [rows[6], 0 * rows[0], rows[0]])
+    want = rows.copy()
+    want[[2, 5]] = [[1], [3]]
+    lines.scatter_into(rows, int64s([2, -1, 5]), np.float32([1, 2, 3])[:, None].repeat(4, 1))
+    assert np.array_equal(rows, want)
+    index, weight = rng.integers(0, 7, 20), rng.integers(-3, 3, 20).astype(np.float32)
+    lines.pool_from(rows, index, np.arange(0, 21, 4), out[:5], weight, np.full(5, 2, np.float32))
+    assert np.array_equal(out[:5], 2 * (rows[index] * weight[:, None]).reshape(5, 4, 4).sum(axis=1))
 
 
 @here
@@ -598,19 +639,20 @@ def test_lines_hold_the_same_bits(sides, lane, dtype):
     width = 3 * dim
     far, near = (p.lines(p.device, n, width, 10, dim, dtype) for p in sides)
     send = cuda.device.send
+    both = (far, send), (near, np.asarray)
 
     def same_lines(slots):
-        got = []
-        for side, at in ((far, send(slots)), (near, slots)):
-            parts = []
-            side.take_out(at, lambda part, lines, parts=parts: parts.append(lines.copy()))
-            got.append(np.concatenate(parts))
+        got = [
+            np.concatenate([side.leave(send(slots[i : i + 10])).copy() for i in range(0, n, 10)]) for side, send in both
+        ]
         assert np.array_equal(got[0].view(np.int32), got[1].view(np.int32))
 
     values = np.abs(rng.standard_normal((n, width)).astype(np.float32))
     every = rng.permutation(n)
-    for side, at in ((far, send(every)), (near, every)):
-        side.bring(at, lambda part, lines: lines.__setitem__(slice(None), values[part]))
+    for side, to in both:
+        for i in range(0, n, 10):
+            side.incoming(len(every[i : i + 10]))[...] = values[i : i + 10]
+            side.land(to(every[i : i + 10]))
     same_lines(every)
     half = n // 2
     far.move(send(every[:half]), send(every[half:]))

@@ -163,3 +163,37 @@ def test_table_is_as_it_was_where_an_allocation_fails(options, fail):
         for what in ("index_nbytes", "admission_nbytes"):  # shards that have grown may stay so
             assert t.stats()[what] <= 2 * twin.stats()[what]
     assert n_failed > len(done)
+
+
+def test_tables_together_are_as_they_were_where_an_allocation_fails():
+    """A batch makes its rows in all tables that draw them in place, and counts its keys there, or in none."""
+    options = [{"dim": ROW, "optimizer": e.SGD()}, {"dim": 3}, {"dim": 3, "metadata": False}]
+    rng = np.random.default_rng(0)
+    steps = [{f"t{i}": rng.integers(0, n, 300) for i in range(3)} for n in (100, 200, 10**6)]
+
+    def after(n):
+        c = e.Collection([e.Table(f"t{i}", **given) for i, given in enumerate(options)])
+        for batch in steps[:n]:
+            c.stage(batch).outputs()
+            c._training.close()
+        return c
+
+    for n, batch in enumerate(steps):
+        c, twin = after(n), after(n + 1)
+        before, want = ([state(t) for t in one.tables.values()] for one in (c, twin))
+        for nth in itertools.count(1):
+            staged = c.stage(batch)
+            fail_allocation(nth)
+            try:
+                staged.outputs()
+            except MemoryError:
+                assert fail_allocation(0) == 0
+            fail_allocation(0)
+            staged.close()
+            now = [state(t) for t in c.tables.values()]
+            for table in c.tables.values():
+                table.store.validate()
+            if now != before:
+                assert now == want
+                break
+        assert nth > 5

@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 
 from hbkit._ext.together import Together
-from hbkit.embedding import SGD, Adagrad, Adam, Collection, CountAdmission, RowWiseAdagrad, Table
+from hbkit.embedding import (
+    SGD,
+    Adagrad,
+    Adam,
+    Collection,
+    Constant,
+    CountAdmission,
+    Normal,
+    RowWiseAdagrad,
+    Table,
+    TruncatedNormal,
+    Uniform,
+)
+from hbkit.embedding.initializers import Initializer
 from hbkit.errors import InvalidArgument, UnknownColumn
 from hbkit.ragged import Ragged
 
@@ -109,6 +122,75 @@ def test_together_heeds_admission_erased_keys_and_missing_gradients():
     same(*made)
 
 
+class Doubled(Initializer):
+    """An initializer that the slabs cannot draw themselves."""
+
+    def __call__(self, table, keys, dim):
+        return np.repeat(keys[:, None] * np.float32(2), dim, axis=1).astype(np.float32)
+
+
+def test_together_makes_rows_as_each_table_does():
+    """However they begin, with or without metadata and admission, in slots of erased rows and where slabs grow."""
+    kinds = [Normal(1, 0.1, seed=3), Constant(0.5), TruncatedNormal(seed=1), Uniform(-1, 1), Doubled(), Normal()]
+    made = []
+    for joinable in (True, False):
+        tables = [
+            Table(
+                f"t{i}",
+                512,
+                initializer=kind,
+                optimizer=Adagrad() if i % 2 else SGD(),
+                metadata=i != 2,
+                admission=CountAdmission(2) if i == 5 else None,
+            )
+            for i, kind in enumerate(kinds)
+        ]
+        for table in tables:
+            table.joinable = joinable
+        c = Collection(tables)
+        rng = np.random.default_rng(0)
+        for step in range(4):
+            staged = c.stage({t: rng.integers(0, 3000, 900) for t in c.tables})
+            staged.outputs()
+            staged.apply({t: np.full((900, 512), 0.1, np.float32) for t in c.tables})
+            for table in tables:
+                table.store.erase(np.arange(step, 3000, 5))
+        for table in tables:
+            table.store.validate()
+        made.append(lines(c))
+    assert min(len(columns[0]) for columns in made[0].values()) > 300
+    same(*made)
+
+
+def test_together_leaves_points_and_deltas_as_they_were():
+    """What a point has does not change where new keys take the slots of erased ones, nor what a later one finds."""
+    made = []
+    for joinable in (True, False):
+        c = make(joinable=joinable)
+        stores = [c.tables[f].store for f in FEATURES]
+        steps = batches(6)
+        train(c, None, steps=steps[:2])
+        points = [store.point() for store in stores]
+        for store, point in zip(stores, points, strict=True):
+            store.changes.name(point.mark, "then")
+            store.erase(np.arange(0, 50, 2))
+        train(c, None, steps=[{f: keys + 40 for f, keys in batch.items()} for batch in steps[2:4]])
+        seen = [point.scan() for point in points]
+        seen = [[np.concatenate(column) for column in zip(*chunks, strict=True)] for chunks in seen]
+        for point in points:
+            point.close()
+        for table in c.tables.values():
+            table.step = 0  # steps that began anew: stamps do not tell what they change
+        train(c, None, steps=[{f: keys + 90 for f, keys in batch.items()} for batch in steps[4:]])
+        for store in stores:
+            point = store.point("then")
+            seen.append([np.concatenate(column) for column in zip(*point.scan(), strict=True)])
+            point.close()
+        made.append(dict(enumerate(seen)))
+    assert all(len(columns[0]) > 20 for columns in made[0].values())
+    same(*made)
+
+
 def test_together_reads_ahead_what_was_updated_since():
     """Rows of a batch that was staged long before are those of the step before it, and only reading makes none."""
     c, alone = make(stack=FEATURES), make(joinable=False)
@@ -186,6 +268,11 @@ def test_together_refuses_what_does_not_fit():
         with pytest.raises(InvalidArgument):
             Together([store.parts], [keys], places, n_rows)
     batch = Together([store.parts], [keys], [(0, 4)], 6)
+    with pytest.raises(InvalidArgument):
+        batch.make([0])  # there is no room
+    store.grow(6)
+    with pytest.raises(InvalidArgument):
+        Together([(*store.parts[:3], None)], [keys], [(0, 4)], 6).make([0])
     for out in (np.zeros((6, 7), np.float32), np.zeros((5, 8), np.float32)):
         with pytest.raises(InvalidArgument):
             batch.gather([out])

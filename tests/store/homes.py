@@ -80,6 +80,7 @@ class DictHome:
         assert len(np.unique(keys)) == len(keys)
         for i, key in enumerate(keys):
             self.rows[int(key)] = lines[i].tobytes(), int(freq[i]), int(last_step[i])
+            self.step = max(self.step, int(last_step[i]))
 
     def metadata(self, keys):
         rows = [self.rows[int(k)] for k in keys]

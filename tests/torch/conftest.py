@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hbkit
 import hbkit.torch as hb
 from hbkit import embedding
+from hbkit.store import device_cached, host_memory
 
 FEATURES = {"user": "user", "item": "item", "tags": "tag"}
 
@@ -57,8 +58,18 @@ def clicks(tmp_path):
 
 
 @pytest.fixture
-def collection():
+def place():
+    """Where `collection` has its rows; a test that is parametrized by it runs over "host" and "device", say.
+
+    Host memory plays the device: PyTorch's tensors in it are those "on the device".
+    """
+    return "host"
+
+
+@pytest.fixture
+def collection(place):
     """``collection(dim)``: tables for the features of `clicks`; the tags are pooled by mean."""
+    there = {"host": None, "device": device_cached(host_memory(), "1MiB", device="cpu")}[place]
 
     def make(dim=8, optimizer=None, pooling=None, features=FEATURES, seed=0, store=None):
         tables = [
@@ -67,7 +78,7 @@ def collection():
                 dim,
                 optimizer=optimizer or embedding.Adagrad(lr=0.05),
                 initializer=embedding.Normal(0, 0.1, seed=seed),
-                store=store,
+                store=store or there,
             )
             for name in sorted(set(features.values()))
         ]

@@ -10,6 +10,7 @@ import hbkit.torch as hb
 from hbkit import embedding, errors
 from hbkit_torch.data import Jagged
 
+EVERYWHERE = pytest.mark.parametrize("place", ["host", "device"])
 MATCH = "update='backward'.*update='apply'"
 
 
@@ -59,6 +60,7 @@ def same(found, expected, **tolerance):
             np.testing.assert_array_equal(found[name], expected[name])
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("optimizer", [embedding.SGD(lr=0.5), embedding.Adam(lr=0.1)])
 def test_accumulation_is_one_update_of_the_joined_batch(collection, rows_of, optimizer):
     batches, runs = [batch(n, n) for n in (5, 3, 8)], []
@@ -79,6 +81,7 @@ def test_accumulation_is_one_update_of_the_joined_batch(collection, rows_of, opt
     same(runs[0][1], runs[1][1], rtol=1e-4, atol=1e-6)
 
 
+@EVERYWHERE
 def test_two_forwards_of_one_loss_are_both_updated(collection, rows_of):
     """As two towers over one collection."""
     first, second = batch(6, 0), batch(6, 1)
@@ -97,6 +100,7 @@ def test_two_forwards_of_one_loss_are_both_updated(collection, rows_of):
     same(*runs, rtol=1e-5, atol=1e-7)
 
 
+@EVERYWHERE
 def test_pipeline_accumulates(clicks, collection, dlrm, rows_of):
     runs = []
     for size, k in ((64, 2), (128, 1)):
@@ -132,6 +136,7 @@ def scaler(**options):
     return torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, "growth_interval": 1000, **options})
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("clip", [False, True])
 def test_scaled_training_is_that_without_a_scaler(collection, rows_of, clip):
     runs = []
@@ -164,6 +169,7 @@ def test_scaled_training_is_that_without_a_scaler(collection, rows_of, clip):
     same(*runs, rtol=1e-5, atol=1e-7)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_step_of_infinities_is_skipped_and_the_scale_falls(clicks, collection, rows_of, dlrm, pipelined):
     c, model, scale = collection(8, optimizer=embedding.SGD(lr=0.5)), dlrm(), scaler()
@@ -194,6 +200,7 @@ def test_scaler_over_ranks_is_refused(collection):
         module.apply(scaler=scaler())
 
 
+@EVERYWHERE
 def test_float16_gradients_are_taken(collection, rows_of):
     runs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -233,6 +240,7 @@ def test_rows_stay_float32_under_autocast(collection, rows_of, dtype):
 # ------------------------------------------------------------------------------------------------ in backward
 
 
+@EVERYWHERE
 def test_update_in_backward_is_that_of_apply(collection, rows_of):
     """Bit for bit, with two optimizers, a sequence, and a feature that the loss did not use."""
     runs = []
@@ -289,6 +297,7 @@ def test_update_in_backward_refuses_a_pipeline(clicks, in_backward):
         hb.pipeline(clicks(64, 64), in_backward[0])
 
 
+@EVERYWHERE
 def test_update_in_backward_refuses_accumulation(in_backward):
     module, model, dense = in_backward
     loss_of(model, module, batch(6, 0)).backward()
@@ -347,6 +356,7 @@ def trained(model, dense, seeds):
     return found
 
 
+@EVERYWHERE
 def test_a_usual_checkpoint_of_the_whole_model_restores_the_rows(collection, rows_of, tmp_path):
     c = collection(4)
     model = Whole(c, tmp_path / "rows")
@@ -365,6 +375,7 @@ def test_a_usual_checkpoint_of_the_whole_model_restores_the_rows(collection, row
     same(rows_of(d), rows_of(c))
 
 
+@EVERYWHERE
 def test_state_dict_needs_a_commit(collection, tmp_path):
     with pytest.raises(errors.InvalidArgument, match=r"no snapshot.*user.*snapshot=path"):
         Whole(collection(4)).state_dict()

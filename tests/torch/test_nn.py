@@ -10,6 +10,8 @@ from hbkit import embedding, errors
 from hbkit.embedding import Staged
 from hbkit_torch.data import Jagged, from_column
 
+EVERYWHERE = pytest.mark.parametrize("place", ["host", "device"])
+
 
 def keys(**columns):
     return {"user": np.array([1, 2, 1]), "item": np.array([7, 7, 9]), "tags": np.zeros((3, 1), np.int64), **columns}
@@ -19,6 +21,7 @@ def n_rows(collection):
     return {name: len(table) for name, table in collection.tables.items()}
 
 
+@EVERYWHERE
 def test_embeddings_train_creates_rows_and_apply_updates_them(collection):
     c = collection(4, optimizer=embedding.SGD(lr=0.5))
     module = hb.nn.EmbeddingCollection(c)
@@ -37,6 +40,7 @@ def test_embeddings_train_creates_rows_and_apply_updates_them(collection):
     torch.testing.assert_close(after["tags"].detach(), before["tags"])
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("how", ["eval", "no_grad"])
 def test_embeddings_reading_creates_nothing(collection, how):
     c = collection(4)
@@ -52,6 +56,7 @@ def test_embeddings_reading_creates_nothing(collection, how):
         module.apply()
 
 
+@EVERYWHERE
 def test_embeddings_take_every_form_of_a_column(collection, core_columns):
     core = {name: core_columns[name] for name in ("user", "item", "tags")}
     tensors = {name: from_column(column) for name, column in core.items()}
@@ -69,8 +74,8 @@ def test_embeddings_and_gradients_share_the_memory_of_the_core(collection, monke
     seen = {}
     outputs, apply = Staged.outputs, Staged.apply
 
-    def spy_outputs(self):
-        seen["outputs"] = outputs(self)
+    def spy_outputs(self, empty):
+        seen["outputs"] = outputs(self, empty)
         return seen["outputs"]
 
     def spy_apply(self, grads, held):
@@ -92,6 +97,7 @@ def test_embeddings_and_gradients_share_the_memory_of_the_core(collection, monke
     assert out["tags"].mask.data_ptr() == seen["outputs"]["tags"].mask.ctypes.data
 
 
+@EVERYWHERE
 def test_embeddings_without_pooling_give_rows_and_a_mask(collection):
     module = hb.nn.EmbeddingCollection(collection(4, pooling={"tags": None}))
     tags = hbkit.Ragged.from_lists([[3, 4, 5], [], [3]], np.int64)
@@ -105,6 +111,7 @@ def test_embeddings_without_pooling_give_rows_and_a_mask(collection):
     assert changed.tolist() == [[False, True, False, False], [False] * 4, [False] * 4]
 
 
+@EVERYWHERE
 def test_embeddings_drop_forgets_forwards_and_gradients(collection):
     c = collection(4)
     module = hb.nn.EmbeddingCollection(c)
@@ -129,6 +136,7 @@ def test_embeddings_apply_before_backward_is_refused_and_can_be_mended(collectio
     assert c.step == 1
 
 
+@EVERYWHERE
 def test_embeddings_leave_the_rows_of_an_unused_feature(collection):
     c = collection(4)
     module = hb.nn.EmbeddingCollection(c)
@@ -169,6 +177,7 @@ def test_embeddings_close_is_final_and_leaves_the_tables(collection):
         ({"user": np.array([1])}, errors.UnknownColumn, "not in the batch.*item"),
     ],
 )
+@EVERYWHERE
 def test_embeddings_errors_name_the_feature(collection, batch, error, says):
     c = collection(4)
     module = hb.nn.EmbeddingCollection(c)
@@ -178,6 +187,7 @@ def test_embeddings_errors_name_the_feature(collection, batch, error, says):
     module(keys())  # and the module goes on
 
 
+@EVERYWHERE
 def test_attach_is_the_model_over_the_embeddings_of_a_batch(clicks, collection, dlrm):
     embeddings = hb.nn.EmbeddingCollection(collection(8))
     model = dlrm(8)

@@ -15,6 +15,7 @@ import hbkit.torch as hb
 from hbkit import embedding, errors, store
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
+EVERYWHERE = pytest.mark.parametrize("place", ["host", "device"])
 LOOKAHEADS = [0, 1, 8]
 MODULE = sys.modules["hbkit_torch.pipeline"]  # by its name one gets the function
 
@@ -25,6 +26,7 @@ def train(step, model):
     step.apply()
 
 
+@EVERYWHERE
 def test_step_holds_the_columns_of_its_batch_padded(clicks, collection):
     ds = clicks(100, 64, weight="importance")
     steps = zip(hb.pipeline(ds, collection()), ds.batches(), strict=True)
@@ -71,6 +73,7 @@ def torch_threads(request):
     torch.set_num_threads(1)
 
 
+@EVERYWHERE
 @pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize("optimizer", [embedding.SGD(lr=0.1), embedding.Adam(lr=0.01)])
 def test_lookahead_of_any_depth_equals_none_bit_for_bit(clicks, collection, dlrm, rows_of, optimizer):
@@ -102,6 +105,7 @@ def test_lookahead_is_a_bound(clicks, collection, lookahead):
         step.close()
 
 
+@EVERYWHERE
 def test_step_that_was_not_applied_is_dropped(clicks, collection, rows_of):
     c = collection()
     for at, step in enumerate(hb.pipeline(clicks(300, 64), c, 2)):
@@ -123,6 +127,7 @@ def test_pipeline_drops_a_pending_forward_of_the_module(clicks, collection):
     assert module.collection.step == 1
 
 
+@EVERYWHERE
 def test_reading_pipeline_creates_no_rows_and_applies_nothing(clicks, collection):
     c = collection()
     for step in hb.pipeline(clicks(100, 64), c, train=False):
@@ -132,6 +137,7 @@ def test_reading_pipeline_creates_no_rows_and_applies_nothing(clicks, collection
     assert sum(len(t) for t in c.tables.values()) == 0
 
 
+@EVERYWHERE
 def test_reading_in_the_midst_of_training_changes_nothing(clicks, collection, dlrm, rows_of):
     runs = []
     for reads in (False, True):
