@@ -21,13 +21,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int32
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import BLOCK, SIMULATED_THREADS, Device, simulated
 from hbkit.cuda.index import TILES, sum_before, tile_length
 from hbkit.cuda.parts import Room
-from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shuffle
+from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shared, shuffle
 
 MAX_BITS = 2 if simulated() else 10  # of a digit
 MAX_TILES = 4 if simulated() else 2048  # of the batch; `TILES` are those of the sums of the keys' counts
@@ -64,7 +63,7 @@ def count(
     numbers: Any, n: Any, log: Any, bits: Any, counted: Any, counts: Any, n_keys: Any, totals: Any, error: Any
 ) -> None:
     """Counts of the lowest digit of ``numbers[:n]`` by tile; and sums of the keys' counts by their tiles."""
-    held = cuda.shared.array(ROOM, int32)
+    held = shared(ROOM)
     mine = cuda.threadIdx.x // WARP << MAX_BITS
     n_tiles = (n + (1 << log) - 1) >> log
     for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
@@ -136,7 +135,7 @@ def place(
     The first pass, from bit 0, is given the numbers, and later ones ``number << 32 | position``; the last one writes
     positions alone.
     """
-    held = cuda.shared.array(ROOM, int32)
+    held = shared(ROOM)
     mine = cuda.threadIdx.x // WARP << MAX_BITS
     n_values, n_tiles = 1 << bits, (n + (1 << log) - 1) >> log
     for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
@@ -158,16 +157,16 @@ def place(
         c = source[min(begin + lane() + 2 * WARP, n - 1)]
         for i in range(begin + lane(), end + lane(), WARP):
             number, a, b, c = a, b, c, source[min(i + 3 * WARP, n - 1)]
-            value = np.int32(-1)
+            digit = np.int32(-1)
             if i < end:
-                value = np.int32((number >> shift) & (n_values - 1))
-            same = matching(value)
+                digit = np.int32((number >> shift) & (n_values - 1))
+            same = matching(digit)
             at = np.int32(0)
             if i < end:
-                at = held[mine + value]
+                at = held[mine + digit]
             fence()  # all have read what one of them writes
             if i < end and lane() == first(same):
-                held[mine + value] = at + ones(same)
+                held[mine + digit] = at + ones(same)
             fence()
             if i < end:
                 to = np.int64(at) + ones(same & ((1 << lane()) - 1))

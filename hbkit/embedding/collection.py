@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
+from hbkit.embedding import summands
+from hbkit.embedding.summands import Gradient, Joining, Lists
 from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
@@ -58,7 +60,6 @@ class _Input(NamedTuple):
         return self.splits is None and self.dictionary is None and self.weight is None
 
 
-_Gradient = tuple[Any, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
 Empty = Callable[[tuple[int, ...], str], Any]  # of a shape and the name of a device, see `Staged.outputs`
 
 
@@ -130,6 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -421,19 +423,22 @@ class Staged:
         here = out[: self.n_rows]
         if i.splits is not None:
             request.pool(part, i.splits, here, i.weight, self._row_scale(feature))
-        elif i.weight is None:
-            request.take(part, here)
-        elif isinstance(out, np.ndarray):
-            request.take(part, here)
-            here *= i.weight[:, None]
         else:
-            request.pool(part, np.arange(self.n_rows + 1), here, i.weight, None)
+            _take(request, part, here, i.weight)
         if self.n_rows < self.size:
             out[self.n_rows :] = 0
         return out
 
     def _sequence(self, i: _Input, part: slice, request: Request, room: Callable[..., Any]) -> SequenceOutput:
-        (at, length), dim = _positions(i), request.table.dim
+        n, dim = self.n_rows, request.table.dim
+        if i.length:
+            values, mask = room(self.size, i.length, dim), np.zeros((self.size, i.length), np.bool_)
+            _take(request, part, values[:n].reshape(-1, dim), i.weight)
+            mask[:n] = True
+            if n < self.size:
+                values[n:] = 0
+            return SequenceOutput(values, mask)
+        at, length = _positions(i)
         values, mask = room(self.size, length, dim), np.zeros((self.size, length), np.bool_)
         mask.reshape(-1)[at] = True
         if isinstance(values, np.ndarray):
@@ -520,8 +525,7 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                join = _join if table.device is None else partial(_join_there, table.memory)
-                touched.update(*join([part for _, _, part in used]), step, finite=checked)
+                touched.update(*c._joining[name]([part for _, _, part in used]), step, finite=checked)
                 touched.close()
         if joined and self._together is not None:
             rules = [c._optimizers[name] for name in joined]
@@ -555,7 +559,7 @@ class Staged:
                 grads |= {f: _Side(flat, shape[1], i) if there else g[:, i] for i, f in enumerate(features)}
         return stacks, grads
 
-    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, _Gradient]:
+    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, Gradient]:
         """`_gradient` of each feature that has one, of other tables than those `joined`.
 
         With `check`, it is finite where its table asks for that.
@@ -601,14 +605,14 @@ class Staged:
                     raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
         return {}
 
-    def _gradient(self, feature: str, grad: Any) -> _Gradient:
-        """(values, row of each key, scale of each key) as `Request.update` takes them."""
+    def _gradient(self, feature: str, grad: Any) -> Gradient:
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
+        at: Int64s | None = None
         if sequence:
-            at, length = _positions(i)
+            at, length = (None, i.length) if i.length else _positions(i)
             shape = (self.size, length, dim)
         step, first = 1, 0
         if isinstance(grad, _Side):
@@ -618,16 +622,12 @@ class Staged:
             whole = table.join(grad) if isinstance(grad, Mapping) else grad
             g = _checked(feature, whole, shape, table).reshape(-1, dim)
         if sequence:
-            return g, at, i.weight
+            return (g[: len(i.keys)], None, i.weight) if at is None else (g, at, i.weight)
         if i.splits is None:
             if step > 1:
-                return g, np.arange(first, self.n_rows * step, step), i.weight
+                return g, range(first, self.n_rows * step, step), i.weight
             return g[: self.n_rows], None, i.weight
-        rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
-        per_key = scale[rows] if scale is not None else None
-        if per_key is not None and weight is not None:
-            per_key = per_key * weight
-        return g, rows * step + first if step > 1 else rows, weight if per_key is None else per_key
+        return g, Lists(i.splits, self._row_scale(feature), step, first), i.weight
 
     @property
     def state(self) -> str:
@@ -693,12 +693,22 @@ def _first_rows(i: _Input, n: int) -> _Input:
     return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
 
 
+def _take(request: Request, part: slice, out: Any, weight: Float32s | None) -> None:
+    """Rows of a part of the keys times their weights, into ``out[n, dim]``."""
+    if weight is None or isinstance(out, np.ndarray):
+        request.take(part, out)
+        if weight is not None:
+            out *= weight[:, None]
+    else:  # on a device: lists of one key
+        request.pool(part, np.arange(len(out) + 1), out, weight, None)
+
+
 def _positions(i: _Input) -> tuple[Int64s, int]:
-    """Where each key stands in [B, L] flattened, and L: the dense width, else the next power of two."""
+    """Where each key of lists stands in [B, L] flattened, and L: a power of two."""
     assert i.splits is not None
     lengths = np.diff(i.splits)
     longest = int(lengths.max(initial=1))
-    length = i.length or 1 << (longest - 1).bit_length()
+    length = 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
 
@@ -722,39 +732,3 @@ def _checked(output: str, grad: Any, shape: tuple[int, ...], table: Table | None
             f"gradient of {g.dtype}{list(g.shape)}", feature=output, remedy=f"give float32{list(shape)}"
         )
     return g if there else np.ascontiguousarray(g, np.float32)
-
-
-def _join(parts: Sequence[_Gradient]) -> _Gradient:
-    """Gradients of several features of one table as one."""
-    if len(parts) == 1:
-        return parts[0]
-    rows, base = [], 0
-    for values, at, _ in parts:
-        rows.append((np.arange(len(values)) if at is None else at) + base)
-        base += len(values)
-    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), _scale_of_all(parts)
-
-
-def _join_there(memory: Any, parts: Sequence[_Gradient]) -> _Gradient:
-    """As `_join`, of arrays on a device: they are joined there, each once, where there are several."""
-    if len(parts) == 1:
-        return parts[0]
-    begins: dict[int, int] = {}
-    arrays, rows, n = [], [], 0
-    for values, at, _ in parts:
-        if at is None or id(values) not in begins:
-            begins[id(values)] = n
-            arrays.append(values)
-            n += len(values)
-        rows.append((np.arange(len(values)) if at is None else at) + begins[id(values)])
-    in_order = all(at is None for _, at, _ in parts)
-    values = arrays[0] if len(arrays) == 1 else memory.join(arrays)
-    return values, None if in_order else np.concatenate(rows), _scale_of_all(parts)
-
-
-def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
-    if all(scale is None for _, _, scale in parts):
-        return None
-    n = [len(values) if rows is None else len(rows) for values, rows, _ in parts]
-    ones = (np.ones(m, np.float32) for m in n)
-    return np.concatenate([one if p[2] is None else p[2] for one, p in zip(ones, parts, strict=True)])
