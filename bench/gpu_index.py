@@ -11,7 +11,8 @@ kernel that waits, their own waits left out), and the wall clock of a call with 
 scores are in device memory. Medians of 5 rounds over 8 batches, so that no batch is asked for twice in a row.
 
 Beside the device's time stand the bytes that a call must move and the share of a plain copy's speed that this is. Where
-access is random, sectors of 32 bytes count: a bucket's digests, an entry; each input and output counts once.
+access is random, sectors of 32 bytes count: a bucket's digests (of the first, where the key is there; else of both), an
+entry; each input and output counts once.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ except ImportError:  # a peer
 
 ODD = np.int64(-7046029254386353131)  # odd, so that i * ODD are distinct keys
 # Bytes a key.
-FIND, ABSENT, SETTLE = 8 + 32 + 32 + 8, 8 + 32 + 8, 8 + 2 * 32
+FIND, ABSENT, SETTLE = 8 + 32 + 32 + 8, 8 + 2 * 32 + 8, 8 + 2 * 32
 HOLD = FIND + 32 + SETTLE
 INSERT = FIND + 32 + 16 + 2 * SETTLE  # with stamp
-EVICT = 728 + 2 * SETTLE  # all of a bucket's entries
+EVICT = 760 + 2 * SETTLE  # the digests of both buckets, all entries of one
 
 
 class Sizes(NamedTuple):
