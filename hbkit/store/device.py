@@ -169,6 +169,7 @@ class DeviceStore(Resident):
         `_moving` and the lock are held.
         """
         assert lease.near is not None and lease.near_keys is not None and lease.near_counts is not None
+        self._mark()
         new, away = absent(lease.near, lease._padding), np.flatnonzero(lease.near == AWAY)
         keys, counts = lease.near_keys, lease.near_counts
         with admitted(admission if len(new) else None, keys[new], counts[new]) as some:

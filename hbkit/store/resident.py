@@ -376,7 +376,10 @@ class Resident:
 
         The lease's mutex is held.
         """
-        found, lease.tried = 0, self._n_releases
+        found = 0
+        with self._open():
+            lease.tried = self._n_releases
+            self._mark()
         for first in range(0, len(wanted), self._batch_lines):
             with self._moving:
                 if lease.released:
@@ -403,11 +406,14 @@ class Resident:
             self._take_in(lease, some, AWAY, (freq, last_step))
         return n
 
-    def _make_room(self) -> None:
-        """Before an insertion: the keys of announced batches are to go last, and the side list is emptied."""
+    def _mark(self) -> None:
+        """Before insertions that may evict: keys of announced batches go last, those of the soonest last of all."""
         if self._n_evictions:
             for soon, keys in zip(range(MOST_SOON, 0, -1), self._announced.values(), strict=False):
                 self._index.mark(keys, soon)
+
+    def _make_room(self) -> None:
+        """Empty the side list, as far as its keys are not pinned any more. `_moving` and the lock are held."""
         if self._index.n_side and self._drained != self._n_releases:
             self._drained = self._n_releases
             with self._change((DeviceUnavailable,)):
