@@ -210,6 +210,11 @@ class Device:
                     to[begin:end].copy_to_device(a, stream=self._stream)
         return to
 
+    def write(self, far: Any, array: npt.NDArray[Any]) -> None:
+        """Copy a small contiguous array into device memory, after what was launched and before what will be."""
+        with self._current():
+            far.copy_to_device(array, stream=self._stream)
+
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""
         return self._none[dtype] if n_dim == 1 else self._none_by_two

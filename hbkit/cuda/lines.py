@@ -171,7 +171,7 @@ class DeviceLines:
         nbytes = buffer_nbytes(batch_lines, width)
         self._buffers, self._coming, self._leaving = ([Buffer(device, nbytes) for _ in range(2)] for _ in range(3))
         self._kept: dict[str, Any] = {}
-        self._hyper: tuple[Float32s, list[Any]] | None = None
+        self._hyper: tuple[Float32s, Any, list[Any]] | None = None
         self._finite = Finite(device)
         self.nbytes = n_lines * self._stride * 4
 
@@ -548,14 +548,18 @@ class DeviceLines:
         return out
 
     def _hyper_of(self, hyper: Float32s) -> tuple[Float32s, list[Any]]:
-        """Hyper-parameters, a row for each slice; and the rows in device memory, where the last ones may be already."""
+        """Hyper-parameters, a row for each slice; and the rows in device memory, written where they have changed."""
         given = np.atleast_2d(hyper)
         packed = np.zeros((len(given), rules.N_HYPER), np.float32)
         packed[:, : given.shape[1]] = given
         packed[:, rules.FACTOR] = 1
-        if self._hyper is None or not np.array_equal(self._hyper[0], packed):
-            self._hyper = packed, [self._device.send(packed[k : k + 1]) for k in range(len(packed))]
-        return self._hyper
+        if self._hyper is None or len(self._hyper[0]) != len(packed):
+            far = self._device.send(packed)
+            self._hyper = packed, far, [far[k : k + 1] for k in range(len(packed))]
+        elif not np.array_equal(self._hyper[0], packed):
+            self._device.write(self._hyper[1], packed)
+            self._hyper = packed, *self._hyper[1:]
+        return packed, self._hyper[2]
 
     def _room(self, name: str, n: int, dim: int) -> Any:
         """float32[n, dim] in device memory that is kept for the next time."""

@@ -3,7 +3,8 @@
 A segment of at most a block is summed by whoever needs it (`gradient`). Of longer ones `block_sums` first sums all
 blocks at once, so that a key that half of a batch asks for does not leave the device to one warp. Block k of segment s
 is row ``starts[s] // 32 + k`` of `partials`: a segment of more than 64 positions has at most as many blocks as its
-positions have 32s, so no two share a row, and nothing has to be counted first.
+positions have 32s, so no two share a row, and nothing has to be counted first. A row of `partials`, as of the sums, is
+written by the threads that share it, each its own columns, and read by a later launch.
 
 Positions and rows are counted by 32 bits, which leaves registers for more warps (`hbkit.cuda.rows`).
 """
