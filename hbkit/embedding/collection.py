@@ -58,7 +58,8 @@ class _Input(NamedTuple):
         return self.splits is None and self.dictionary is None and self.weight is None
 
 
-_Gradient = tuple[Any, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
+# As `Request.update` takes it: values, rows, scale. Rows on a device that follow from the batch's size are a range.
+_Gradient = tuple[Any, Any, Float32s | None]
 Empty = Callable[[tuple[int, ...], str], Any]  # of a shape and the name of a device, see `Staged.outputs`
 
 
@@ -130,6 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        self._rows_there: dict[str, tuple[list[range], Any]] = {}  # of a table on a device, its last update's
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -159,6 +161,40 @@ class Collection:
         """`Table.device` of a feature, or of all features of a stack: where its rows and its gradient may be."""
         devices = {self.tables[self.features[f]].device for f in self.stack.get(output, [output])}
         return devices.pop() if len(devices) == 1 else None
+
+    def _join_there(self, table: Table, parts: Sequence[_Gradient]) -> _Gradient:
+        """As `_join`, of arrays on a table's device: they are joined there, each once, where there are several."""
+        begins: dict[int, int] = {}
+        arrays: list[Any] = []
+        rows: list[Any] = []
+        n = 0
+        for values, at, _ in parts:
+            if at is None or id(values) not in begins:
+                begins[id(values)] = n
+                arrays.append(values)
+                n += len(values)
+            begin, at = begins[id(values)], range(len(values)) if at is None else at
+            rows.append(
+                range(at.start + begin, at.stop + begin, at.step)
+                if isinstance(at, range)
+                else at + begin
+                if begin
+                else at
+            )
+        values = arrays[0] if len(arrays) == 1 else table.memory.join(arrays)
+        return values, self._send_rows(table, rows, n), _scale_of_all(parts)
+
+    def _send_rows(self, table: Table, rows: list[Any], n: int) -> Any:
+        """Rows of several features end to end, None where they are 0 to n - 1; those of ranges are sent once."""
+        if not all(isinstance(at, range) for at in rows):
+            return _end_to_end([np.arange(at.start, at.stop, at.step) if isinstance(at, range) else at for at in rows])
+        if all(at.step == 1 for at in rows) and sum(map(len, rows)) == n:
+            return None
+        kept = self._rows_there.get(table.name)
+        if kept is None or kept[0] != rows:
+            every = _end_to_end([np.arange(at.start, at.stop, at.step) for at in rows])
+            kept = self._rows_there[table.name] = rows, table.memory.send(every)
+        return kept[1]
 
     def stage(
         self,
@@ -520,7 +556,7 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                join = _join if table.device is None else partial(_join_there, table.memory)
+                join = _join if table.device is None else partial(c._join_there, table)
                 touched.update(*join([part for _, _, part in used]), step, finite=checked)
                 touched.close()
         if joined and self._together is not None:
@@ -621,7 +657,7 @@ class Staged:
             return g, at, i.weight
         if i.splits is None:
             if step > 1:
-                return g, np.arange(first, self.n_rows * step, step), i.weight
+                return g, range(first, self.n_rows * step, step), i.weight
             return g[: self.n_rows], None, i.weight
         rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
         per_key = scale[rows] if scale is not None else None
@@ -733,23 +769,6 @@ def _join(parts: Sequence[_Gradient]) -> _Gradient:
         rows.append((np.arange(len(values)) if at is None else at) + base)
         base += len(values)
     return np.concatenate([p[0] for p in parts]), np.concatenate(rows), _scale_of_all(parts)
-
-
-def _join_there(memory: Any, parts: Sequence[_Gradient]) -> _Gradient:
-    """As `_join`, of arrays on a device: they are joined there, each once, where there are several."""
-    if len(parts) == 1:
-        return parts[0]
-    begins: dict[int, int] = {}
-    arrays, rows, n = [], [], 0
-    for values, at, _ in parts:
-        if at is None or id(values) not in begins:
-            begins[id(values)] = n
-            arrays.append(values)
-            n += len(values)
-        rows.append((np.arange(len(values)) if at is None else at) + begins[id(values)])
-    in_order = all(at is None for _, at, _ in parts)
-    values = arrays[0] if len(arrays) == 1 else memory.join(arrays)
-    return values, None if in_order else np.concatenate(rows), _scale_of_all(parts)
 
 
 def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
