@@ -106,7 +106,7 @@ def empty_on(streams: Streams, only: torch.device | None = None) -> Callable[[tu
         place = place_of(device)
         if place is None or only not in (None, place):
             return None
-        rows = torch.empty(shape, device=place)
+        rows = torch.empty(shape, dtype=torch.float32, device=place)
         if place in streams:
             rows.record_stream(streams[place])
         return rows

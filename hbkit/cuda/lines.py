@@ -229,6 +229,26 @@ class DeviceLines:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))
 
+    def gather_from(self, source: Any, slots: Any, out: Any, index: Any = None) -> None:
+        """`gather` of the rows of ``source[m, w]``, all in device memory, to ``out[n, w]``."""
+        index = self._device.none(np.int64) if index is None else self._ints(index)
+        source, out = self._floats(source), self._floats(out)
+        self._gather(self._ints(slots), index, out, [("float32", source, 0, 0, out.shape[1])])
+
+    def scatter_into(self, target: Any, positions: Any, values: Any) -> None:
+        """``target[positions[i]] = values[i]``, all in device memory; positions are distinct, and -1 is left out."""
+        target, values = self._floats(target), self._floats(values)
+        self._scatter(self._ints(positions), values, [("float32", target, 0, 0, values.shape[1])])
+
+    def pool_from(
+        self, source: Any, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None
+    ) -> None:
+        """`pool` of the rows of ``source[u, dim]``, all in device memory: p takes ``source[index[p]]``."""
+        none = self._device.none
+        weight, row_scale = (none(np.float32) if a is None else self._floats(a) for a in (weight, row_scale))
+        rows, at, out = self._floats(source), self._ints(index), self._floats(out)
+        self._pool(at, none(np.int64), self._ints(splits), weight, row_scale, out, ("float32", rows))
+
     def incoming(self, n: int) -> Float32s:
         """Where to write n <= batch_lines whole lines that `land` is to send: float32[n, width] in pinned memory.
 
@@ -446,13 +466,14 @@ class DeviceLines:
     def _gather(self, slots: Any, index: Any, out: Any, parts: list[Part]) -> None:
         check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
-            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(out,))]
+            kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(source, out))]
             shift = shift_of(width)
             self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
 
     def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
         for dtype, target, to, first, width in parts:
-            kernel = SCATTER[dtype, fours(target.shape[1], values.shape[1], first, to, width)]
+            vec = fours(target.shape[1], values.shape[1], first, to, width, arrays=(target, values))
+            kernel = SCATTER[dtype, vec]
             shift = shift_of(width)
             self._device.launch(kernel, values.shape[0] << shift, target, slots, values, first, to, width, shift)
 
@@ -470,11 +491,16 @@ class DeviceLines:
             buffer.end()
         self._settle()
 
-    def _pool(self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any) -> None:
+    def _pool(
+        self, slots: Any, index: Any, splits: Any, weight: Any, row_scale: Any, out: Any, given: Any = None
+    ) -> None:
+        """Of the lines' rows, or those `given` by dtype and array."""
         n, dim = out.shape
         check_counts(n, slots.shape[0], index.shape[0])
-        shift, kernel = shift_of(dim), POOL[self._dtype, fours(dim, self._stride, arrays=(out,))]
-        self._device.launch(kernel, n << shift, self._rows, slots, index, splits, weight, row_scale, out, shift)
+        dtype, rows = given or (self._dtype, self._rows)
+        stride = rows.shape[1] if dtype == "float32" else self._stride
+        shift, kernel = shift_of(dim), POOL[dtype, fours(dim, stride, arrays=(rows, out))]
+        self._device.launch(kernel, n << shift, rows, slots, index, splits, weight, row_scale, out, shift)
 
     def _slices(self, rule: Any, hyper: Float32s, shape: tuple[int, ...], n: int) -> list[Slice]:
         """What steps the columns of a row, as `hbkit._ext.slabs.Slabs.apply` takes it."""

@@ -457,19 +457,22 @@ class Staged:
         here = out[: self.n_rows]
         if i.splits is not None:
             request.pool(part, i.splits, here, i.weight, self._row_scale(feature))
-        elif i.weight is None:
-            request.take(part, here)
-        elif isinstance(out, np.ndarray):
-            request.take(part, here)
-            here *= i.weight[:, None]
         else:
-            request.pool(part, np.arange(self.n_rows + 1), here, i.weight, None)
+            _take(request, part, here, i.weight)
         if self.n_rows < self.size:
             out[self.n_rows :] = 0
         return out
 
     def _sequence(self, i: _Input, part: slice, request: Request, room: Callable[..., Any]) -> SequenceOutput:
-        (at, length), dim = _positions(i), request.table.dim
+        n, dim = self.n_rows, request.table.dim
+        if i.length:
+            values, mask = room(self.size, i.length, dim), np.zeros((self.size, i.length), np.bool_)
+            _take(request, part, values[:n].reshape(-1, dim), i.weight)
+            mask[:n] = True
+            if n < self.size:
+                values[n:] = 0
+            return SequenceOutput(values, mask)
+        at, length = _positions(i)
         values, mask = room(self.size, length, dim), np.zeros((self.size, length), np.bool_)
         mask.reshape(-1)[at] = True
         if isinstance(values, np.ndarray):
@@ -643,8 +646,9 @@ class Staged:
         dim = c.dim(feature)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
+        at: Int64s | None = None
         if sequence:
-            at, length = _positions(i)
+            at, length = (None, i.length) if i.length else _positions(i)
             shape = (self.size, length, dim)
         step, first = 1, 0
         if isinstance(grad, _Side):
@@ -654,7 +658,7 @@ class Staged:
             whole = table.join(grad) if isinstance(grad, Mapping) else grad
             g = _checked(feature, whole, shape, table).reshape(-1, dim)
         if sequence:
-            return g, at, i.weight
+            return (g[: len(i.keys)], None, i.weight) if at is None else (g, at, i.weight)
         if i.splits is None:
             if step > 1:
                 return g, range(first, self.n_rows * step, step), i.weight
@@ -729,12 +733,22 @@ def _first_rows(i: _Input, n: int) -> _Input:
     return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
 
 
+def _take(request: Request, part: slice, out: Any, weight: Float32s | None) -> None:
+    """Rows of a part of the keys times their weights, into ``out[n, dim]``."""
+    if weight is None or isinstance(out, np.ndarray):
+        request.take(part, out)
+        if weight is not None:
+            out *= weight[:, None]
+    else:  # on a device: lists of one key
+        request.pool(part, np.arange(len(out) + 1), out, weight, None)
+
+
 def _positions(i: _Input) -> tuple[Int64s, int]:
-    """Where each key stands in [B, L] flattened, and L: the dense width, else the next power of two."""
+    """Where each key of lists stands in [B, L] flattened, and L: a power of two."""
     assert i.splits is not None
     lengths = np.diff(i.splits)
     longest = int(lengths.max(initial=1))
-    length = i.length or 1 << (longest - 1).bit_length()
+    length = 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
 

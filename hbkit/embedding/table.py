@@ -172,9 +172,11 @@ class Table:
         """Whether an array is in the memory of the table's device, and no NumPy array."""
         if self.device is None or isinstance(array, np.ndarray):
             return False
-        return hasattr(array, "copy_to_host") or (
-            hasattr(array, "__dlpack__") and (self.device == "cpu" or array.__dlpack_device__()[0] == _CUDA)
-        )
+        if hasattr(array, "copy_to_host"):  # Numba's
+            return True
+        if not hasattr(array, "__dlpack__"):
+            return False
+        return self.device == "cpu" or tuple(array.__dlpack_device__()) == (_CUDA, int(self.device[5:]))
 
     def _keys_there(self, keys: Any) -> Any:
         """`keys` of arrays on the device."""

@@ -158,8 +158,6 @@ def device_cached(
     ------
     DeviceUnavailable
         On opening: Numba CUDA is not installed, or there is no such device or driver.
-    Unsupported
-        On updating: the optimizer has no CUDA kernel, or the table has named columns.
 
     Examples
     --------
@@ -584,14 +582,18 @@ class DeviceStore:
         try:
             with self._unlocked():
                 self.below.write(*victims)
-        except BaseException:
+        except BaseException as e:
             keys, lines, freq, last_step = victims
             self._forget(newcomers)
             placed = self._index.insert(keys, np.zeros(1, np.int64))
             slots = self.memory.fetch(placed.slots)
-            self._lines.scatter(slots, lines)
+            there = slots >= 0
+            self._lines.scatter(slots[there], lines[there])
             self._dirty(slots, freq, last_step)
             self._index.settle(slots)
+            if not there.all():  # another one of them took the last place of two buckets
+                self._failed = e
+                self._n_rows -= int(np.count_nonzero(~self.below.has(keys[~there])))
             raise
 
     def _dirty(self, slots: Any, freq: Any, last_step: Any) -> None:
@@ -773,40 +775,57 @@ class DeviceStore:
                 out = self.memory.array(out)
                 if not held.n_away:
                     self._lines.gather(self._far(held), out, index)
+                elif index is None:
+                    self._rows_there(held, out)
                 else:
-                    self._lines.spread(self._rows(held, retained((held.n_keys, out.shape[1]))), out, index)
+                    rows = self._rows_there(held, self.memory.empty((held.n_keys, out.shape[1]), np.float32))
+                    self._lines.gather_from(rows, self.memory.array(index), out)
 
     def _rows(self, lease: DeviceLease, out: Float32s) -> Float32s:
         """Rows of all of a lease's keys, of which some are away, in host memory."""
-        assert lease.near is not None and lease.near_keys is not None
         self._lines.gather(self._near(lease), out)
+        away, rows = self._rows_away(lease, out.shape[1])
+        out[away] = rows
+        return out
+
+    def _rows_there(self, lease: DeviceLease, out: Any) -> Any:
+        """Rows of all of a lease's keys, of which some are away, in device memory."""
+        self._lines.gather(self._far(lease), out)
+        self._lines.scatter_into(out, *self._rows_away(lease, out.shape[1]))
+        return out
+
+    def _rows_away(self, lease: DeviceLease, width: int) -> tuple[Int64s, Float32s]:
+        """Which of a lease's keys are away, and their rows."""
+        assert lease.near is not None and lease.near_keys is not None
         away = np.flatnonzero(lease.near == AWAY)
-        rows = np.empty((len(away), out.shape[1]), np.float32)
+        rows = np.empty((len(away), width), np.float32)
         with self._unlocked(), self._leased(lease.near_keys[away]) as held:
             self.below.gather(held, rows)
-        out[away] = rows
         self._n_streamed += len(away)
-        return out
+        return away, rows
 
     def pool(self, lease: Lease, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """Weighted sums of rows, each read where it lies; an `out` in device memory as for `gather`."""
+        memory = self.memory
         with self._using(lease) as held:
-            on_host = isinstance(out, np.ndarray)
-            if held.n_away or on_host:
-                others = [a if a is None or isinstance(a, np.ndarray) else self.memory.fetch(self.memory.array(a))
-                          for a in (index, splits, weight, row_scale)]  # fmt: skip
-                if not held.n_away:
-                    self._lines.pool(self._near(held), *others[:2], out, *others[2:])
-                    return
-                rows = self._rows(held, retained((held.n_keys, out.shape[1])))
-                sums = out if on_host else np.empty(tuple(out.shape), np.float32)
-                pool(rows, *others[:2], sums, *others[2:])
-                if not on_host:
-                    self._lines.spread(sums, self.memory.array(out))
+            if isinstance(out, np.ndarray):
+                index, splits, weight, row_scale = (
+                    a if a is None or isinstance(a, np.ndarray) else memory.fetch(memory.array(a))
+                    for a in (index, splits, weight, row_scale)
+                )
+                if held.n_away:
+                    pool(self._rows(held, retained((held.n_keys, out.shape[1]))), index, splits, out, weight, row_scale)
+                else:
+                    self._lines.pool(self._near(held), index, splits, out, weight, row_scale)
             elif out.shape[0]:
-                send = self.memory.array
-                others = [a if a is None else send(a) for a in (weight, row_scale)]
-                self._lines.pool(self._far(held), send(index), send(splits), send(out), *others)
+                index, splits, out, weight, row_scale = (
+                    a if a is None else memory.array(a) for a in (index, splits, out, weight, row_scale)
+                )
+                if held.n_away:
+                    rows = self._rows_there(held, memory.empty((held.n_keys, out.shape[1]), np.float32))
+                    self._lines.pool_from(rows, index, splits, out, weight, row_scale)
+                else:
+                    self._lines.pool(self._far(held), index, splits, out, weight, row_scale)
 
     def apply(self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored.
@@ -828,6 +847,7 @@ class DeviceStore:
     def _update(self, lease: DeviceLease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool) -> int:
         """Update rows; how many were left out, their gradients not being finite."""
         lines, seed, n_skipped = self._lines, self.layout.seed, 0
+        on_device = not isinstance(grads, (np.ndarray, Gradients))
         if isinstance(grads, Summands):
             given, room = self._given(grads), self._sorted(lease)
             order, starts = room.order[: lease.n], room.starts[: lease.n_keys + 1]
@@ -839,26 +859,31 @@ class DeviceStore:
                 return 0
             sums = self.memory.empty((lease.n_keys, given.values.shape[1]), np.float32)
             lines.sums(given.values, order, starts, sums, given.rows, given.scale)
-        elif isinstance(grads, (np.ndarray, Gradients)):
+        elif not on_device:
             self._know(lease)
             sums = grads.sum() if isinstance(grads, Gradients) and lease.n_away else grads
             bad = "skip" if skip else "apply"
             n_skipped = lines.apply(rule.code, self._near(lease), sums, hyper, lease.near_keys, seed, step, bad)
         else:
             sums = self.memory.array(grads)
-        if not isinstance(grads, (np.ndarray, Gradients)):
+        if on_device:
             slots = self._far(lease)
             if skip:
                 slots, n_skipped = lines.skip_bad(slots, sums)
             lines.apply(rule.code, slots, sums, hyper, lease.far_keys, seed, step)
-            sums = self.memory.fetch(sums) if lease.n_away else sums
         if lease.n_away:
             assert lease.near is not None and lease.near_keys is not None
             away = np.flatnonzero(lease.near == AWAY)
+            if on_device:
+                some = self.memory.empty((len(away), sums.shape[1]), np.float32)
+                lines.gather_from(sums, self.memory.send(away), some)
+                sums = self.memory.fetch(some)
+            else:
+                sums = sums[away]
             with self._unlocked(), self._leased(lease.near_keys[away]) as held:
-                self.below.apply(held, sums[away], rule, hyper, step, skip)
+                self.below.apply(held, sums, rule, hyper, step, skip)
             self._n_streamed += len(away)
-            n_skipped += int(np.count_nonzero(~finite_rows(sums[away]))) if skip else 0
+            n_skipped += int(np.count_nonzero(~finite_rows(sums))) if skip else 0
         return n_skipped
 
     def _given(self, grads: Summands) -> Summands:

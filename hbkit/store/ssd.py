@@ -16,7 +16,7 @@ from hbkit.store.disk import Disk
 from hbkit.store.home import Home
 from hbkit.store.log import SEGMENT_NBYTES
 from hbkit.store.policy import FIXED_NBYTES, Policy, make_policy
-from hbkit.store.tier import Lines, TieredStore
+from hbkit.store.tier import TieredStore
 
 BUFFER_NBYTES = 4 * 2**20  # at the most, of what is written; all of the home's buffers are some times as large
 SCRATCH_NBYTES = 2**23  # at the most, of lines on their way
@@ -154,7 +154,7 @@ class SsdStore(TieredStore):
         per_row = INDEX_NBYTES + MORE_NBYTES + METADATA_NBYTES * self.layout.metadata + self._line_nbytes
         return max(0, self._budget - self._fixed_nbytes) // per_row
 
-    def _new_lines(self) -> Lines:
+    def _new_lines(self) -> Slabs:
         # A chunk is about a 64th of the budget or 4 MiB, so that rounding up costs little.
         chunk = max(self.layout.line_nbytes, min(self._budget // 64, 2**22))
         return Slabs(self.layout.width, chunk, dim=self.layout.dim, row_dtype=self.layout.dtype)

@@ -58,6 +58,7 @@ from hbkit.store.cache import Cache, Window
 from hbkit.store.changes import Changes, Since
 from hbkit.store.point import InPlace, Point
 from hbkit.store.policy import Policy
+from hbkit.store.threads import shared
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
@@ -65,65 +66,6 @@ AWAY = 1 << 40  # a lease's slot for a row that is only at home
 GROWTH = 1.25  # an index that outgrows its share of the budget gets room for so many times the rows there are
 UNFIT = (StorageError, Corrupt, DeviceUnavailable)  # whoever meets one of them in a change does not commit any more
 FIRST_LINES = 1024  # of a cache, which doubles them up to its limit
-
-
-class Lines(Protocol):
-    """Memory of a near tier: lines by slot. As `hbkit._ext.slabs.Slabs`, but for what may be left out there."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        ...
-
-    def reserve(self, n_lines: int) -> None:
-        """Make room for slots 0..n_lines-1."""
-        ...
-
-    def trim(self, n_lines: int) -> None:
-        """Let go of slots from n_lines on, as far as memory can be given back."""
-        ...
-
-    def pack(self, slots: Int64s) -> Bytes:
-        """Lines as bytes, rows in the table's dtype and state in float32: uint8[n, layout.line_nbytes]."""
-        ...
-
-    def unpack(self, slots: Int64s, lines: Bytes) -> None:
-        """Write lines that `pack` gave; slots are >= 0."""
-        ...
-
-    def gather(self, slots: Int64s, out: Float32s, index: Int64s | None = None) -> None:
-        """First ``out.shape[1]`` floats of lines; zeros where the slot is -1. With `index`, of ``slots[index]``."""
-        ...
-
-    def pool(
-        self,
-        slots: Int64s,
-        index: Int64s,
-        splits: Int64s,
-        out: Float32s,
-        weight: Float32s | None = None,
-        row_scale: Float32s | None = None,
-    ) -> None:
-        """Weighted sums of the rows of ``slots[index]`` by list, in order; see `Store.pool`."""
-        ...
-
-    def scatter(self, slots: Int64s, lines: Float32s) -> None:
-        """Write whole lines; slots are >= 0."""
-        ...
-
-    def apply(
-        self,
-        rule: Any,
-        slots: Int64s,
-        grads: Float32s | Gradients,
-        hyper: Float32s,
-        keys: Int64s,
-        seed: int,
-        step: int,
-        bad: str,
-    ) -> int:
-        """One optimizer step on distinct slots; -1 is skipped. How many `bad` left out."""
-        ...
 
 
 class Home(Protocol):
@@ -285,7 +227,7 @@ class TieredStore(ABC):
         return 0
 
     @abstractmethod
-    def _new_lines(self) -> Lines:
+    def _new_lines(self) -> Slabs:
         """Memory for the cache's lines."""
 
     # --- the cache --------------------------------------------------------------------------------------------
@@ -690,36 +632,40 @@ class TieredStore(ABC):
         check_lines(self.layout, lines, at, freq, last_step)
         with self._open():
             near, _ = self._ready(lease)
-            near = near[at]
-            away = np.flatnonzero(near < 0)
-            check_rows(self.layout, lease.slots[at[away]])
-            self._gather(near, away, lease.keys[at], lines)
-            freq[:], last_step[:] = self._metadata_of(lease.keys[at], near)
+            keys, near = lease.keys[at], near[at]
+            check_rows(self.layout, lease.slots[at])
+            shared(lambda some: self._lines.read(near[some], lines[some]), len(at), 4 * self.layout.width)
+            freq[:], last_step[:] = self._metadata_of(keys, near)
+            for some, _, _, held in self._stream(keys, np.flatnonzero(near < 0)):
+                rows = np.empty((len(some), self.layout.width), np.float32)
+                held.read(np.arange(len(some)), rows)
+                lines[some] = rows
 
     def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
         """Take back lines and metadata of distinct rows that a tier above had; those that are not near go straight
         home."""
         check_lines(self.layout, lines, keys, freq, last_step)
-        freq, last_step = np.clip(freq, 0, 2**32 - 1), np.clip(last_step, 0, 2**32 - 1)
         with self._open():
-            for part in _parts(len(keys), self._scratch_lines):
-                self._write(keys[part], lines[part], freq[part], last_step[part])
-                self.changes.note_stamped(keys[part], len(self._home), last_step[part])
+            self.changes.note_stamped(keys, len(self._home), last_step)  # before: some may be written when it fails
+            self._write(keys, lines, freq, last_step)
 
     def _write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
-        """Lines of distinct rows, no more of them than the scratch holds. All or none."""
+        """Lines of distinct rows, new or in place of what there was."""
+        freq, last_step = np.clip(freq, 0, 2**32 - 1), np.clip(last_step, 0, 2**32 - 1)
         self._make_room(int(np.count_nonzero(~self._home.find(keys))))
         slots = self._find(keys)
         if self._point is not None:
             old = self._home.find(keys)
             self._set_aside(self._point, keys[old], slots[old])
             self._set_aside(self._point, keys[~old], None)
-        near, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        self._home_lines(keys[away], lines[away], freq[away], last_step[away])
-        self._lines.scatter(slots[near], lines[near])
-        self._metadata.put(slots[near], freq[near], last_step[near])
-        self._cache.dirty[slots[near]] = True
         self._version += 1
+        away = np.flatnonzero(slots < 0)
+        for part in _parts(len(away), self._scratch_lines):
+            some = away[part]
+            self._home_lines(keys[some], lines[some], freq[some], last_step[some])
+        shared(lambda some: self._lines.write(slots[some], lines[some]), len(keys), 4 * self.layout.width)
+        self._metadata.put(slots, freq, last_step)
+        set_at(self._cache.dirty.view(np.uint8), slots)
 
     def _home_lines(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
         """Write whole lines home, no more of them than the scratch holds."""
@@ -812,7 +758,6 @@ class TieredStore(ABC):
                 remedy="give the table the dim and optimizer that the lines were written with",
             )
         all_keys, freq, last_step = (np.ascontiguousarray(column, np.int64) for column in chunk[:3])
-        freq, last_step = np.clip(freq, 0, 2**32 - 1), np.clip(last_step, 0, 2**32 - 1)
         with self._open(), self._change():
             for part in _parts(len(all_keys), self._scratch_lines):
                 keys = all_keys[part]

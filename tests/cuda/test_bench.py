@@ -1,4 +1,4 @@
-"""The benchmarks of the device tier run from end to end, on its twin and in Numba's simulator; no figure is looked at."""
+"""The benchmarks of the device tier run from end to end, on its twin and in the simulator; no figure is looked at."""
 
 import json
 import os

@@ -77,7 +77,7 @@ def same_lines(device, n, width, dim, dtype="float32", batch_lines=4, seed=0, co
     start = values(rng, n, width)
     start[:, dim:] = np.abs(start[:, dim:])
     for at in counts:
-        start[:, at] = np.resize([0, 1, 3, 2**24, 2.5, 3e7, 2**24 - 1, 5], n)
+        start[:, at] = np.resize([0, 1, 3, 2**24, 2.5, 2**24 + 2, 2**24 - 1, 5], n)
     both = [Slabs(width, dim=dim, row_dtype=dtype)]
     both[0].reserve(n)
     if device is not None:

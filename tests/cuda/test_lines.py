@@ -129,6 +129,38 @@ def test_lines_come_and_go_in_pinned_memory(device, dtype, on_host):
         assert np.array_equal(out, want)
 
 
+@pytest.mark.parametrize("dim", [3, 8])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_rows_of_an_array_are_taken_as_those_of_lines(device, dim, on_host):
+    from hbkit._ext.segment import pool
+    from hbkit.cuda.lines import DeviceLines
+
+    send = np.asarray if on_host else device.send
+    rng, lines = np.random.default_rng(0), DeviceLines(device, 4, 2 * dim, 2, dim, "bfloat16")
+    source = rng.standard_normal((9, dim)).astype(np.float32)
+    slots, index = rng.integers(-1, 9, 12), rng.integers(0, 12, 30)
+    for picked, want in ((None, slots), (index, slots[index])):
+        out = device.empty((len(want), dim), np.float32)
+        lines.gather_from(send(source), send(slots), out, None if picked is None else send(picked))
+        assert np.array_equal(device.fetch(out), np.where(want[:, None] >= 0, source[want], np.float32(0)))
+
+    target, positions = device.send(source), rng.permutation(9)[:6]
+    values = rng.standard_normal((6, dim)).astype(np.float32)
+    positions[2] = -1
+    lines.scatter_into(target, send(positions), send(values))
+    source[positions[positions >= 0]] = values[positions >= 0]
+    assert np.array_equal(device.fetch(target), source)
+
+    splits, weight = np.array([0, 4, 4, 11, 20]), rng.standard_normal(20).astype(np.float32)
+    scale, index = rng.standard_normal(4).astype(np.float32), rng.integers(0, 9, 20)
+    for w, s in ((None, None), (weight, scale)):
+        out, want = device.empty((4, dim), np.float32), np.empty((4, dim), np.float32)
+        given = [None if a is None else send(a) for a in (w, s)]
+        lines.pool_from(send(source), send(index), send(splits), out, *given)
+        pool(source, index, splits, want, w, s)
+        assert np.array_equal(device.fetch(out), want)
+
+
 def test_lines_take_the_memory_that_they_say(device, monkeypatch):
     from hbkit.cuda.lines import DeviceLines
 

@@ -91,13 +91,15 @@ def empty_on(collection, asked):
     return empty
 
 
-FEATURES = {"x": "a", "y": "a", "z": "b", "w": "b", "list": "a", "sequence": "b"}
+FEATURES = {"x": "a", "y": "a", "z": "b", "w": "b", "list": "a", "sequence": "b", "wide": "a", "weighted": "b"}
+UNPOOLED = ("sequence", "wide", "weighted")
 
 
 def collection(store, features=FEATURES, **options):
     a = Table("a", DIM, optimizer=Adam(lr=0.1), store=store, **options)
     b = Table("b", DIM, optimizer=RowWiseAdagrad(lr=0.1), store=store, **options)
-    return Collection([a, b], features, {"list": "mean", "sequence": None}, {"stack": ["x", "z"]})
+    pooling = {"list": "mean", **dict.fromkeys(UNPOOLED)}
+    return Collection([a, b], features, pooling, {"stack": ["x", "z"]})
 
 
 def batch(step):
@@ -107,7 +109,9 @@ def batch(step):
     for f in ("list", "sequence"):
         splits = np.concatenate([[0], np.cumsum(rng.integers(0, 4, N_ROWS))])
         keys[f] = Ragged(rng.integers(0, N_KEYS, splits[-1]), splits)
+    keys |= {f: rng.integers(0, N_KEYS, (N_ROWS, 3)) for f in ("wide", "weighted")}
     weights = {
+        "weighted": rng.random(3 * N_ROWS).astype(np.float32),
         "y": rng.random(N_ROWS).astype(np.float32),
         "list": rng.random(len(keys["list"].values)).astype(np.float32),
         "sequence": rng.random(len(keys["sequence"].values)).astype(np.float32),
@@ -126,7 +130,7 @@ def sent(table, column):
 def train(c, there, keys_there=False):
     """Outputs of all steps: two batches accumulate, one has no gradient of a feature; there are rows of padding."""
     found, held, asked, table = [], [], [], c.tables["a"]
-    for step in range(3 if SIMULATED else 4):
+    for step in (0, 2) if SIMULATED else range(4):  # the simulator is slow
         keys, weights = batch(step)
         columns = {f: sent(table, k) for f, k in keys.items()} if keys_there else keys
         staged = c.stage(columns, size=N_ROWS + 2, weights=weights)
@@ -134,7 +138,7 @@ def train(c, there, keys_there=False):
         staged.wait()
         outputs = staged.outputs(empty_on(c, asked) if there else None)
         rows = {f: o.values if isinstance(o, SequenceOutput) else o for f, o in outputs.items()}
-        found += [near(rows[f]) for f in rows] + [outputs["sequence"].mask]
+        found += [near(rows[f]) for f in rows] + [outputs[f].mask for f in UNPOOLED]
         assert all(isinstance(o, np.ndarray) != there for o in rows.values())
         rng = np.random.default_rng(100 + step)
         grads = {f: rng.standard_normal(tuple(o.shape)).astype(np.float32) for f, o in rows.items()}
@@ -288,38 +292,43 @@ def test_keys_of_every_kind_are_those_of_numpy():
     assert found[:3] == found[3:]
 
 
-def test_gradients_that_are_not_finite():
-    keys, g = np.arange(N_ROWS) % 3, np.ones((N_ROWS, DIM), np.float32)
-    bad = g.copy()
-    bad[1, 2] = np.inf
+GOOD, BAD = np.ones((2, N_ROWS, DIM), np.float32)
+BAD[1, 2] = np.inf
 
-    def step(c, **grads):
-        staged = c.stage(dict.fromkeys(c.features, keys))
-        staged.outputs()
-        try:
-            staged.apply({f: far(c.tables[c.features[f]], grad) for f, grad in grads.items()})
-        finally:
-            staged.close()
 
+def update(c, **grads):
+    """One step over three keys."""
+    staged = c.stage(dict.fromkeys(c.features, np.arange(N_ROWS) % 3))
+    staged.outputs()
+    try:
+        staged.apply({f: far(c.tables[c.features[f]], grad) for f, grad in grads.items()})
+    finally:
+        staged.close()
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator is slow; what it adds here is tested in tests/cuda")
+def test_gradients_that_are_not_finite_change_nothing():
     c = pair({"one": "a", "two": "a", "three": "b"})
-    step(c, one=g, two=g, three=g)
+    update(c, one=GOOD, two=GOOD, three=GOOD)
     before = contents(c)
     with pytest.raises(errors.InvalidArgument, match=r"gradient of a feature \(feature two, table a\)"):
-        step(c, one=g, two=bad, three=g)
+        update(c, one=GOOD, two=BAD, three=GOOD)
     assert contents(c)[3:5] == before[3:5]  # rows and states of the first; it counted the batch
-    c.close()
-    c = pair({"one": "a"})
     c = Collection([c.tables["a"]])
     with pytest.raises(errors.InvalidArgument, match=r"gradient of 1 of 3 keys \(table a, key 1\)"):
-        step(c, a=bad)
+        update(c, a=BAD)
     c.close()
+
+
+@pytest.mark.skipif(SIMULATED, reason="as above")
+def test_gradients_that_are_not_finite_are_skipped():
     c = pair(nonfinite="skip")
-    step(c, a=bad, b=g)
+    update(c, a=BAD, b=GOOD)
     assert c.tables["a"].stats()["skipped_updates"] == 1
     c.close()
     c = pair(padding_key=1)  # whose gradient counts nowhere
     c = Collection([c.tables["a"]])
-    step(c, a=bad)
+    update(c, a=BAD)
     c.close()
 
 
@@ -379,3 +388,20 @@ def test_nothing_of_a_batch_crosses_over_once_its_rows_are_there(monkeypatch):
         outputs = staged.outputs(empty_on(c, []))
         staged.apply({f: Far(np.ones_like(near(rows))) for f, rows in outputs.items()})
     assert max(crossed, default=0) <= 8 * N_KEYS < 4 * n
+
+
+@pytest.mark.skipif(SIMULATED, reason="Numba's arrays do not say where they are")
+def test_arrays_of_another_device_are_elsewhere():
+    class There(Far):
+        def __dlpack_device__(self):
+            return self.at
+
+    t = Table("t", DIM, store=place())
+    array = There(np.zeros(1))
+    assert t.is_there(array) and not t.is_there(np.zeros(1)) and not t.is_there([1])
+    t.device = "cuda:1"
+    for at, there in [((2, 1), True), ((2, 0), False), ((1, 0), False)]:
+        array.at = at
+        assert t.is_there(array) == there
+    t.device = None
+    assert not t.is_there(array)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hbkit._ext import segment
+from hbkit._ext import isa, segment
 from hbkit._ext.index import Index
 from hbkit._ext.random import initialize
 from hbkit._ext.slabs import ROW_DTYPES, Slabs, n_state
@@ -50,6 +50,32 @@ def held(slabs, n, width=None):
     out = np.full((n, width or slabs.width), np.nan, np.float32)
     slabs.gather(np.arange(n), out)
     return out
+
+
+@settings(max_examples=80)
+@given(SEED, st.integers(0, 60), DIMS, st.sampled_from([0, 1, 16, 64, 256]), DTYPES, st.booleans(), st.booleans())
+def test_whole_lines_past_the_cache_are_those_through_it(seed, n, dim, state, dtype, aligned, with_absent):
+    rng, name = np.random.default_rng(seed), isa.name()
+    bits = rng.integers(0, 2**32, (n, dim + state), np.uint32)  # any floats, among them NaN
+    slots = rng.permutation(80)[:n] - with_absent * (80 - n)
+    slots[slots < 0] = -1
+    memory = segment.retained((2, n * (dim + state) + 1))  # begins with a cache line
+    out, lines = (m[1 - aligned :][: bits.size].reshape(bits.shape) for m in (memory[0], memory[0].copy()))
+    lines[:] = bits.view(np.float32)
+    try:
+        for other in isa.available():
+            isa.use(other)
+            want, slabs = (filled(np.zeros((80, dim + state), np.float32), dim, dtype) for _ in range(2))
+            want.scatter(slots[slots >= 0], lines[slots >= 0])
+            slabs.write(slots, lines)
+            assert held(slabs, 80).tobytes() == held(want, 80).tobytes()
+            out[:] = np.nan
+            slabs.read(slots, out)
+            found = np.empty_like(bits, np.float32)
+            want.gather(slots, found)
+            assert out.tobytes() == found.tobytes()
+    finally:
+        isa.use(name)
 
 
 @settings(max_examples=60)
@@ -314,6 +340,10 @@ def test_expand_and_segments_equal_numpy(seed, index, u):
         lambda s: s.lookup_pooled(Index(), np.array([1]), np.array([0, 2]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([-1]), np.zeros((1, 3), np.float32)),
         lambda s: s.scatter(np.array([0]), np.zeros((1, 3), np.float32), 3),
+        lambda s: s.read(np.array([-2]), np.zeros((1, 5), np.float32)),
+        lambda s: s.read(np.array([0]), np.zeros((1, 3), np.float32)),
+        lambda s: s.write(np.array([1 << 40]), np.zeros((1, 5), np.float32)),
+        lambda s: s.write(np.array([0, 0]), np.zeros((1, 5), np.float32)),
         lambda s: s.apply(0, np.array([0]), np.zeros((1, 2), np.float32), [1.0]),
         lambda s: s.apply(0, np.array([0, 1]), np.zeros((1, 3), np.float32), [1.0]),
         lambda s: s.apply(3, np.array([0]), np.zeros((1, 3), np.float32), [1.0]),

@@ -900,10 +900,11 @@ def test_device_lost_in_an_update_leaves_what_is_below(monkeypatch, device):
         raise errors.DeviceUnavailable("the device failed: it fell off the bus", device="cuda:0", remedy="nvidia-smi")
 
     with monkeypatch.context() as m:
-        at, name = (t.store._lines, "apply") if device == "cpu" else (t.store.memory, "launch")
         lease = t.request(np.arange(4))
         lease.fetch()
-        m.setattr(at, name, lost)
+        at = t.store._lines if device == "cpu" else t.store.memory
+        for name in ("apply", "apply_segments") if device == "cpu" else ("launch",):
+            m.setattr(at, name, lost)
         with pytest.raises(errors.DeviceUnavailable, match="fell off"):
             lease.update(np.ones((4, 4), np.float32), None, None, 2)
     lease.close()
@@ -913,28 +914,15 @@ def test_device_lost_in_an_update_leaves_what_is_below(monkeypatch, device):
     t.close()
 
 
-def test_device_optimizer_without_kernel_is_unsupported(device):
-    if device == "cpu":
-        pytest.skip("lane cpu: the C kernels have all optimizers")
-    t = Table("t", 4, optimizer=AdagradDecay(), store=device_cached(host_memory(), "16KiB", device))
-    with pytest.raises(errors.Unsupported, match="AdagradDecay"):
-        t.lookup([1], train=True)
-        t.update([1], np.ones((1, 4)))
-
-
-def test_device_reads_named_columns_but_does_not_update_them(device):
-    columns = {"a": Column(1, optimizer=SGD()), "b": Column(3, optimizer=Adagrad())}
-    ours = Table("t", columns=columns, store=device_cached(host_memory(), "16KiB", device))
-    host = Table("t", columns=columns)
-    keys = np.arange(9)
-    rows = ours.lookup(keys, train=True)
-    assert np.array_equal(rows, host.lookup(keys, train=True))
-    if device == "cpu":
-        pytest.skip("lane cpu: the C kernels have named columns")
-    with pytest.raises(errors.Unsupported, match=r"named columns.*host_memory"):
-        ours.update(keys, {"a": np.ones((9, 1)), "b": np.ones((9, 3))})
-    assert np.array_equal(ours.lookup(keys), rows) and ours.step == 0
-    ours.store.validate()
+@pytest.mark.parametrize("times", [1.0, 8.0])
+def test_device_updates_named_columns_as_host_does(times, device):
+    kind = {"columns": {"a": Column(1, optimizer=SGD()), "b": Column(3, optimizer=AdagradDecay())}}
+    ours, host = Table("t", store=cached(device, times, **kind), **kind), Table("t", **kind)
+    keys = np.arange(40)
+    for t in (ours, host):
+        t.lookup(keys, train=True)
+        t.update(keys, {"a": np.ones((40, 1)), "b": np.full((40, 3), 0.5)})
+    assert contents(ours.store) == contents(host.store)
     ours.close()
 
 

@@ -294,8 +294,9 @@ def test_rows_are_allocated_where_tables_are(monkeypatch):
     made = []
 
     class Rows:
-        def __init__(self, shape, device):
+        def __init__(self, shape, dtype, device):
             made.append((shape, device))
+            assert dtype == torch.float32  # whatever the default is
 
         def record_stream(self, stream):
             made.append(stream)
