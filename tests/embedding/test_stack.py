@@ -266,13 +266,13 @@ def test_together_refuses_what_does_not_fit():
     keys = np.arange(6)
     for n_rows, places in ((4, [(0, 0)]), (3, [(0, 0)]), (0, []), (6, [(0, 0), (0, 4)]), (6, [(-1, 0)])):
         with pytest.raises(InvalidArgument):
-            Together([store.parts], [keys], places, n_rows)
-    batch = Together([store.parts], [keys], [(0, 4)], 6)
+            Together([store.parts], [keys], places, [n_rows])
+    batch = Together([store.parts], [keys], [(0, 4)], [6])
     with pytest.raises(InvalidArgument):
         batch.make([0])  # there is no room
     store.grow(6)
     with pytest.raises(InvalidArgument):
-        Together([(*store.parts[:3], None)], [keys], [(0, 4)], 6).make([0])
+        Together([(*store.parts[:3], None)], [keys], [(0, 4)], [6]).make([0])
     for out in (np.zeros((6, 7), np.float32), np.zeros((5, 8), np.float32)):
         with pytest.raises(InvalidArgument):
             batch.gather([out])
