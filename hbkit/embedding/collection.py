@@ -256,7 +256,7 @@ class Staged:
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
         self._joined = self._joinable() if n and (train or ahead) else {}
-        self._together = self._join() if self._joined else None
+        self._together: Any = self._join() if self._joined else None
         for name, features in collection._by_table.items():
             if name in self._joined:
                 continue
