@@ -551,7 +551,7 @@ class DeviceStore(Resident):
                 "lines_nbytes": self._lines.nbytes,
                 "metadata_nbytes": metadata,
                 "buffer_nbytes": self._buffer_nbytes,
-                "window_nbytes": self._window_nbytes,
+                "window_nbytes": self._window_nbytes + self._work_nbytes,
                 "cache_lines": self._n_lines,
                 "hits": self._n_hits,
                 "misses": self._n_misses,

@@ -188,7 +188,7 @@ class Resident:
         self._dedupe: Any = None
         self._order: Any = None
         self._room_ids = 0  # positions that rooms have at the least
-        self._window_nbytes = 0
+        self._window_nbytes = self._work_nbytes = 0  # of batches announced, and of what dedupes and orders them
         self._version = 0  # counts rows made, put, erased
         self._n_batches = self._n_releases = self._n_cleaned = self._n_uses = 0
         self._drained = 0  # releases when the side list was emptied
@@ -280,6 +280,7 @@ class Resident:
             self._window_nbytes -= sum(room.nbytes for room in self._rooms)
             self._rooms.clear()
             self._dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
+            self._work_nbytes = self._dedupe.nbytes + self._order.nbytes
         if not self._rooms:
             self._rooms.append(Room(self.memory, self._room_ids))
             self._window_nbytes += self._rooms[0].nbytes
