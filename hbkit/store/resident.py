@@ -341,7 +341,6 @@ class Resident:
     def _hold(self, lease: DeviceLease) -> None:
         """Pin what is resident of a lease; the others count as absent, until they are looked for below."""
         self._let_go()
-        self._leases.add(lease)
         if lease.batch is not None:
             self._announced.pop(lease.batch, None)
         slots = None if lease.room is None else lease.room.slots[: lease.n_keys]
@@ -352,6 +351,7 @@ class Resident:
         else:
             lease.far = lease.far_keys
         lease.fetched = True
+        self._leases.add(lease)
         self._n_hits += lease.n_keys - n_missing
         self._n_uses += lease.n_keys
         if self._by_use and self._n_uses > AGEING * self._n_lines:
