@@ -457,7 +457,7 @@ class Bench:
     def tier(self) -> None:
         """A step through the store's calls, for batches that differ; beside what others published for the same."""
         batches = self.batches()
-        n_distinct = max(len(np.unique(ids)) for ids in batches)
+        n_distinct, n_all = max(len(np.unique(ids)) for ids in batches), len(np.unique(np.concatenate(batches)))
         grads = self.rng.standard_normal((self.sizes.n_ids, self.sizes.dim), np.float32)
         self.say(
             "| cache | lines, of distinct ids of a batch | ids, rows, gradients | rows made resident, ms "
@@ -466,9 +466,7 @@ class Bench:
         )
         self.say("| --- | ---: | --- |" + " ---: |" * 9)
         for cache, share, *public in CASES:
-            budget = 2**33 if self.sizes is FULL else 2**20
-            if share is not None:
-                budget = self.budget(int(share * n_distinct))
+            budget = self.budget(2 * n_all if share is None else int(share * n_distinct))
             for tensors in (True, False) if share is None else (True,):
                 table = Table(
                     "t",

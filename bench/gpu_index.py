@@ -11,7 +11,8 @@ kernel that waits, their own waits left out), and the wall clock of a call with 
 scores are in device memory. Medians of 5 rounds over 8 batches, so that no batch is asked for twice in a row.
 
 Beside the device's time stand the bytes that a call must move and the share of a plain copy's speed that this is. Where
-access is random, sectors of 32 bytes count: a bucket's digests, an entry; each input and output counts once.
+access is random, sectors of 32 bytes count: a bucket's digests (of the first, where the key is there; else of both), an
+entry; each input and output counts once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import cuda
 
 from hbkit.cuda.parts import Placement, Room, open_parts
 
@@ -41,10 +43,10 @@ except ImportError:  # a peer
 
 ODD = np.int64(-7046029254386353131)  # odd, so that i * ODD are distinct keys
 # Bytes a key.
-FIND, ABSENT, SETTLE = 8 + 32 + 32 + 8, 8 + 32 + 8, 8 + 2 * 32
+FIND, ABSENT, SETTLE = 8 + 32 + 32 + 8, 8 + 2 * 32 + 8, 8 + 2 * 32
 HOLD = FIND + 32 + SETTLE
 INSERT = FIND + 32 + 16 + 2 * SETTLE  # with stamp
-EVICT = 728 + 2 * SETTLE  # all of a bucket's entries
+EVICT = 760 + 2 * SETTLE  # the digests of both buckets, all entries of one
 
 
 class Sizes(NamedTuple):
@@ -68,8 +70,6 @@ SMALL = Sizes(6, 16, 8, 40, 10, 7, 5, 1, 1, 2**12)
 
 def wait_ms(ms: Any, error: Any) -> None:
     """Keep the stream busy, so that what comes after is queued."""
-    from numba import cuda
-
     for _ in range(ms):
         cuda.nanosleep(1_000_000)
 

@@ -56,7 +56,8 @@ class EmbeddingCollection(Updating, keras.layers.Layer):
     Notes
     -----
     Not thread-safe. One call is pending at a time: a call whose ``apply`` or ``accumulate`` did not come is dropped by
-    the next one, and leaves the rows as they were. Rows are float32 under every dtype policy.
+    the next one, and leaves the rows as they were. Rows are float32 under every dtype policy. Those of tables on a
+    device (`hbkit.store.device_cached`) come to host memory, and their gradients come from there.
 
     In a `tf.function` the same lines run, with one call back to Python for the rows and one for the update: they take
     the Python lock, copy keys, rows and gradients, and XLA cannot compile them. `pipeline` and `attach` need none.

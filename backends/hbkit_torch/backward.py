@@ -64,8 +64,9 @@ class Watch:
                 raise refused("Accumulation of several forwards or backwards")
             self.waiting, self.n_updates = False, self.n_updates + 1
             given = {f: grad for f, grad in zip(leaves, grads, strict=True) if grad is not None}
+            gradients = as_core(forward.staged, given)
             with in_order(forward.staged.collection):
-                forward.staged.apply(as_core(forward.staged, given))
+                forward.staged.apply(gradients)
 
         torch.autograd.graph.register_multi_grad_hook(list(leaves.values()), update)
         return {

@@ -121,13 +121,13 @@ class EmbeddingCollection(Updating, torch.nn.Module):
         train = self.training and torch.is_grad_enabled()
         collection = self.collection
         columns = {f: to_column(batch[f], f, place_of(collection.device(f))) for f in collection.features if f in batch}
-        with in_order(collection):
+        with in_order(collection) as streams:
             staged = collection.stage(columns, train=train)
             try:
                 staged.wait()
                 if train:
                     self._make_way()
-                embeddings = leaves(staged.outputs(empty_on()), train)
+                embeddings = leaves(staged.outputs(empty_on(streams)), train)
             except BaseException:
                 staged.close()
                 raise

@@ -90,8 +90,8 @@ class Step(Updating):
     ) -> None:
         self.n_rows, self.cursor = inputs.n_rows, inputs.cursor
         self._staged = staged
-        with in_order(staged.collection):
-            outputs = staged.outputs(empty_on(device or torch.device("cpu")))
+        with in_order(staged.collection) as streams:
+            outputs = staged.outputs(empty_on(streams, device or torch.device("cpu")))
         self.share, self.transport = getattr(staged, "share", 1.0), getattr(staged, "transport", None)
         make = tensor if device is None else in_one_copy(inputs, outputs, device)
         self.dense, self.label, self.weight = make(inputs.dense), make(inputs.label), make(inputs.weight)

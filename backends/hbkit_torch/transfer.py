@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,30 +74,41 @@ def place_of(device: str | None) -> torch.device | None:
     return None if device is None else torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
-def empty_on(only: torch.device | None = None) -> Callable[[tuple[int, ...], str], Tensor | None]:
-    """Memory for rows that tables have on a device, there: what `Staged.outputs` takes. On that one alone, if given."""
-
-    def empty(shape: tuple[int, ...], device: str) -> Tensor | None:
-        place = place_of(device)
-        return torch.empty(shape, device=place) if only in (None, place) else None
-
-    return empty
+Streams = dict[torch.device, torch.cuda.Stream]
 
 
 @contextmanager
-def in_order(collection: Collection) -> Iterator[None]:
-    """Order what tables do on their devices with the streams that are PyTorch's current ones there, both ways.
+def in_order(collection: Collection) -> Iterator[Streams]:
+    """Order what tables do on their devices with PyTorch's current streams there, both ways; gives those streams.
 
-    Tables work in order with the default streams. Where another one is current, those wait for it, then it for them.
+    Tables work in order with the default streams, which are current within. Where others were, they are given: the
+    default ones wait for them, and then they for those.
     """
-    streams: list[tuple[Any, Any]] = []
-    for place in map(place_of, {collection.device(feature) for feature in collection.features} - {None, "cpu"}):
-        current, default = torch.cuda.current_stream(place), torch.cuda.default_stream(place)
-        if current != default:
-            default.wait_stream(current)
-            streams.append((current, default))
-    try:
-        yield
-    finally:
-        for current, default in streams:
-            current.wait_stream(default)
+    streams: Streams = {}
+    with ExitStack() as after:
+        for place in map(place_of, {collection.device(feature) for feature in collection.features} - {None, "cpu"}):
+            current, default = torch.cuda.current_stream(place), torch.cuda.default_stream(place)
+            if place is not None and current != default:
+                streams[place] = current
+                default.wait_stream(current)
+                after.callback(current.wait_stream, default)
+                after.enter_context(torch.cuda.stream(default))
+        yield streams
+
+
+def empty_on(streams: Streams, only: torch.device | None = None) -> Callable[[tuple[int, ...], str], Tensor | None]:
+    """Memory for rows that tables have on a device, there: what `Staged.outputs` takes. On that one alone, if given.
+
+    It is for use on the `streams` that `in_order` gave.
+    """
+
+    def empty(shape: tuple[int, ...], device: str) -> Tensor | None:
+        place = place_of(device)
+        if place is None or only not in (None, place):
+            return None
+        rows = torch.empty(shape, dtype=torch.float32, device=place)
+        if place in streams:
+            rows.record_stream(streams[place])
+        return rows
+
+    return empty

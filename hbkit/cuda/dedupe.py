@@ -15,13 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int32
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import Device
 from hbkit.cuda.index import TILES, mix, sum_before, tile_length
 from hbkit.cuda.parts import Distinct, Room
-from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, word, word_of
+from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, shared, word, word_of
 from hbkit.errors import InvalidArgument
 
 FREE = -1
@@ -106,7 +105,7 @@ def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: 
     Frequent keys come early, so they have small numbers: a block counts the first `HOT` in memory of its own, since one
     place in device memory takes one addition after the other.
     """
-    hot = cuda.shared.array(HOT, int32)
+    hot = shared(HOT)
     for j in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):
         hot[j] = 0
     cuda.syncthreads()

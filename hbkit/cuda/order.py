@@ -21,13 +21,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int32
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import BLOCK, SIMULATED_THREADS, Device, simulated
 from hbkit.cuda.index import TILES, sum_before, tile_length
 from hbkit.cuda.parts import Room
-from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shuffle
+from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shared, shuffle
 
 MAX_BITS = 2 if simulated() else 10  # of a digit
 MAX_TILES = 4 if simulated() else 2048  # of the batch; `TILES` are those of the sums of the keys' counts
@@ -37,9 +36,20 @@ POSITION = 0xFFFF_FFFF
 assert WARPS * WARP in (BLOCK, SIMULATED_THREADS)
 
 
-def log_length(n: int, bits: int) -> int:
-    """log2 of a tile's positions: no fewer than a digit has values, so that there are no more counts than positions."""
-    return max(bits, WARP.bit_length() - 1, (-(-n // MAX_TILES) - 1).bit_length())
+def plan(n: int, n_distinct: int) -> tuple[int, int, int]:
+    """Passes, bits a digit, and log2 of a tile's positions.
+
+    A tile is no shorter than a digit has values, so that there are no more counts than positions.
+    """
+    n_bits = max(1, (n_distinct - 1).bit_length())
+    n_passes = -(-n_bits // MAX_BITS)
+    bits = -(-n_bits // n_passes)
+    return n_passes, bits, max(bits, WARP.bit_length() - 1, (-(-n // MAX_TILES) - 1).bit_length())
+
+
+def counts_of(max_ids: int) -> int:
+    """Counts that a pass has at the most."""
+    return min(max_ids, MAX_TILES << MAX_BITS) + (1 << MAX_BITS)
 
 
 @inline
@@ -64,7 +74,7 @@ def count(
     numbers: Any, n: Any, log: Any, bits: Any, counted: Any, counts: Any, n_keys: Any, totals: Any, error: Any
 ) -> None:
     """Counts of the lowest digit of ``numbers[:n]`` by tile; and sums of the keys' counts by their tiles."""
-    held = cuda.shared.array(ROOM, int32)
+    held = shared(ROOM)
     mine = cuda.threadIdx.x // WARP << MAX_BITS
     n_tiles = (n + (1 << log) - 1) >> log
     for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
@@ -136,7 +146,7 @@ def place(
     The first pass, from bit 0, is given the numbers, and later ones ``number << 32 | position``; the last one writes
     positions alone.
     """
-    held = cuda.shared.array(ROOM, int32)
+    held = shared(ROOM)
     mine = cuda.threadIdx.x // WARP << MAX_BITS
     n_values, n_tiles = 1 << bits, (n + (1 << log) - 1) >> log
     for tile in range(cuda.grid(1) // WARP, n_tiles, cuda.gridsize(1) // WARP):
@@ -158,16 +168,16 @@ def place(
         c = source[min(begin + lane() + 2 * WARP, n - 1)]
         for i in range(begin + lane(), end + lane(), WARP):
             number, a, b, c = a, b, c, source[min(i + 3 * WARP, n - 1)]
-            value = np.int32(-1)
+            digit = np.int32(-1)
             if i < end:
-                value = np.int32((number >> shift) & (n_values - 1))
-            same = matching(value)
+                digit = np.int32((number >> shift) & (n_values - 1))
+            same = matching(digit)
             at = np.int32(0)
             if i < end:
-                at = held[mine + value]
+                at = held[mine + digit]
             fence()  # all have read what one of them writes
             if i < end and lane() == first(same):
-                held[mine + value] = at + ones(same)
+                held[mine + digit] = at + ones(same)
             fence()
             if i < end:
                 to = np.int64(at) + ones(same & ((1 << lane()) - 1))
@@ -209,8 +219,7 @@ class Order:
     def __init__(self, device: Device, max_ids: int) -> None:
         self._device = device
         self._packed = device.empty((max_ids,), np.int64)
-        n_counts = min(max_ids, MAX_TILES << MAX_BITS) + (1 << MAX_BITS)
-        self._counted = [device.empty((n_counts,), np.int32) for _ in range(2)]
+        self._counted = [device.empty((counts_of(max_ids),), np.int32) for _ in range(2)]
         self._sums = device.empty((1 << MAX_BITS,), np.int32)
         self._totals = device.empty((TILES,), np.int32)
         self._nothing = device.empty((0,), np.int32)
@@ -223,10 +232,7 @@ class Order:
         if n == 0:
             return
         device, counted = self._device, self._counted[0]
-        n_bits = max(1, (n_distinct - 1).bit_length())
-        n_passes = -(-n_bits // MAX_BITS)
-        bits = -(-n_bits // n_passes)
-        log = log_length(n, bits)
+        n_passes, bits, log = plan(n, n_distinct)
         n_tiles = -(-n >> log)
         device.launch(count, TILES * WARP, room.inverse, n, log, bits, counted, room.counts, n_distinct, self._totals)
         source = room.inverse

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from numba import int32
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.device import SIMULATED_THREADS, simulated
@@ -27,6 +28,7 @@ __all__ = [
     "lane",
     "matching",
     "ones",
+    "shared",
     "shuffle",
     "up",
     "word",
@@ -88,6 +90,10 @@ if simulated():
         """What the lane whose number differs in `mask` gives."""
         return exchanged(value)[lane() ^ mask]
 
+    def shared(size: Any) -> Any:
+        """int32[size] that the block shares; a kernel has one. Numba's own may become two where threads race."""
+        return block().__dict__.setdefault("hbkit_shared", np.zeros(size, np.int32))
+
     def fence() -> None:
         """What lanes of this warp wrote before is seen by all of it after."""
         block().syncthreads()
@@ -144,6 +150,11 @@ else:
     def xor(value: Any, mask: Any) -> Any:
         """What the lane whose number differs in `mask` gives."""
         return cuda.shfl_xor_sync(FULL, value, mask)
+
+    @inline
+    def shared(size: Any) -> Any:
+        """int32[size] that the block shares; a kernel has one."""
+        return cuda.shared.array(size, int32)
 
     @inline
     def fence() -> None:

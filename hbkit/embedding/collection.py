@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
+from hbkit.embedding import summands
+from hbkit.embedding.summands import Gradient, Joining, Lists
 from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
@@ -58,7 +60,6 @@ class _Input(NamedTuple):
         return self.splits is None and self.dictionary is None and self.weight is None
 
 
-_Gradient = tuple[Any, Int64s | None, Float32s | None]  # as `Request.update` takes it: values, rows, scale
 Empty = Callable[[tuple[int, ...], str], Any]  # of a shape and the name of a device, see `Staged.outputs`
 
 
@@ -130,6 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -277,7 +279,7 @@ class Staged:
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
         self._joined = self._joinable() if n and (train or ahead) else {}
-        self._together = self._join() if self._joined else None
+        self._together: Any = self._join() if self._joined else None
         for name, features in collection._by_table.items():
             if name in self._joined:
                 continue
@@ -294,7 +296,7 @@ class Staged:
         by_table = self._collection._by_table.items()
         return {t: fs for t, fs in by_table if tables[t].joinable and all(inputs[f].plain for f in fs)}
 
-    def _join(self) -> Together:
+    def _join(self) -> Any:
         c, keys, places = self._collection, [], []
         groups = {output: i for i, output in enumerate(self._outputs_of(self._joined))}
         for name, features in self._joined.items():
@@ -302,8 +304,11 @@ class Staged:
             for f in features:
                 output, number = c._in_stack.get(f, (f, 0))
                 places.append((groups[output], number * c.dim(f)))
-        stores: list[Any] = [c.tables[name].store for name in self._joined]
-        return Together(stores, keys, places, self.n_rows)
+        return self._together_of([c.tables[name] for name in self._joined], keys, places)
+
+    def _together_of(self, tables: list[Table], keys: list[Int64s], places: list[tuple[int, int]]) -> Any:
+        stores: list[Any] = [table.store for table in tables]
+        return Together(stores, keys, places, [self.n_rows] * len(stores))
 
     def _keys(self, table: Table, feature: str) -> Any:
         i = self._inputs[feature]
@@ -394,10 +399,8 @@ class Staged:
         for f in joined:
             if f not in rows:
                 whole[f] = rows[f] = _ext.retained((self.size, c.dim(f)))
-        if self._together is not None and self._train:
-            self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
-        elif self._together is not None:
-            self._together.gather(self._flat(whole))
+        if self._together is not None:
+            self._rows_together(step, self._flat(whole))
         for f, name in c.features.items():
             if name not in self._joined:
                 out = self._output(f, self._requests[name], partial(room, c._in_stack[f][0] if f in rows else f))
@@ -412,6 +415,14 @@ class Staged:
                 whole[name][self.n_rows :] = 0
         return {name: whole[name] for name in self._outputs_of({"": list(c.features)})}
 
+    def _rows_together(self, step: int, outs: list[Float32s]) -> None:
+        """Rows of the tables that go together."""
+        if self._train:
+            tables = self._collection.tables
+            self._together.create(step, [tables[name].admission for name in self._joined], outs)
+        else:
+            self._together.gather(outs)
+
     def _output(self, feature: str, request: Request, room: Callable[..., Any]) -> Any:
         c, i = self._collection, self._inputs[feature]
         part, dim = self._spans[feature], request.table.dim
@@ -421,19 +432,22 @@ class Staged:
         here = out[: self.n_rows]
         if i.splits is not None:
             request.pool(part, i.splits, here, i.weight, self._row_scale(feature))
-        elif i.weight is None:
-            request.take(part, here)
-        elif isinstance(out, np.ndarray):
-            request.take(part, here)
-            here *= i.weight[:, None]
         else:
-            request.pool(part, np.arange(self.n_rows + 1), here, i.weight, None)
+            _take(request, part, here, i.weight)
         if self.n_rows < self.size:
             out[self.n_rows :] = 0
         return out
 
     def _sequence(self, i: _Input, part: slice, request: Request, room: Callable[..., Any]) -> SequenceOutput:
-        (at, length), dim = _positions(i), request.table.dim
+        n, dim = self.n_rows, request.table.dim
+        if i.length:
+            values, mask = room(self.size, i.length, dim), np.zeros((self.size, i.length), np.bool_)
+            _take(request, part, values[:n].reshape(-1, dim), i.weight)
+            mask[:n] = True
+            if n < self.size:
+                values[n:] = 0
+            return SequenceOutput(values, mask)
+        at, length = _positions(i)
         values, mask = room(self.size, length, dim), np.zeros((self.size, length), np.bool_)
         mask.reshape(-1)[at] = True
         if isinstance(values, np.ndarray):
@@ -520,13 +534,15 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                join = _join if table.device is None else partial(_join_there, table.memory)
-                touched.update(*join([part for _, _, part in used]), step, finite=checked)
+                touched.update(*c._joining[name]([part for _, _, part in used]), step, finite=checked)
                 touched.close()
-        if joined and self._together is not None:
-            rules = [c._optimizers[name] for name in joined]
-            hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
-            self._together.apply(rules, [hypers[id(rule)] for rule in rules], step)
+        if joined:
+            self._apply_together(self._together, joined, step)
+
+    def _apply_together(self, together: Together, tables: Iterable[str], step: int) -> None:
+        rules = [self._collection._optimizers[name] for name in tables]
+        hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
+        together.apply(rules, [hypers[id(rule)] for rule in rules], step)
 
     def _check_read(self, *states: str) -> None:
         if self._state not in states or not self._train:
@@ -555,7 +571,7 @@ class Staged:
                 grads |= {f: _Side(flat, shape[1], i) if there else g[:, i] for i, f in enumerate(features)}
         return stacks, grads
 
-    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, _Gradient]:
+    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, Gradient]:
         """`_gradient` of each feature that has one, of other tables than those `joined`.
 
         With `check`, it is finite where its table asks for that.
@@ -601,14 +617,14 @@ class Staged:
                     raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
         return {}
 
-    def _gradient(self, feature: str, grad: Any) -> _Gradient:
-        """(values, row of each key, scale of each key) as `Request.update` takes them."""
+    def _gradient(self, feature: str, grad: Any) -> Gradient:
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
         shape: tuple[int, ...] = (self.size, dim)
         sequence = i.splits is not None and c.pooling[feature] is None
+        at: Int64s | None = None
         if sequence:
-            at, length = _positions(i)
+            at, length = (None, i.length) if i.length else _positions(i)
             shape = (self.size, length, dim)
         step, first = 1, 0
         if isinstance(grad, _Side):
@@ -618,16 +634,12 @@ class Staged:
             whole = table.join(grad) if isinstance(grad, Mapping) else grad
             g = _checked(feature, whole, shape, table).reshape(-1, dim)
         if sequence:
-            return g, at, i.weight
+            return (g[: len(i.keys)], None, i.weight) if at is None else (g, at, i.weight)
         if i.splits is None:
             if step > 1:
-                return g, np.arange(first, self.n_rows * step, step), i.weight
+                return g, range(first, self.n_rows * step, step), i.weight
             return g[: self.n_rows], None, i.weight
-        rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
-        per_key = scale[rows] if scale is not None else None
-        if per_key is not None and weight is not None:
-            per_key = per_key * weight
-        return g, rows * step + first if step > 1 else rows, weight if per_key is None else per_key
+        return g, Lists(i.splits, self._row_scale(feature), step, first), i.weight
 
     @property
     def state(self) -> str:
@@ -693,12 +705,22 @@ def _first_rows(i: _Input, n: int) -> _Input:
     return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
 
 
+def _take(request: Request, part: slice, out: Any, weight: Float32s | None) -> None:
+    """Rows of a part of the keys times their weights, into ``out[n, dim]``."""
+    if weight is None or isinstance(out, np.ndarray):
+        request.take(part, out)
+        if weight is not None:
+            out *= weight[:, None]
+    else:  # on a device: lists of one key
+        request.pool(part, np.arange(len(out) + 1), out, weight, None)
+
+
 def _positions(i: _Input) -> tuple[Int64s, int]:
-    """Where each key stands in [B, L] flattened, and L: the dense width, else the next power of two."""
+    """Where each key of lists stands in [B, L] flattened, and L: a power of two."""
     assert i.splits is not None
     lengths = np.diff(i.splits)
     longest = int(lengths.max(initial=1))
-    length = i.length or 1 << (longest - 1).bit_length()
+    length = 1 << (longest - 1).bit_length()
     rows = _ext.row_ids(i.splits)
     return rows * length + (np.arange(len(rows)) - i.splits[rows]), length
 
@@ -722,39 +744,3 @@ def _checked(output: str, grad: Any, shape: tuple[int, ...], table: Table | None
             f"gradient of {g.dtype}{list(g.shape)}", feature=output, remedy=f"give float32{list(shape)}"
         )
     return g if there else np.ascontiguousarray(g, np.float32)
-
-
-def _join(parts: Sequence[_Gradient]) -> _Gradient:
-    """Gradients of several features of one table as one."""
-    if len(parts) == 1:
-        return parts[0]
-    rows, base = [], 0
-    for values, at, _ in parts:
-        rows.append((np.arange(len(values)) if at is None else at) + base)
-        base += len(values)
-    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), _scale_of_all(parts)
-
-
-def _join_there(memory: Any, parts: Sequence[_Gradient]) -> _Gradient:
-    """As `_join`, of arrays on a device: they are joined there, each once, where there are several."""
-    if len(parts) == 1:
-        return parts[0]
-    begins: dict[int, int] = {}
-    arrays, rows, n = [], [], 0
-    for values, at, _ in parts:
-        if at is None or id(values) not in begins:
-            begins[id(values)] = n
-            arrays.append(values)
-            n += len(values)
-        rows.append((np.arange(len(values)) if at is None else at) + begins[id(values)])
-    in_order = all(at is None for _, at, _ in parts)
-    values = arrays[0] if len(arrays) == 1 else memory.join(arrays)
-    return values, None if in_order else np.concatenate(rows), _scale_of_all(parts)
-
-
-def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
-    if all(scale is None for _, _, scale in parts):
-        return None
-    n = [len(values) if rows is None else len(rows) for values, rows, _ in parts]
-    ones = (np.ones(m, np.float32) for m in n)
-    return np.concatenate([one if p[2] is None else p[2] for one, p in zip(ones, parts, strict=True)])

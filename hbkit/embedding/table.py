@@ -172,9 +172,11 @@ class Table:
         """Whether an array is in the memory of the table's device, and no NumPy array."""
         if self.device is None or isinstance(array, np.ndarray):
             return False
-        return hasattr(array, "copy_to_host") or (
-            hasattr(array, "__dlpack__") and (self.device == "cpu" or array.__dlpack_device__()[0] == _CUDA)
-        )
+        if hasattr(array, "copy_to_host"):  # Numba's
+            return True
+        if not hasattr(array, "__dlpack__"):
+            return False
+        return self.device == "cpu" or tuple(array.__dlpack_device__()) == (_CUDA, int(self.device[5:]))
 
     def _keys_there(self, keys: Any) -> Any:
         """`keys` of arrays on the device."""
@@ -381,9 +383,9 @@ class Table:
             "evicted_rows": self._n_evicted,
         }
 
-    def all_finite(self, values: Any, scale: Float32s | None) -> bool:
-        """Whether gradients, which may be on the table's device, and what scales them hold no NaN or infinities."""
-        if isinstance(values, np.ndarray):
+    def all_finite(self, values: Any, scale: Any) -> bool:
+        """Whether gradients and what scales them hold no NaN or infinities; both may be on the table's device."""
+        if isinstance(values, np.ndarray) and (scale is None or isinstance(scale, np.ndarray)):
             return all_finite(values, scale)
         found: bool = self.store.all_finite(values, scale)  # type: ignore[attr-defined]  # those on a device have it
         return found
@@ -621,7 +623,7 @@ class Request:
         """An array that may be on the table's device, or None, in the host's memory."""
         return array if array is None or isinstance(array, np.ndarray) else self.table.memory.fetch(array)
 
-    def update(self, values: Any, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False) -> None:
+    def update(self, values: Any, rows: Any, scale: Any, step: int, finite: bool = False) -> None:
         """Sum gradients per key in batch order and run the optimizer.
 
         Position p of the batch contributes ``scale[p] * values[rows[p]]``; see `hbkit._ext.segment.segment_sum`.

@@ -1,4 +1,4 @@
-"""The benchmarks of the device tier run from end to end, on its twin and in Numba's simulator; no figure is looked at."""
+"""The benchmarks of the device tier run from end to end, on its twin and in the simulator; no figure is looked at."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(tmp_path, script, device, *more):
     return done.stdout
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.slow)])  # 27 s
 def test_steps_and_tier_are_reported(tmp_path, device):
     out = run(tmp_path, "gpu.py", device, "--report", "report.md")
     assert (tmp_path / "report.md").read_text() == out

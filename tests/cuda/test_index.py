@@ -1,6 +1,7 @@
 """The index in device memory against an oracle of dictionaries, bit for bit, in whatever order threads run."""
 
 import os
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -218,6 +219,42 @@ def test_buckets_of_the_oracle_fill_evenly(lane):
         _, status, _ = oracle.insert(rng.integers(-(2**63), 2**63 - 1, 40), np.zeros(1, np.int64), False, False)
         assert status == [NEW] * 40
     assert sum(oracle.two(k)[0] == slot // 32 for k, slot, *_ in oracle.contents()) > 0.85 * 2880
+
+
+def test_words_typed_as_on_a_device(lane):
+    """The simulator computes in Python's integers; here the same functions are compiled for the host."""
+    if lane != "cpu":
+        pytest.skip("lane cpu is enough")
+    numba = pytest.importorskip("numba")
+    pytest.importorskip("numba_cuda", reason="the functions of kernels are there for the device with it alone")
+    from hbkit.cuda import index
+
+    n_ones = numba.njit(lambda x: sum([(x >> np.uint64(i)) & np.uint64(1) != 0 for i in range(64)]))
+    typed = {**vars(index), "word": numba.njit(lambda value: np.uint64(value)), "ones": n_ones}
+    helpers = "mix bucket_of second_of digest_of zeros matches n_free given_score note_of freq_of last_step_of"
+    for name in helpers.split():
+        function = vars(index)[name].py_func
+        typed[name] = numba.njit(FunctionType(function.__code__, typed, name))
+    rng = np.random.default_rng(0)
+    keys = np.append(rng.integers(-(2**63), 2**63 - 1, 200), [0, 1, -1, 2**63 - 1, -(2**63)])
+    for key in keys:
+        x, n_buckets = mixed(key), int(rng.choice([1, 3, 2**22, 2**31 - 1]))
+        got = np.uint64(typed["mix"](key))
+        assert got == x and typed["digest_of"](got) == max(x >> 32 & 0xFF, 1)
+        assert typed["bucket_of"](got, n_buckets) == (x & 0xFFFFFFFF) * n_buckets >> 32
+        assert typed["second_of"](got, n_buckets) == (x >> 32) * n_buckets >> 32
+        # Bytes of which many are neighbours in value, as a search by subtraction would take for each other.
+        bucket = rng.choice([0, 1, 2, 127, 128, 129, 254, 255], 64).astype(np.uint8)
+        digests, here = bucket.view(np.int64), bucket[32:].tolist()
+        assert typed["n_free"](digests, 1) == here.count(0)
+        for digest in (1, 2, 128, 129, 255):
+            assert typed["matches"](digests, 1, digest) == sum(1 << i for i in range(32) if here[i] == digest)
+    for freq in (0, 1, 2**31, 2**32 - 1):
+        for last_step in (0, 1, 2**31, 2**32 - 1):
+            note = typed["note_of"](freq, last_step)
+            assert (typed["freq_of"](note), typed["last_step_of"](note)) == (freq, last_step)
+    for scores, score, want in (([], -3, 0), ([], 2**62, MAX_SCORE), ([7], 0, 7), ([4, 5], 0, 5)):
+        assert typed["given_score"](np.array(scores, np.int64), score, 1) == want
 
 
 class Pair:

@@ -8,6 +8,7 @@ import tensorflow as tf
 import hbkit.tensorflow as hb
 from hbkit import embedding, errors
 from hbkit.shuffle import Loopback
+from hbkit.store import device_cached, host_memory
 from hbkit_tensorflow.pipeline import Sequence
 
 MATCH = "update='backward'.*update='apply'"
@@ -75,6 +76,30 @@ def test_pipeline_accumulates(clicks, collection, dlrm, rows_of):
         assert c.step == 4
         runs.append(rows_of(c))
     np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_tables_on_a_device_train_as_host_tables(clicks, collection, dlrm, rows_of):
+    """Rows and gradients go by way of host memory, which plays the device here."""
+    runs = []
+    for store in (None, device_cached(host_memory(), "100KiB", device="cpu")):
+        c, mlp, model = collection(optimizer=embedding.Adam(lr=0.1), pooling={"tags": None}, store=store), top(), dlrm()
+        layer = hb.nn.EmbeddingCollection(c)
+        for seed in range(3):
+            part = batch(6, seed)
+            with tf.GradientTape() as tape:
+                rows = layer(part, training=True)
+                tape.watch(rows)
+                loss = loss_of(mlp, rows, part)
+            layer.apply(tape.gradient(loss, rows))
+        c.pooling["tags"] = "mean"
+        for s in hb.pipeline(clicks(128, 64), layer):
+            with tf.GradientTape() as tape:
+                tape.watch(s.embeddings)
+                loss = tf.reduce_sum(tf.square(model(s.dense, s.embeddings)))
+            s.apply(tape.gradient(loss, s.embeddings))
+        assert c.step == 5
+        runs.append(rows_of(c).tobytes())
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])

@@ -4,6 +4,7 @@ Host memory plays the device, so that its tensors are PyTorch's of the CPU; stan
 """
 
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -204,29 +205,56 @@ class Stream:
         self.log.append((self.name, "waits for", other.name))
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_another_stream_and_the_tables_wait_for_each_other(monkeypatch, fails):
+@pytest.fixture
+def streams(monkeypatch):
+    """``(current, log)``: a list whose last stream is current, above the default one; and what happens on streams."""
     log = []
-    default, mine = Stream("default", log), Stream("mine", log)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: mine)
+    current = [Stream("default", log), Stream("mine", log)]
+
+    @contextmanager
+    def stream(other):
+        current.append(other)
+        log.append((other.name, "is current"))
+        yield
+        current.pop()
+
+    default = current[0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: current[-1])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda place: default)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return current, log
+
+
+def on_gpu(name="cuda:1"):
     c = collection_on(device())
-    with transfer.in_order(c):  # host memory has no streams
-        log.append("work")
-    assert log == ["work"]
-    log.clear()
     for table in c.tables.values():
-        table.device = "cuda:1"
-    with pytest.raises(ZeroDivisionError) if fails else transfer.in_order(c), transfer.in_order(c):
-        log.append("work")
-        assert not fails or 1 / 0
-    step = [("default", "waits for", "mine"), "work", ("mine", "waits for", "default")]
-    assert log == (step if fails else [step[0], *step, step[2]])
-    log.clear()
-    mine = default
-    with transfer.in_order(c):
-        log.append("work")
-    assert log == ["work"]
+        table.device = name
+    return c
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_stream_and_the_tables_wait_for_each_other(streams, fails):
+    current, log = streams
+    try:
+        with transfer.in_order(on_gpu()) as others:
+            assert others == {torch.device("cuda", 1): current[1]}
+            log.append("work")
+            assert not fails or 1 / 0
+    except ZeroDivisionError:
+        assert fails
+    work = [("default", "is current"), "work"]
+    assert log == [("default", "waits for", "mine"), *work, ("mine", "waits for", "default")]
+    assert [stream.name for stream in current][:2] == ["default", "mine"]
+
+
+def test_tables_in_order_already_wait_for_nothing(streams):
+    current, log = streams
+    with transfer.in_order(collection_on(device())) as others:  # host memory has no streams
+        assert not others
+    current.pop()
+    with transfer.in_order(on_gpu()) as others:
+        assert not others
+    assert not log
 
 
 def test_every_use_of_tables_is_in_order(monkeypatch, clicks, collection):
@@ -238,6 +266,7 @@ def test_every_use_of_tables_is_in_order(monkeypatch, clicks, collection):
 
         def __enter__(self):
             depth[0] += 1
+            return {}
 
         def __exit__(self, *raised):
             depth[0] -= 1
@@ -263,9 +292,19 @@ def test_every_use_of_tables_is_in_order(monkeypatch, clicks, collection):
 
 def test_rows_are_allocated_where_tables_are(monkeypatch):
     made = []
-    monkeypatch.setattr(torch, "empty", lambda shape, device: made.append((shape, device)))
-    transfer.empty_on()((2, 3), "cuda:1")
-    transfer.empty_on(torch.device("cuda", 1))((4,), "cuda:1")
-    assert made == [((2, 3), torch.device("cuda", 1)), ((4,), torch.device("cuda", 1))]
-    assert transfer.empty_on(CPU)((2, 3), "cuda:1") is None and len(made) == 2
+
+    class Rows:
+        def __init__(self, shape, dtype, device):
+            made.append((shape, device))
+            assert dtype == torch.float32  # whatever the default is
+
+        def record_stream(self, stream):
+            made.append(stream)
+
+    monkeypatch.setattr(torch, "empty", Rows)
+    one = torch.device("cuda", 1)
+    transfer.empty_on({})((2, 3), "cuda:1")
+    transfer.empty_on({one: "mine"}, one)((4,), "cuda:1")
+    assert made == [((2, 3), one), ((4,), one), "mine"]
+    assert transfer.empty_on({}, CPU)((2, 3), "cuda:1") is None and len(made) == 3
     assert transfer.place_of(None) is None and transfer.place_of("cuda") == torch.device("cuda", 0)
