@@ -359,7 +359,10 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.points)
     @rule()
     def read_point(self):
-        read = [[b"".join(np.ascontiguousarray(c).tobytes() for c in chunk) for chunk in p.scan()] for p in self.points]
+        read = [
+            [b"".join(np.ascontiguousarray(c).tobytes() for c in column) for column in zip(*p.scan(), strict=True)]
+            for p in self.points
+        ]
         assert read[0] == read[1] and self.points[0].n_rows == self.points[1].n_rows
         for p in self.points:
             p.close()
@@ -566,8 +569,8 @@ def test_device_step_of_resident_rows_is_a_few_launches(device, over, monkeypatc
     assert calls["launch"] <= 14 and calls["fetch"] == 2
 
 
-def test_device_point_is_the_rows_of_its_instant(device):
-    t = train(Table("t", 5, store=cached(device, policy="lru", dim=5)))
+def test_device_point_is_the_rows_of_its_instant(fast):
+    t = train(Table("t", 5, store=cached(fast, policy="lru", dim=5)))
     store, want, before = t.store, contents(t.store), {int(k) for c in t.store.scan() for k in c.key}
     store.changes.name(store.changes.mark(store.latest_step()), "base")
     point = store.point()
