@@ -356,10 +356,12 @@ class Bench:
             if case.startswith(tuple(name.split(","))):
                 run()
                 self.device.sync()
-                self.cuda.profile_start()
+                if self.real:
+                    self.cuda.profile_start()
                 run()
                 self.device.sync()
-                self.cuda.profile_stop()
+                if self.real:
+                    self.cuda.profile_stop()
 
     # --- one step ---------------------------------------------------------------------------------------------
 

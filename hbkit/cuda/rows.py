@@ -19,6 +19,9 @@ from hbkit.cuda.device import BAD_INDEX, BAD_SLOT
 from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, store
 
 
+AT_ONCE = 4  # rows that those who share one gather at a time
+
+
 @device
 def slot_at(slots: Any, index: Any, n_lines: Any, i: Any, n: Any, error: Any) -> Any:
     """Slot of row i of n, by way of the index where there is one; -1 beyond n, and for what is out of bounds: int32."""
