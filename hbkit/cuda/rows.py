@@ -18,7 +18,6 @@ from hbkit.cuda.arith import add, cuda, device, mul
 from hbkit.cuda.device import BAD_INDEX, BAD_SLOT
 from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, store
 
-
 AT_ONCE = 4  # rows that those who share one gather at a time
 
 
