@@ -87,8 +87,7 @@ class Finite:
     """
 
     def __init__(self, device: Device) -> None:
-        self._device, self._zero = device, np.zeros(1, np.int32)
-        self._found = device.send(self._zero)
+        self._device, self._found = device, device.send(np.zeros(1, np.int32))
         self._slots: Any = device.none(np.int64)
 
     def all_finite(self, values: Any, scale: Any = None) -> bool:
@@ -125,5 +124,5 @@ class Finite:
         """What was counted, which begins anew."""
         found = int(self._device.fetch(self._found)[0])
         if found:
-            self._found.copy_to_device(self._zero)
+            self._found = self._device.send(np.zeros(1, np.int32))
         return found
