@@ -79,9 +79,22 @@ class HostDevice:
         """A contiguous copy."""
         return array.copy()
 
-    def array(self, array: Any) -> Any:
-        """The same memory as an array of NumPy's."""
-        return np.asarray(array)
+    def array(self, array: Any, dtype: Any = None) -> Any:
+        """The same memory as an array of NumPy's.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not of `dtype`, or is no array of NumPy's and not contiguous.
+        """
+        near = np.asarray(array)
+        if not ((near is array or near.flags.c_contiguous) and dtype in (None, near.dtype)):
+            raise InvalidArgument(
+                f"an array of {near.dtype} with strides of {near.strides} bytes for a shape of {near.shape}",
+                device=self.name,
+                remedy=f"give a contiguous one{'' if dtype is None else f' of {np.dtype(dtype)}'}",
+            )
+        return near
 
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext import segment as _ext
+from hbkit.embedding import summands
+from hbkit.embedding.summands import Gradient, Joining, Lists
 from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
@@ -58,8 +60,6 @@ class _Input(NamedTuple):
         return self.splits is None and self.dictionary is None and self.weight is None
 
 
-# As `Request.update` takes it: values, rows, scale. Rows on a device that follow from the batch's size are a range.
-_Gradient = tuple[Any, Any, Float32s | None]
 Empty = Callable[[tuple[int, ...], str], Any]  # of a shape and the name of a device, see `Staged.outputs`
 
 
@@ -131,7 +131,7 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
-        self._rows_there: dict[str, tuple[list[range], Any]] = {}  # of a table on a device, its last update's
+        self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
         for name, features in self.stack.items():
@@ -161,40 +161,6 @@ class Collection:
         """`Table.device` of a feature, or of all features of a stack: where its rows and its gradient may be."""
         devices = {self.tables[self.features[f]].device for f in self.stack.get(output, [output])}
         return devices.pop() if len(devices) == 1 else None
-
-    def _join_there(self, table: Table, parts: Sequence[_Gradient]) -> _Gradient:
-        """As `_join`, of arrays on a table's device: they are joined there, each once, where there are several."""
-        begins: dict[int, int] = {}
-        arrays: list[Any] = []
-        rows: list[Any] = []
-        n = 0
-        for values, at, _ in parts:
-            if at is None or id(values) not in begins:
-                begins[id(values)] = n
-                arrays.append(values)
-                n += len(values)
-            begin, at = begins[id(values)], range(len(values)) if at is None else at
-            rows.append(
-                range(at.start + begin, at.stop + begin, at.step)
-                if isinstance(at, range)
-                else at + begin
-                if begin
-                else at
-            )
-        values = arrays[0] if len(arrays) == 1 else table.memory.join(arrays)
-        return values, self._send_rows(table, rows, n), _scale_of_all(parts)
-
-    def _send_rows(self, table: Table, rows: list[Any], n: int) -> Any:
-        """Rows of several features end to end, None where they are 0 to n - 1; those of ranges are sent once."""
-        if not all(isinstance(at, range) for at in rows):
-            return _end_to_end([np.arange(at.start, at.stop, at.step) if isinstance(at, range) else at for at in rows])
-        if all(at.step == 1 for at in rows) and sum(map(len, rows)) == n:
-            return None
-        kept = self._rows_there.get(table.name)
-        if kept is None or kept[0] != rows:
-            every = _end_to_end([np.arange(at.start, at.stop, at.step) for at in rows])
-            kept = self._rows_there[table.name] = rows, table.memory.send(every)
-        return kept[1]
 
     def stage(
         self,
@@ -559,8 +525,7 @@ class Staged:
                     if whole and alone and name in self._requests
                     else Request(table, [batch._keys(table, f) for batch, f, _ in used])
                 )
-                join = _join if table.device is None else partial(c._join_there, table)
-                touched.update(*join([part for _, _, part in used]), step, finite=checked)
+                touched.update(*c._joining[name]([part for _, _, part in used]), step, finite=checked)
                 touched.close()
         if joined and self._together is not None:
             rules = [c._optimizers[name] for name in joined]
@@ -594,7 +559,7 @@ class Staged:
                 grads |= {f: _Side(flat, shape[1], i) if there else g[:, i] for i, f in enumerate(features)}
         return stacks, grads
 
-    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, _Gradient]:
+    def _parts(self, grads: Mapping[str, Any], check: bool, joined: Container[str] = ()) -> dict[str, Gradient]:
         """`_gradient` of each feature that has one, of other tables than those `joined`.
 
         With `check`, it is finite where its table asks for that.
@@ -640,8 +605,7 @@ class Staged:
                     raise nonfinite_gradient("a feature", feature=feature, table=c.features[feature])
         return {}
 
-    def _gradient(self, feature: str, grad: Any) -> _Gradient:
-        """(values, row of each key, scale of each key) as `Request.update` takes them."""
+    def _gradient(self, feature: str, grad: Any) -> Gradient:
         c, i = self._collection, self._inputs[feature]
         dim = c.dim(feature)
         shape: tuple[int, ...] = (self.size, dim)
@@ -663,11 +627,7 @@ class Staged:
             if step > 1:
                 return g, range(first, self.n_rows * step, step), i.weight
             return g[: self.n_rows], None, i.weight
-        rows, scale, weight = _ext.row_ids(i.splits), self._row_scale(feature), i.weight
-        per_key = scale[rows] if scale is not None else None
-        if per_key is not None and weight is not None:
-            per_key = per_key * weight
-        return g, rows * step + first if step > 1 else rows, weight if per_key is None else per_key
+        return g, Lists(i.splits, self._row_scale(feature), step, first), i.weight
 
     @property
     def state(self) -> str:
@@ -772,22 +732,3 @@ def _checked(output: str, grad: Any, shape: tuple[int, ...], table: Table | None
             f"gradient of {g.dtype}{list(g.shape)}", feature=output, remedy=f"give float32{list(shape)}"
         )
     return g if there else np.ascontiguousarray(g, np.float32)
-
-
-def _join(parts: Sequence[_Gradient]) -> _Gradient:
-    """Gradients of several features of one table as one."""
-    if len(parts) == 1:
-        return parts[0]
-    rows, base = [], 0
-    for values, at, _ in parts:
-        rows.append((np.arange(len(values)) if at is None else at) + base)
-        base += len(values)
-    return np.concatenate([p[0] for p in parts]), np.concatenate(rows), _scale_of_all(parts)
-
-
-def _scale_of_all(parts: Sequence[_Gradient]) -> Float32s | None:
-    if all(scale is None for _, _, scale in parts):
-        return None
-    n = [len(values) if rows is None else len(rows) for values, rows, _ in parts]
-    ones = (np.ones(m, np.float32) for m in n)
-    return np.concatenate([one if p[2] is None else p[2] for one, p in zip(ones, parts, strict=True)])

@@ -28,7 +28,9 @@ import numpy.typing as npt
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Segments, expand, pool, retained
-from hbkit.embedding.collection import Collection, Empty, Staged, _Gradient, _join
+from hbkit.embedding import summands
+from hbkit.embedding.collection import Collection, Empty, Staged
+from hbkit.embedding.summands import Gradient, Joined
 from hbkit.embedding.table import Request, Table, distinct
 from hbkit.errors import Closed, InvalidArgument, TransportError
 from hbkit.shuffle.agree import agree
@@ -450,7 +452,7 @@ class _Part:
         """As `Request.pool`, of the rows that came."""
         pool(self.rows, self.inverse[part], splits, out, weight, row_scale)
 
-    def sums(self, grads: _Gradient, positions: Int64s, share: float) -> Float32s:
+    def sums(self, grads: Joined, positions: Int64s, share: float) -> Float32s:
         """This rank's share of the gradient of each key: float32[u, dim]."""
         values, rows, scale = grads
         sums: Float32s = Segments(positions, len(self.keys)).of(values, rows, scale).sum()
@@ -671,13 +673,13 @@ class _Between(Staged):
         residuals.put(slots, rows)
         return block
 
-    def _sum(self, p: _Part, given: Mapping[str, _Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_] | None]:
+    def _sum(self, p: _Part, given: Mapping[str, Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_] | None]:
         """The gradient of each key of a table, and which have none since all features that read them were left out."""
         features = self._sharded._by_table[p.table.name]
         used = [f for f in features if f in given]
         if not used:
             return np.zeros((len(p.keys), p.table.dim), np.float32), np.ones(len(p.keys), np.bool_)
-        grads = _join([given[f] for f in used])
+        grads = summands.joined([given[f] for f in used])
         if used == features:
             return p.sums(grads, p.inverse, self.share), None
         positions = np.concatenate([p.inverse[self._spans[f]] for f in used])

@@ -383,9 +383,9 @@ class Table:
             "evicted_rows": self._n_evicted,
         }
 
-    def all_finite(self, values: Any, scale: Float32s | None) -> bool:
-        """Whether gradients, which may be on the table's device, and what scales them hold no NaN or infinities."""
-        if isinstance(values, np.ndarray):
+    def all_finite(self, values: Any, scale: Any) -> bool:
+        """Whether gradients and what scales them hold no NaN or infinities; both may be on the table's device."""
+        if isinstance(values, np.ndarray) and (scale is None or isinstance(scale, np.ndarray)):
             return all_finite(values, scale)
         found: bool = self.store.all_finite(values, scale)  # type: ignore[attr-defined]  # those on a device have it
         return found
@@ -623,7 +623,7 @@ class Request:
         """An array that may be on the table's device, or None, in the host's memory."""
         return array if array is None or isinstance(array, np.ndarray) else self.table.memory.fetch(array)
 
-    def update(self, values: Any, rows: Int64s | None, scale: Float32s | None, step: int, finite: bool = False) -> None:
+    def update(self, values: Any, rows: Any, scale: Any, step: int, finite: bool = False) -> None:
         """Sum gradients per key in batch order and run the optimizer.
 
         Position p of the batch contributes ``scale[p] * values[rows[p]]``; see `hbkit._ext.segment.segment_sum`.

@@ -1,0 +1,614 @@
+"""Rows of another store in device memory, with their index, scores, pins and dirty bits there too.
+
+The host sees only keys that miss. A batch whose rows are all resident is deduped, found, pinned, gathered, updated and
+let go by a few launches, and the host waits twice: for how many keys are distinct, and for how many are not there.
+
+**Where a row is.** A key has at most one line in device memory. While it has one, that one alone is current: the store
+below may have an older row, or none yet. What changed is written below when the line makes way, and before anything is
+asked of all rows (a scan, a point, a commit): then the store below answers, and snapshots and deltas are its own. A row
+that finds no line, all of its buckets being pinned and the side list full, is *away*: the store below gathers, counts
+and updates it, by the C kernels, to the same bits. So no result depends on the budget.
+
+**Locks.** `_lock` guards what is in device memory and orders the launches. Whoever holds it sees each line whole.
+`_moving` is held by what changes where rows are: lines that come and victims that go, rows made, erased, put or updated
+below, write-backs. So while it is held nothing changes in the store below but by its holder, and between looking for a
+key there and giving it a line nothing can become stale. It is taken before `_lock`, and kept while the store below
+reads and writes, when `_lock` is not: steps whose rows are resident go on meanwhile. Fetching takes it anew for every
+part of `batch_lines` lines, and it is given in the order of asking: a step that needs it, for a new row or one that is
+away, waits for one part at the most.
+
+A line is in host memory before its key gets a slot, and is on its way into it (on the stream that all launches share)
+before `_lock` is let go: nobody finds a slot whose line has not come. A victim's line is in host memory before `_lock`
+is let go, and below before `_moving` is: nobody looks for it there too early. If the store below refuses it, it gets
+its line back and the newcomers go.
+
+**Leases.** A lease pins its lines until it is released, or is forgotten: then `__del__` leaves them in `_abandoned`,
+from where they are unpinned by whoever comes next. What it knows of keys without a line (absent, or away) holds as
+long as the store's `_version`, which counts rows made, put and erased; keys that are away are looked for anew at every
+use. A key that is erased, or put, is taken from all leases at once.
+
+**Failures.** What fails before a change leaves everything as it was. A change that was cut in the middle (`_change`)
+leaves a store that still reads and refuses to commit.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from hbkit._ext.batch import absent, find_key
+from hbkit.cuda.parts import FOUND, MOST_SOON, Parts, Placement, Room
+from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable
+from hbkit.store.base import Int64s, Layout, Lease, StoreSpec
+from hbkit.store.locks import Turns
+from hbkit.store.tier import AWAY, UNFIT
+
+BUFFER_NBYTES = 2**24  # of a buffer of lines on their way
+BUCKET = 32  # slots of the index that may hold a key
+SIDE_LINES = 1024  # of the side list at the most; there is one for every bucket up to that
+AGEING = 10  # uses a line after which all scores of "lfu" are halved
+
+
+class DeviceLease(Lease):
+    """A batch's distinct keys on their way through a `DeviceStore`.
+
+    Attributes
+    ----------
+    n_keys : int
+    inverse : int64[n] in device memory, or None
+        The key number of each position of the batch, where the store has deduped it (`DeviceStore.reserve_batch`).
+    keys, counts, slots : int64[n_keys]
+        As of `Lease`, in host memory: copied when they are asked for.
+    """
+
+    __eq__ = object.__eq__  # leases are told apart by identity, as a weak set does
+    __hash__ = object.__hash__
+    inverse: Any = None
+    _ended = True  # until it is made
+
+    def __init__(self, store: Resident, n_keys: int, far_keys: Any, far_counts: Any, skip: int | None) -> None:
+        self.n_keys = n_keys
+        self.mutex = threading.Lock()  # held while its rows are fetched
+        self.far_keys, self.far_counts = far_keys, far_counts
+        self.skip = skip  # the padding key
+        self.near_keys: Int64s | None = None
+        self.near_counts: Int64s | None = None
+        self.far: Any = None  # lines in device memory, -1 where there is none
+        self.near: Int64s | None = None  # the same in host memory, `AWAY` where the row is below; must be, if any is -1
+        self.room: Room | None = None
+        self.n = 0  # positions of the batch
+        self.ordered = False  # whether the room's order is that of the batch
+        self.batch: int | None = None  # its number among the announced that are not fetched
+        self.seen = -1  # the store's version when the keys without a line were looked for
+        self.n_absent = self.n_away = 0
+        self.fetched = self.released = self.asked = False
+        self.n_brought, self.done, self.tried = 0, 0.0, -1
+        self.store = store
+        self._padding: int | None = None if skip is not None else -1
+        self._ended = False
+
+    def __del__(self) -> None:
+        if not self._ended:
+            self.store._abandoned.append(self.hold())
+
+    def hold(self) -> tuple[Any, Any, Room | None, int | None, int]:
+        """What it has of the store, which ends with that: lines, keys, room, number, bytes."""
+        self._ended = True
+        lines = None
+        if self.fetched:
+            lines = self.far if self.near is None else near_lines(self.near)
+        return lines, self.far_keys, self.room, self.batch, self.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that is its own."""
+        return 0 if self.room is not None else 24 * self.n_keys
+
+    @property
+    def keys(self) -> Int64s:  # type: ignore[override]  # a copy that is made when it is asked for
+        if self.near_keys is None:
+            with self.store._lock:
+                self.store._know(self)
+        assert self.near_keys is not None
+        return self.near_keys
+
+    @property
+    def counts(self) -> Int64s:  # type: ignore[override]  # as `keys`
+        if self.near_counts is None:
+            with self.store._lock:
+                self.store._know(self)
+        assert self.near_counts is not None
+        return self.near_counts
+
+    @property
+    def slots(self) -> Int64s:  # type: ignore[override]  # as `keys`
+        if self.near is not None:
+            return self.near
+        slots = np.zeros(self.n_keys, np.int64)
+        if self.padding >= 0:
+            slots[self.padding] = -1
+        return slots
+
+    @property
+    def padding(self) -> int:  # type: ignore[override]  # as `keys`
+        if self._padding is None:
+            self._padding = find_key(self.keys, self.skip)
+        return self._padding
+
+
+def near_lines(slots: Int64s) -> Int64s:
+    """Lines of a lease's slots, -1 where the row is away."""
+    return np.where(slots < AWAY, slots, -1)
+
+
+class Resident:
+    """Which rows of another store are in device memory, and whose: base of `hbkit.store.device.DeviceStore`.
+
+    Parameters
+    ----------
+    layout : Layout
+    below : StoreSpec
+    cache_budget : int
+        Bytes of device memory.
+    parts : Parts
+        The opened device, see `hbkit.cuda.parts.open_parts`.
+    policy : "lfu" or "lru"
+
+    Attributes
+    ----------
+    device : str
+        "cuda:N", or "cpu".
+    memory : hbkit.cuda.device.Device, or its twin in host memory
+    below : Store
+    """
+
+    def __init__(self, layout: Layout, below: StoreSpec, cache_budget: int, parts: Parts, policy: str) -> None:
+        self.layout, self._parts, self._by_use = layout, parts, policy == "lfu"
+        self.memory = parts.device
+        self.device = self.memory.name if self.memory.name != "cuda" else "cuda:0"
+        n_slots, n_side, self._batch_lines = _fit(parts, layout, cache_budget)
+        self._index = parts.index(self.memory, n_slots, self._batch_lines, n_side, layout.metadata)
+        sizes = n_slots + n_side, layout.width, self._batch_lines, layout.dim, layout.dtype
+        self._lines = parts.lines(self.memory, *sizes)
+        self._buffer_nbytes = parts.lines.nbytes_of(*sizes) - self._lines.nbytes
+        self._n_lines = n_slots + n_side
+        self._lock, self._moving = threading.Lock(), Turns()
+        self._pointing = threading.Lock()  # held while there is a point
+        self._leases: weakref.WeakSet[DeviceLease] = weakref.WeakSet()  # that pin lines
+        self._abandoned: deque[tuple[Any, Any, Room | None, int | None, int]] = deque()
+        self._announced: dict[int, Any] = {}  # keys of batches that are announced and not fetched, the soonest first
+        self._rooms: list[Room] = []  # that are free
+        self._dedupe: Any = None
+        self._order: Any = None
+        self._room_ids = 0  # positions that rooms have at the least
+        self._window_nbytes = 0
+        self._version = 0  # counts rows made, put, erased
+        self._n_batches = self._n_releases = self._n_cleaned = self._n_uses = 0
+        self._drained = 0  # releases when the side list was emptied
+        self._latest = 0
+        self._failed: BaseException | None = None
+        self._closed = False
+        self._n_hits = self._n_misses = self._n_evictions = self._n_streamed = self._n_ready = self._n_late = 0
+        self._n_ignored = self._n_skipped = 0
+        self._waited = 0.0
+        self.below = below.open(layout)
+        self.changes = self.below.changes
+        self._n_rows = len(self.below)
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    # --- locks and failures -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            self._check_open()
+            yield
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let others have the lock meanwhile."""
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the store is closed", table=self.layout.table, remedy="open the table again")
+
+    @contextmanager
+    def _change(self, kinds: tuple[type[BaseException], ...] = UNFIT) -> Iterator[None]:
+        """A change that leaves the store unfit to commit if it fails half-way."""
+        try:
+            yield
+        except kinds as e:
+            self._failed = e
+            raise
+
+    # --- leases -----------------------------------------------------------------------------------------------
+
+    def reserve(self, keys: Int64s, counts: Int64s, padding: int = -1, ahead: bool = False) -> DeviceLease:
+        """Announce a batch's distinct keys; `ahead` of others that were, so that the cache may reckon with it."""
+        with self._open():
+            self._let_go()
+            send = self.memory.send
+            skip = int(keys[padding]) if padding >= 0 else None
+            lease = DeviceLease(self, len(keys), send(keys), send(counts), skip)
+            lease.near_keys, lease.near_counts, lease._padding = keys, counts, padding
+            return self._announce(lease, ahead)
+
+    def reserve_batch(self, keys: Any, padding_key: int | None = None, ahead: bool = False) -> DeviceLease:
+        """Announce a batch by its keys as they come, int64[n] in host or device memory: they are deduped on the device.
+
+        The lease's `inverse` says which of the distinct keys each is; `padding_key` as ``keys[padding]`` of `reserve`.
+        """
+        n = int(keys.shape[0])
+        with self._open():
+            self._let_go()
+            room = self._room(n)
+            try:
+                found = self._dedupe(keys, room)
+            except BaseException:
+                self._rooms.append(room)
+                raise
+            lease = DeviceLease(self, found.n_distinct, found.keys, found.counts, padding_key)
+            lease.room, lease.inverse, lease.n = room, found.inverse, n
+            return self._announce(lease, ahead)
+
+    def _announce(self, lease: DeviceLease, ahead: bool) -> DeviceLease:
+        self._window_nbytes += lease.nbytes
+        if ahead:
+            lease.batch = self._n_batches
+            self._announced[lease.batch] = lease.far_keys
+        self._n_batches += 1
+        return lease
+
+    def _room(self, n: int) -> Room:
+        """A room for a batch of n positions, and what fills it."""
+        if n > self._room_ids or self._dedupe is None:
+            self._room_ids = n + n // 8 + 32
+            self._window_nbytes -= sum(room.nbytes for room in self._rooms)
+            self._rooms.clear()
+            self._dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
+        if not self._rooms:
+            self._rooms.append(Room(self.memory, self._room_ids))
+            self._window_nbytes += self._rooms[0].nbytes
+        return self._rooms.pop()
+
+    def _know(self, lease: DeviceLease) -> None:
+        """Have the lease's keys and counts in host memory."""
+        if lease.near_keys is None:
+            lease.near_keys = self.memory.fetch(lease.far_keys)
+        if lease.near_counts is None:
+            lease.near_counts = self.memory.fetch(lease.far_counts)
+
+    def _let_go(self) -> None:
+        """Unpin what forgotten leases had."""
+        while self._abandoned:
+            self._end(*self._abandoned.popleft())
+
+    def _end(self, lines: Any, keys: Any, room: Room | None, batch: int | None, nbytes: int) -> None:
+        self._n_releases += 1
+        self._window_nbytes -= nbytes
+        if lines is not None:
+            self._index.settle(lines)
+        if batch is not None and self._announced.pop(batch, None) is not None:
+            self._index.mark(keys, 0)
+        if room is not None and room.max_ids == self._room_ids:
+            self._rooms.append(room)
+        elif room is not None:
+            self._window_nbytes -= room.nbytes
+
+    def release(self, lease: Lease) -> None:
+        """Unpin the lease's rows. Idempotent."""
+        assert isinstance(lease, DeviceLease)
+        lease.released = True  # whoever fetches it stops
+        with lease.mutex, self._lock:
+            if not lease._ended:
+                held = lease.hold()
+                self._leases.discard(lease)
+                if not self._closed:
+                    self._end(*held)
+                lease.fetched, lease.room = True, None
+
+    # --- rows come --------------------------------------------------------------------------------------------
+
+    def fetch(self, lease: Lease) -> None:
+        """Give each of the lease's rows a line and pin it, as far as there is room."""
+        assert isinstance(lease, DeviceLease)
+        with lease.mutex:
+            if lease.fetched:
+                return
+            with self._open():
+                self._hold(lease)
+                seen = self._version
+            if lease.n_absent:
+                lease.n_brought = self._bring(lease, absent(lease.near, lease.padding))
+                lease.done = time.monotonic()
+            lease.seen = seen  # what was made since may be among the absent ones
+
+    def _hold(self, lease: DeviceLease) -> None:
+        """Pin what is resident of a lease; the others count as absent, until they are looked for below."""
+        self._let_go()
+        self._leases.add(lease)
+        if lease.batch is not None:
+            self._announced.pop(lease.batch, None)
+        slots = None if lease.room is None else lease.room.slots[: lease.n_keys]
+        scores, n_missing = self._scores(lease), 0
+        if lease.n_keys:
+            held = self._index.hold(lease.far_keys, scores, add=self._by_use, skip=lease.skip, slots=slots)
+            lease.far, n_missing = held.slots, held.n_missing
+        else:
+            lease.far = lease.far_keys
+        lease.fetched = True
+        self._n_hits += lease.n_keys - n_missing
+        self._n_uses += lease.n_keys
+        if self._by_use and self._n_uses > AGEING * self._n_lines:
+            self._n_uses = 0
+            self._index.age()
+        if n_missing:
+            self._know(lease)
+            lease.near = self.memory.fetch(lease.far)
+            if lease._padding is None:
+                lease._padding = find_key(lease.near_keys, lease.skip)
+            lease.n_absent = n_missing
+        if lease.n_keys and lease._padding is not None and lease._padding >= 0:
+            self._n_hits -= 1
+
+    def _scores(self, lease: DeviceLease, some: Int64s | None = None) -> Any:
+        """What the uses of a lease's keys are worth."""
+        if not self._by_use:
+            return np.array([self._n_batches])
+        return lease.far_counts if some is None or lease.near_counts is None else lease.near_counts[some]
+
+    def _bring(self, lease: DeviceLease, wanted: Int64s) -> int:
+        """Look below for the lease's keys number `wanted`, and give lines to their rows; how many rows there are.
+
+        The lease's mutex is held.
+        """
+        found, lease.tried = 0, self._n_releases
+        for first in range(0, len(wanted), self._batch_lines):
+            with self._moving:
+                if lease.released:
+                    return found
+                found += self._bring_part(lease, wanted[first : first + self._batch_lines])
+        return found
+
+    def _bring_part(self, lease: DeviceLease, some: Int64s) -> int:
+        assert lease.near_keys is not None and lease.near is not None
+        keys = lease.near_keys[some]
+        with self._open():
+            self._make_room()  # before rows are read: a key that is here may make way, with a newer row than is below
+        with self._leased(keys) as held:
+            self.below.fetch(held)
+            at = np.flatnonzero(held.slots >= 0)
+            n = len(at)
+            if n == 0:
+                return 0
+            freq, last_step = np.empty((2, n), np.int64)
+            self.below.read(held, at, self._lines.incoming(n), freq, last_step)
+        some = some[at]
+        with self._open():
+            self._n_misses += int(np.count_nonzero(lease.near[some] < 0))
+            self._take_in(lease, some, AWAY, (freq, last_step))
+        return n
+
+    def _make_room(self) -> None:
+        """Before an insertion: the keys of announced batches are to go last, and the side list is emptied."""
+        if self._n_evictions:
+            for soon, keys in zip(range(MOST_SOON, 0, -1), self._announced.values(), strict=False):
+                self._index.mark(keys, soon)
+        if self._index.n_side and self._drained != self._n_releases:
+            self._drained = self._n_releases
+            with self._change((DeviceUnavailable,)):
+                old, placed = self._index.drain()
+                if placed.n:
+                    new = self.memory.fetch(placed.slots)
+                    victims = self._take_out(placed)
+                    self._lines.move(old[new >= 0], new[new >= 0])
+                    self._write_victims(victims, _NONE)
+
+    def _take_in(
+        self, lease: DeviceLease, some: Int64s, else_: int, metadata: tuple[Int64s, Int64s] | None = None
+    ) -> None:
+        """Give the lease's keys number `some`, whose lines are `incoming`, slots as far as there is room; `else_` is
+        what the others have instead. `_moving` and the lock are held; that is let go while victims are written."""
+        assert lease.near_keys is not None and lease.near is not None
+        keys = lease.near_keys[some]
+        with self._change((DeviceUnavailable,)):
+            placed = self._index.insert(keys, self._scores(lease, some), evict=True, add=self._by_use)
+            slots, found = self.memory.fetch(placed.slots), self.memory.fetch(placed.status) == FOUND
+            victims = self._take_out(placed)
+            new = np.where(found, -1, slots)
+            self._lines.land(new)
+            if metadata is not None:
+                self._index.put_metadata(new, *metadata)
+            lease.near[some] = np.where(slots >= 0, slots, else_)
+            self._recount(lease)
+            self._write_victims(victims, keys[new >= 0])
+
+    def _recount(self, lease: DeviceLease) -> None:
+        """A lease's slots have changed."""
+        assert lease.near is not None and lease._padding is not None
+        lease.far, lease.stamped = None, _NEVER
+        lease.n_absent = len(absent(lease.near, lease._padding))
+        lease.n_away = int(np.count_nonzero(lease.near == AWAY))
+
+    def _take_out(self, placed: Placement) -> Any:
+        """Dirty lines that have lost their slots, in host memory: as `Store.write` takes them."""
+        self._n_evictions += placed.n_evicted
+        if not placed.n_dirty:
+            return None
+        victims = self._index.dirty_victims(placed)
+        keys, freq, last_step = (self.memory.fetch(a) for a in (victims.keys, victims.freq, victims.last_step))
+        return keys, self._lines.leave(victims.slots), freq, last_step
+
+    def _write_victims(self, victims: Any, newcomers: Int64s) -> None:
+        """Write lines below that made way; if that fails, they come back in the place of the newcomers."""
+        if victims is None:
+            return
+        try:
+            with self._unlocked():
+                self.below.write(*victims)
+        except BaseException as e:
+            keys, lines, freq, last_step = victims
+            self._forget(newcomers)
+            placed = self._index.insert(keys, np.zeros(1, np.int64))
+            slots = self.memory.fetch(placed.slots)
+            there = slots >= 0
+            self._lines.scatter(slots[there], lines[there])
+            self._dirty(slots, freq, last_step)
+            self._index.settle(slots)
+            if not there.all():  # another one of them took the last place of two buckets
+                self._failed = e
+                self._n_rows -= int(np.count_nonzero(~self.below.has(keys[~there])))
+            raise
+
+    def _dirty(self, slots: Any, freq: Any, last_step: Any) -> None:
+        """Lines are not as they are below, and have this metadata."""
+        self._index.stamp(slots, 0)
+        self._index.put_metadata(slots, freq, last_step)
+
+    def _forget(self, keys: Int64s) -> None:
+        """Take lines from distinct keys, whoever holds them. `_moving` and the lock are held."""
+        living = list(self._leases)
+        self._let_go()
+        slots = self._find(keys)
+        keys, slots = keys[slots >= 0], slots[slots >= 0]
+        self._version += 1
+        if len(keys) == 0:
+            return
+        for lease in living:
+            near = self.memory.fetch(lease.far) if lease.near is None else lease.near
+            lost = np.flatnonzero(np.isin(near, slots))
+            if len(lost):
+                self._index.settle(near[lost])
+                near[lost] = -1
+                self._know(lease)
+                if lease._padding is None:
+                    lease._padding = find_key(lease.near_keys, lease.skip)
+                lease.near = near
+                self._recount(lease)
+        self._index.erase(keys)
+
+    def _find(self, keys: Int64s) -> Int64s:
+        """Slots of keys, in host memory."""
+        if len(keys) == 0:
+            return keys
+        slots: Int64s = self.memory.fetch(self._index.find(keys))
+        return slots
+
+    @contextmanager
+    def _leased(self, keys: Int64s, counts: Int64s | None = None) -> Iterator[Lease]:
+        """A lease of the store below."""
+        held = self.below.reserve(keys, np.zeros(len(keys), np.int64) if counts is None else counts)
+        try:
+            yield held
+        finally:
+            self.below.release(held)
+
+    # --- batches are used -------------------------------------------------------------------------------------
+
+    def wait(self, lease: Lease, since: float | None = None) -> None:
+        """Return once the lease's rows are near, as far as there is room. The step begins; it could have at `since`."""
+        assert isinstance(lease, DeviceLease)
+        begin = time.monotonic() if since is None else since
+        self.fetch(lease)
+        with lease.mutex:
+            if lease.n_away and lease.tried != self._n_releases:  # pins are gone since
+                self._bring(lease, np.flatnonzero(lease.near == AWAY))
+        if not lease.asked:
+            lease.asked = True
+            n_late = max(lease.n_brought if lease.done > begin else 0, lease.n_away)
+            padded = lease._padding is not None and lease._padding >= 0
+            self._n_late += n_late
+            self._n_ready += lease.n_keys - lease.n_absent - padded - n_late
+            self._waited += time.monotonic() - begin
+
+    @contextmanager
+    def _using(self, lease: Lease, moving: bool = False) -> Iterator[DeviceLease]:
+        """A lease whose slots are right, with the lock; with `_moving` where a row is away, or absent and `moving`."""
+        assert isinstance(lease, DeviceLease)
+        if not lease.asked:
+            self.wait(lease)
+        with self._open():
+            if not lease.n_away and (not lease.n_absent or (not moving and lease.seen == self._version)):
+                yield lease
+                return
+        with self._moving:
+            self._look(lease)
+            with self._open():
+                yield lease
+
+    def _look(self, lease: DeviceLease) -> None:
+        """Look again for the lease's keys that have no line. `_moving` is held."""
+        if not lease.n_away and lease.seen == self._version:
+            return
+        with self._open():
+            assert lease.near is not None and lease.near_keys is not None and lease._padding is not None
+            some = np.flatnonzero((lease.near < 0) | (lease.near == AWAY))
+            some = some[some != lease._padding]
+            seen, keys = self._version, lease.near_keys[some]
+            found = _NONE
+            if len(some):
+                found = self.memory.fetch(self._index.hold(keys, self._scores(lease, some), add=self._by_use).slots)
+            lease.near[some] = found
+            self._recount(lease)
+        rest = found < 0
+        with self._open():
+            lease.near[some[rest]] = np.where(self.below.has(keys[rest]), AWAY, -1)
+            self._recount(lease)
+            lease.seen = seen
+
+    def _far(self, lease: DeviceLease) -> Any:
+        """The lease's lines in device memory."""
+        if lease.far is None:
+            assert lease.near is not None
+            lease.far = self.memory.send(near_lines(lease.near))
+        return lease.far
+
+    def _near(self, lease: DeviceLease) -> Int64s:
+        """The lease's lines in host memory."""
+        if lease.near is None:
+            lease.near = self.memory.fetch(lease.far)
+        return near_lines(lease.near) if lease.n_away else lease.near
+
+
+def _fit(parts: Parts, layout: Layout, budget: int) -> tuple[int, int, int]:
+    """Slots, lines of the side list and lines of a buffer, that fit a budget."""
+
+    def nbytes(n_buckets: int, batch_lines: int) -> int:
+        n_slots, n_side = BUCKET * n_buckets, min(n_buckets, SIDE_LINES)
+        index: int = parts.index.nbytes_of(n_slots, batch_lines, n_side, layout.metadata)
+        lines: int = parts.lines.nbytes_of(n_slots + n_side, layout.width, batch_lines, layout.dim, layout.dtype)
+        return index + lines
+
+    per_line = nbytes(1, 2) - nbytes(1, 1)
+    batch_lines = max(1, min(BUFFER_NBYTES // (4 * layout.width), budget // 4 // per_line))
+    while batch_lines > 1 and nbytes(1, batch_lines) > budget:
+        batch_lines //= 2
+    if nbytes(1, batch_lines) > budget:
+        raise BudgetExceeded(
+            f"cache_budget of {budget} bytes does not hold a bucket of {BUCKET} lines of {layout.width} floats",
+            table=layout.table,
+            remedy=f"give at least {nbytes(1, 1)} bytes",
+        )
+    least, most = 1, budget // (4 * layout.width) + 1  # buckets that fit, and that do not
+    while most - least > 1:
+        half = (least + most) // 2
+        least, most = (half, most) if nbytes(half, batch_lines) <= budget else (least, half)
+    return BUCKET * least, min(least, SIDE_LINES), batch_lines
+
+
+_NONE = np.zeros(0, np.int64)
+_NEVER = (-1, (-1, -1))
