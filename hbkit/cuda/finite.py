@@ -94,6 +94,8 @@ class Finite:
         """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
         for array in (values,) if scale is None else (values, scale):
             array = self._device.array(array)
+            if array.size == 0:
+                continue
             some = array.reshape(array.size)
             vec = fours(array.size, arrays=(some,))
             some = some.reshape(array.size // 4, 4) if vec else some.reshape(array.size, 1)
@@ -113,6 +115,8 @@ class Finite:
         tuple of int64[n], until the next call, and int
         """
         n, dim = sums.shape
+        if n == 0:
+            return slots, 0
         if self._slots.shape[0] < n:
             self._slots = self._device.empty((n,), np.int64)
         slots, sums = self._device.array(slots), self._device.array(sums)
