@@ -131,6 +131,9 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        groups = {**{f: [f] for f in self.features}, **self.stack}
+        devices = {output: {self.tables[self.features[f]].device for f in group} for output, group in groups.items()}
+        self._devices = {output: found.pop() if len(found) == 1 else None for output, found in devices.items()}
         self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
@@ -159,8 +162,7 @@ class Collection:
 
     def device(self, output: str) -> str | None:
         """`Table.device` of a feature, or of all features of a stack: where its rows and its gradient may be."""
-        devices = {self.tables[self.features[f]].device for f in self.stack.get(output, [output])}
-        return devices.pop() if len(devices) == 1 else None
+        return self._devices[output]
 
     def stage(
         self,
