@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import cuda
 
 from hbkit.cuda.parts import Placement, Room, open_parts
 
@@ -69,8 +70,6 @@ SMALL = Sizes(6, 16, 8, 40, 10, 7, 5, 1, 1, 2**12)
 
 def wait_ms(ms: Any, error: Any) -> None:
     """Keep the stream busy, so that what comes after is queued."""
-    from numba import cuda
-
     for _ in range(ms):
         cuda.nanosleep(1_000_000)
 

@@ -185,23 +185,6 @@ class DeviceLines:
         """float32[n_lines, stride] in device memory: the lines themselves, rows first. Not a copy."""
         return self._lines
 
-    def reserve(self, n_lines: int) -> None:
-        """All lines are there from the beginning."""
-
-    def trim(self, n_lines: int) -> None:
-        """No memory is given back."""
-
-    def pack(self, slots: Int64s) -> npt.NDArray[np.uint8]:
-        """Lines as `hbkit._ext.slabs.Slabs.pack` gives them: uint8[n, line_nbytes]."""
-        out: Float32s = retained((len(slots), self._at + self._width - self._dim))
-        self._to_host(slots, out, self._words(out.shape[1]))
-        return out.view(np.uint8)
-
-    def unpack(self, slots: Int64s, lines: npt.NDArray[np.uint8]) -> None:
-        """Write lines that `pack` gave."""
-        words = np.ascontiguousarray(lines).view(np.float32)
-        self._from_host(slots, words, self._words(words.shape[1]))
-
     def gather(self, slots: Any, out: Any, index: Any = None) -> None:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``; zeros where the slot is -1.
 

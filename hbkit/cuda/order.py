@@ -36,9 +36,20 @@ POSITION = 0xFFFF_FFFF
 assert WARPS * WARP in (BLOCK, SIMULATED_THREADS)
 
 
-def log_length(n: int, bits: int) -> int:
-    """log2 of a tile's positions: no fewer than a digit has values, so that there are no more counts than positions."""
-    return max(bits, WARP.bit_length() - 1, (-(-n // MAX_TILES) - 1).bit_length())
+def plan(n: int, n_distinct: int) -> tuple[int, int, int]:
+    """Passes, bits a digit, and log2 of a tile's positions.
+
+    A tile is no shorter than a digit has values, so that there are no more counts than positions.
+    """
+    n_bits = max(1, (n_distinct - 1).bit_length())
+    n_passes = -(-n_bits // MAX_BITS)
+    bits = -(-n_bits // n_passes)
+    return n_passes, bits, max(bits, WARP.bit_length() - 1, (-(-n // MAX_TILES) - 1).bit_length())
+
+
+def counts_of(max_ids: int) -> int:
+    """Counts that a pass has at the most."""
+    return min(max_ids, MAX_TILES << MAX_BITS) + (1 << MAX_BITS)
 
 
 @inline
@@ -208,8 +219,7 @@ class Order:
     def __init__(self, device: Device, max_ids: int) -> None:
         self._device = device
         self._packed = device.empty((max_ids,), np.int64)
-        n_counts = min(max_ids, MAX_TILES << MAX_BITS) + (1 << MAX_BITS)
-        self._counted = [device.empty((n_counts,), np.int32) for _ in range(2)]
+        self._counted = [device.empty((counts_of(max_ids),), np.int32) for _ in range(2)]
         self._sums = device.empty((1 << MAX_BITS,), np.int32)
         self._totals = device.empty((TILES,), np.int32)
         self._nothing = device.empty((0,), np.int32)
@@ -222,10 +232,7 @@ class Order:
         if n == 0:
             return
         device, counted = self._device, self._counted[0]
-        n_bits = max(1, (n_distinct - 1).bit_length())
-        n_passes = -(-n_bits // MAX_BITS)
-        bits = -(-n_bits // n_passes)
-        log = log_length(n, bits)
+        n_passes, bits, log = plan(n, n_distinct)
         n_tiles = -(-n >> log)
         device.launch(count, TILES * WARP, room.inverse, n, log, bits, counted, room.counts, n_distinct, self._totals)
         source = room.inverse

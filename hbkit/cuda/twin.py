@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbkit._ext.index import dedupe
-from hbkit._ext.segment import Gradients, Segments, pool
+from hbkit._ext.segment import Gradients, Segments, pool, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.cuda.parts import (
@@ -79,9 +79,22 @@ class HostDevice:
         """A contiguous copy."""
         return array.copy()
 
-    def array(self, array: Any) -> Any:
-        """The same memory as an array of NumPy's."""
-        return np.asarray(array)
+    def array(self, array: Any, dtype: Any = None) -> Any:
+        """The same memory as an array of NumPy's.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not of `dtype`, or is no array of NumPy's and not contiguous.
+        """
+        near = np.asarray(array)
+        if not ((near is array or near.flags.c_contiguous) and dtype in (None, near.dtype)):
+            raise InvalidArgument(
+                f"an array of {near.dtype} with strides of {near.strides} bytes for a shape of {near.shape}",
+                device=self.name,
+                remedy=f"give a contiguous one{'' if dtype is None else f' of {np.dtype(dtype)}'}",
+            )
+        return near
 
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""
@@ -491,9 +504,7 @@ class HostLines:
         self._device, self._batch, self._dim = device, batch_lines, width if dim is None else dim
         self._slabs = Slabs(width, CHUNK_NBYTES, dim=self._dim, row_dtype=row_dtype)
         self._slabs.reserve(n_lines)
-        self._coming, self._came, self._leaving, self._left = (
-            np.empty((batch_lines, width), np.float32) for _ in range(4)
-        )
+        self._coming, self._came, self._leaving, self._left = (retained((batch_lines, width)) for _ in range(4))
         self.nbytes = int(self._slabs.nbytes)
 
     @staticmethod
@@ -543,13 +554,13 @@ class HostLines:
     def land(self, slots: Any) -> None:
         """The lines that were written where `incoming` said last go to these slots; those of -1 are left out."""
         slots = self._device.array(slots)
-        self._slabs.scatter(slots[slots >= 0], self._coming[: len(slots)][slots >= 0])
+        self._slabs.write(slots, self._coming[: len(slots)])
 
     def depart(self, slots: Any) -> Callable[[], Float32s]:
         """What gives whole lines: float32[n, width], in one of two buffers in turn."""
         self._leaving, self._left = self._left, self._leaving
         near = self._leaving[: len(slots)]
-        self._slabs.gather(self._device.array(slots), near)
+        self._slabs.read(self._device.array(slots), near)
         return lambda: near
 
     def leave(self, slots: Any) -> Float32s:

@@ -204,13 +204,15 @@ def test_gather_and_scatter_as_slabs_do(device, any_order, dtype, dim, n_state):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_lines_are_those_of_slabs(device, dtype):
-    both = same_lines(device, 9, 20, 12, dtype)
-    packed = [lines.pack(np.arange(9)) for lines in both]
-    assert all(np.array_equal(p, packed[0]) for p in packed)
-    for lines in both:
-        lines.unpack(np.arange(8, -1, -1), packed[0])
-        assert np.array_equal(lines.pack(np.arange(9)), packed[0][::-1])
+def test_whole_lines_go_and_come_as_those_of_slabs(device, dtype):
+    slabs, *others = same_lines(device, 9, 20, 12, dtype, batch_lines=9)
+    want = gathered(slabs, np.arange(9), 20)
+    for lines in others:
+        near = lines.leave(np.arange(9))
+        assert bits(near) == want
+        lines.incoming(9)[:] = near[::-1]
+        lines.land(np.arange(9))
+        assert gathered(lines, np.arange(9), 20) == want[::-1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

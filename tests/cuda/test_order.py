@@ -1,5 +1,6 @@
 """The order of a batch's positions by key on the device against NumPy, in whatever order threads run."""
 
+import importlib.util
 import os
 
 import numpy as np
@@ -40,6 +41,22 @@ def test_oracle_is_a_stable_sort(lane):
         order, starts = oracle(inverse)
         assert order == np.argsort(inverse, kind="stable").tolist()
         assert (inverse[order] == np.repeat(np.arange(len(starts) - 1), np.diff(starts))).all()
+
+
+@pytest.mark.skipif(not (SIMULATED or importlib.util.find_spec("numba_cuda")), reason="numba-cuda is not installed")
+def test_plans_stay_within_their_memory():
+    from hbkit.cuda import order
+
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 31, 1024, 1025, 1 << 20, 2**30 - 1, *(2 ** rng.uniform(0, 30, 500)).astype(int).tolist()):
+        for n_distinct in (1, 2, n, *rng.integers(1, n + 1, 5).tolist()):
+            n_passes, bits, log = order.plan(n, min(n, n_distinct))
+            n_tiles = -(-n >> log)
+            assert (
+                bits <= order.MAX_BITS and 2 ** (n_passes * bits) >= n_distinct and n_passes <= max(3, 15 * SIMULATED)
+            )
+            assert n_tiles <= order.MAX_TILES and 2**log >= order.WARP
+            assert n_tiles << bits <= order.counts_of(n)
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -481,6 +481,9 @@ def test_memory_is_shared_with_tensors():
     assert out[:, 0].tolist() == [4, 0, 28]
     both = torch.empty(6, 4)
     assert parts.device.join([out, np.ones((3, 4), np.float32)], both) is not None and both[3:].eq(1).all()
+    for refused, dtype in ((both.T, None), (both, np.int64), (np.zeros(3), np.float32)):
+        with pytest.raises(InvalidArgument, match="contiguous"):
+            parts.device.array(refused, dtype)
     assert both[:3].equal(out) and parts.device.fetch(out[:1]).tolist() == [[4, 5, 6, 7]]
 
 

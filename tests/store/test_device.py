@@ -7,6 +7,7 @@ The simulator is chosen before Numba is imported, so this file runs itself once 
 import gc
 import importlib.util
 import os
+import sys
 import threading
 from contextlib import closing
 
@@ -45,6 +46,8 @@ from hbkit.store.base import Chunk
 from hbkit.store.device import Summands
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
+    sys.setswitchinterval(1e-4)
 LANES = {"cpu": "cpu", "cudasim": "cuda:0", "cuda": "cuda:0"}
 
 
@@ -61,13 +64,24 @@ def missing(lane):
     return None
 
 
-@pytest.fixture(scope="module", params=LANES)
-def device(request):
+def lane_of(request):
     """The lane's device; lanes are skipped by name where they are not there."""
     why = missing(request.param)
     if why:
         pytest.skip(f"lane {request.param}: {why}")
     return LANES[request.param]
+
+
+@pytest.fixture(scope="module", params=LANES)
+def device(request):
+    """Of every lane, for tests that the simulator, which is slow, runs too: what kernels do lies in tests/cuda."""
+    return lane_of(request)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def fast(request):
+    """As `device`, without the simulator."""
+    return lane_of(request)
 
 
 # Tests that are too large for the simulator, and need no device.
@@ -116,7 +130,7 @@ CASES = [(optimizer, "float32") for optimizer in [*OPTIMIZERS, AdamW(), RowWiseA
 
 @pytest.mark.parametrize(("optimizer", "dtype"), CASES, ids=[f"{type(o).__name__}-{d}" for o, d in CASES])
 def test_device_equals_host(optimizer, dtype, device):
-    if SIMULATED and (type(optimizer), dtype) not in ((RowWiseAdagrad, "float32"), (Adam, "bfloat16")):
+    if SIMULATED and (type(optimizer), dtype) != (Adam, "bfloat16"):
         pytest.skip("the simulator is slow, and the way is the same for all: tests/cuda has every kernel")
     host = train(Table("t", 5, dtype, optimizer=optimizer))
     place = cached(device, policy="lru", dim=5, dtype=dtype, optimizer=optimizer)
@@ -419,7 +433,7 @@ def test_device_lookahead_equals_host(window, times):
 
 
 @pytest.mark.parametrize("times", [1.0, 30.0], ids=["streams", "resident"])
-def test_device_pools_and_trains_a_collection_as_host_does(times, device):
+def test_device_pools_and_trains_a_collection_as_host_does(times, fast):
     def run(store):
         tables = [Table("t", 8, optimizer=Adam(), store=store), Table("u", 8, optimizer=RowWiseAdagrad(), store=store)]
         both = Collection(tables, {"a": "t", "b": "t", "c": "u"}, {"a": "sum", "b": "mean", "c": None})
@@ -438,7 +452,7 @@ def test_device_pools_and_trains_a_collection_as_host_does(times, device):
             t.close()
         return found
 
-    assert run(cached(device, times, policy="lru", dim=8, optimizer=Adam())) == run(host_memory())
+    assert run(cached(fast, times, policy="lru", dim=8, optimizer=Adam())) == run(host_memory())
 
 
 @pytest.mark.parametrize("times", [1.0, 30.0], ids=["streams", "resident"])
@@ -477,9 +491,9 @@ def test_rows_and_gradients_in_device_memory_stay_there(times, device):
     assert found[0] == found[1]
 
 
-def test_device_over_ssd_reopens(tmp_path, device):
+def test_device_over_ssd_reopens(tmp_path, fast):
     want = contents(train(Table("t", 5)).store)
-    place = cached(device, 1.5, cached_ssd(tmp_path, "400KiB"), "lru", dim=5)
+    place = cached(fast, 1.5, cached_ssd(tmp_path, "400KiB"), "lru", dim=5)
     ours = train(Table("t", 5, store=place))
     ours.commit()
     ours.update([1, 2], np.ones((2, 5)))
@@ -522,6 +536,36 @@ def test_device_saves_deltas_that_load_elsewhere(tmp_path, times):
     assert contents(again.store) == contents(host.store)
 
 
+@pytest.mark.parametrize("over", ["host", "device"])
+def test_device_step_of_resident_rows_is_a_few_launches(device, over, monkeypatch):
+    if device == "cpu":
+        pytest.skip("lane cpu: nothing is launched")
+    t = Table("t", 8, optimizer=Adam(), store=device_cached(host_memory(), "40KiB", device))
+    batch = np.array([5, 3, 5, 9, 1, 3, 3])
+    t.lookup(batch, train=True)
+    store, memory, calls = t.store, t.store.memory, {"launch": 0, "fetch": 0}
+    keys, out = memory.send(batch), memory.empty((7, 8), np.float32)
+    grads = Summands(memory.send(np.ones((7, 8), np.float32)))
+
+    def counted(name, call):
+        def count(*args):
+            calls[name] += 1
+            return call(*args)
+
+        monkeypatch.setattr(memory, name, count)
+
+    for name in calls:
+        counted(name, getattr(memory, name))
+    lease = store.reserve_batch(keys if over == "device" else batch)
+    store.wait(lease)
+    store.create(lease, 2)
+    store.gather(lease, out, lease.inverse)
+    store.apply(lease, grads, t.optimizer, t.optimizer.hyper(2), 2)
+    store.release(lease)
+    # dedupe 4, hold, stamp, gather, order 3 to 5, sums, update, settle; how many are distinct, and missing
+    assert calls["launch"] <= 14 and calls["fetch"] == 2
+
+
 def test_device_point_is_the_rows_of_its_instant(device):
     t = train(Table("t", 5, store=cached(device, policy="lru", dim=5)))
     store, want, before = t.store, contents(t.store), {int(k) for c in t.store.scan() for k in c.key}
@@ -539,7 +583,7 @@ def test_device_point_is_the_rows_of_its_instant(device):
     t.close()
 
 
-def test_device_admission_and_eviction_equal_host(device):
+def test_device_admission_and_eviction_equal_host(fast):
     def run(store):
         exported, rng = [], np.random.default_rng(0)
         t = Table(
@@ -547,7 +591,7 @@ def test_device_admission_and_eviction_equal_host(device):
             eviction=[IdleSteps(3), MaxRows(50)], evict_every=2, on_evict=lambda c: exported.append(c.row.tobytes()),
         )  # fmt: skip
         rows = []
-        for _ in range(3 if SIMULATED else 8):
+        for _ in range(8):
             keys = rng.zipf(1.1, 60) % 90
             rows.append(t.lookup(keys, train=True).tobytes())
             t.update(keys, rng.standard_normal((60, 5)).astype(np.float32))
@@ -557,12 +601,12 @@ def test_device_admission_and_eviction_equal_host(device):
         t.close()
         return rows, exported, found
 
-    assert run(cached(device, policy="lru", dim=5)) == run(host_memory())
+    assert run(cached(fast, policy="lru", dim=5)) == run(host_memory())
 
 
-def test_device_tier_of_a_sharded_table_gives_what_memory_gives(device):
+def test_device_tier_of_a_sharded_table_gives_what_memory_gives(fast):
     def act(transport, on_device):
-        store = device_cached(host_memory(), "64KiB", device) if on_device else host_memory()
+        store = device_cached(host_memory(), "64KiB", fast) if on_device else host_memory()
         c = Sharded(Collection([Table("t", 4, optimizer=Adam(lr=0.1), store=store)]), transport, "int8")
         rng = np.random.default_rng(transport.rank)
         for _, staged in lookahead([{"t": rng.integers(0, 90, 20)} for _ in range(4)], c, 2):
@@ -915,9 +959,9 @@ def test_device_lost_in_an_update_leaves_what_is_below(monkeypatch, device):
 
 
 @pytest.mark.parametrize("times", [1.0, 8.0])
-def test_device_updates_named_columns_as_host_does(times, device):
+def test_device_updates_named_columns_as_host_does(times, fast):
     kind = {"columns": {"a": Column(1, optimizer=SGD()), "b": Column(3, optimizer=AdagradDecay())}}
-    ours, host = Table("t", store=cached(device, times, **kind), **kind), Table("t", **kind)
+    ours, host = Table("t", store=cached(fast, times, **kind), **kind), Table("t", **kind)
     keys = np.arange(40)
     for t in (ours, host):
         t.lookup(keys, train=True)

@@ -1,0 +1,200 @@
+"""A device in host memory that is as narrow as a real one.
+
+Its arrays do what those of Numba CUDA do and no more: no arithmetic, no comparisons, slices instead of fancy indices;
+new memory holds garbage; kernels refuse what is not contiguous or of another type; NumPy's arrays are copied when they
+are given, as if they were sent. So what only runs by grace of NumPy, in the twin or the simulator, fails here.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+from hbkit.cuda import parts, twin
+
+GARBAGE = 0x5A
+WRITE_TO_HOST = ("gather", "pool")  # where `out` is NumPy's
+
+
+class Far:
+    """An array in device memory."""
+
+    __hash__ = None
+
+    def __init__(self, array):
+        self._array = array
+
+    shape, dtype, size, ndim = (
+        property(lambda self, name=name: getattr(self._array, name)) for name in ("shape", "dtype", "size", "ndim")
+    )
+
+    def __len__(self):
+        return len(self._array)
+
+    def __getitem__(self, item):
+        for part in item if isinstance(item, tuple) else (item,):
+            assert isinstance(part, slice), f"a device array is sliced, not indexed by {item!r}"
+        return Far(self._array[item])
+
+    def reshape(self, *shape):
+        assert self._array.flags.c_contiguous
+        return Far(self._array.reshape(*shape))
+
+    def view(self, dtype):
+        return Far(self._array.view(dtype))
+
+    def copy_to_host(self, ary=None, stream=0):
+        if ary is None:
+            return self._array.copy()
+        ary[...] = self._array
+        return ary
+
+    def refused(self, *_, **__):
+        raise TypeError("a device array has no such operation")
+
+    def __array__(self, dtype=None, copy=None):
+        asks = sys._getframe(1).f_globals["__name__"]
+        assert not asks.startswith("hbkit"), f"{asks} takes a device array for one of NumPy's"
+        return self._array.copy()
+
+    __iter__ = __bool__ = __setitem__ = refused
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = refused
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __neg__ = refused
+
+
+class NarrowDevice(twin.HostDevice):
+    """`HostDevice` with such arrays."""
+
+    def empty(self, shape, dtype):
+        out = np.empty(shape, dtype)
+        out.reshape(-1).view(np.uint8)[...] = GARBAGE
+        return Far(out)
+
+    def send(self, array):
+        assert isinstance(array, np.ndarray), f"{type(array)} is sent"
+        return Far(array.copy(order="C"))
+
+    def array(self, array, dtype=None):
+        if type(array).__name__ == "Far" and not isinstance(array, Far):
+            array = array.array if isinstance(array.array, Far) else Far(array.array)
+        if isinstance(array, Far):
+            super().array(array._array, dtype)
+            return array
+        return self.send(array) if isinstance(array, np.ndarray) else Far(super().array(array, dtype))
+
+    def none(self, dtype, n_dim=1):
+        return Far(super().none(dtype, n_dim))
+
+    def fetch(self, array, out=None):
+        assert isinstance(array, Far), f"{type(array)} is fetched"
+        return array.copy_to_host(out)
+
+    def join(self, arrays, out=None):
+        arrays = [near(self.array(a)) for a in arrays]
+        return Far(np.concatenate(arrays, out=None if out is None else near(self.array(out))))
+
+
+def near(value):
+    """What a kernel is given."""
+    if type(value) in (list, tuple):
+        return type(value)(map(near, value))
+    if isinstance(value, Placement):
+        return parts.Placement(*vars(value).values())
+    if isinstance(value, Far):
+        assert value._array.flags.c_contiguous, "a kernel is given an array that is not contiguous"
+        assert value.dtype in (np.int64, np.float32), f"a kernel is given {value.dtype}"
+        return value._array
+    return value
+
+
+def far(value):
+    """What a call gives in device memory."""
+    if isinstance(value, np.ndarray):
+        return Far(value)
+    if type(value) is tuple:
+        return tuple(map(far, value))
+    if isinstance(value, (parts.Held, parts.Victims)):
+        return type(value)(*map(far, value))
+    return value
+
+
+def near_room(room):
+    """A room whose arrays are NumPy's."""
+    arrays = {name: near(a) for name, a in vars(room).items() if isinstance(a, Far)}
+    return SimpleNamespace(max_ids=room.max_ids, **arrays)
+
+
+class NarrowDedupe:
+    """`HostDedupe` with such arrays."""
+
+    def __init__(self, device, max_keys):
+        self._device, self._of = device, twin.HostDedupe(twin.HostDevice(), max_keys)
+
+    def __call__(self, keys, room):
+        found = self._of(near(self._device.array(keys)), near_room(room))
+        return parts.Distinct(room, found.n, found.n_distinct)
+
+
+class NarrowOrder:
+    """`HostOrder` with such arrays."""
+
+    def __init__(self, device, max_ids):
+        self._of = twin.HostOrder(twin.HostDevice(), max_ids)
+
+    def __call__(self, room, n, n_distinct):
+        self._of(near_room(room), n, n_distinct)
+
+
+class Placement(parts.Placement):
+    """One whose arrays are such."""
+
+    def _row(self, row):
+        return Far(super()._row(row))
+
+
+def narrowed(of, *, on_host=()):
+    """The class `of`, given and giving arrays of `NarrowDevice`; what the named methods give is NumPy's."""
+
+    class Narrow:
+        def __init__(self, device, *args, **kwargs):
+            self._device, self._of = device, of(twin.HostDevice(), *args, **kwargs)
+
+        def __len__(self):
+            return len(self._of)
+
+        def __getattr__(self, name):
+            found = getattr(self._of, name)
+            if not callable(found):
+                return found
+
+            def given(value):
+                if isinstance(value, np.ndarray) and name not in WRITE_TO_HOST:
+                    return value.copy(order="C")  # a kernel's changes do not come back
+                return near(self._device.array(value) if hasattr(value, "data_ptr") else value)
+
+            def call(*args, **kwargs):
+                got = found(*map(given, args), **{k: given(v) for k, v in kwargs.items()})
+                if isinstance(got, parts.Placement):
+                    return Placement(*vars(got).values())
+                if name == "drain":
+                    return got[0], Placement(*vars(got[1]).values())
+                return got if name in on_host else far(got)
+
+            return call
+
+        @staticmethod
+        def nbytes_of(*args):
+            return of.nbytes_of(*args)
+
+    return Narrow
+
+
+def narrow_parts():
+    """Parts of such a device."""
+    return parts.Parts(
+        NarrowDevice(),
+        narrowed(twin.HostIndex, on_host=("contents", "erase")),
+        narrowed(twin.HostLines, on_host=("incoming", "depart", "leave")),
+        NarrowDedupe,
+        NarrowOrder,
+    )
