@@ -42,7 +42,7 @@ from hbkit._ext.slabs import Slabs
 from hbkit.cuda.parts import Room, open_parts
 from hbkit.embedding import Adam, Table
 from hbkit.store import device_cached, host_memory
-from hbkit.store.device import BUFFER_NBYTES, Summands
+from hbkit.store.device import Summands
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 try:
@@ -356,10 +356,12 @@ class Bench:
             if case.startswith(tuple(name.split(","))):
                 run()
                 self.device.sync()
-                self.cuda.profile_start()
+                if self.real:
+                    self.cuda.profile_start()
                 run()
                 self.device.sync()
-                self.cuda.profile_stop()
+                if self.real:
+                    self.cuda.profile_stop()
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -489,12 +491,18 @@ class Bench:
         )
 
     def budget(self, n_lines: int) -> int:
-        """Bytes that a store needs for so many lines, with its index and buffers."""
+        """Bytes with which a store's cache has so many lines, beside its index and buffers."""
         width, dim, n_slots = self.width("adam"), self.sizes.dim, max(32, n_lines // 32 * 32)
         n_side = min(n_slots // 32, 1024)
-        batch = max(1, min(BUFFER_NBYTES // (4 * width), n_lines // 8))
-        nbytes: int = self.parts.lines.nbytes_of(n_slots + n_side, width, batch, dim, "float32")
-        return nbytes + int(self.parts.index.nbytes_of(n_slots, batch, n_side, False))
+
+        def nbytes(batch: int) -> int:
+            lines: int = self.parts.lines.nbytes_of(n_slots + n_side, width, batch, dim, "float32")
+            return lines + int(self.parts.index.nbytes_of(n_slots, batch, n_side, False))
+
+        batch = 1  # lines of a buffer: the store's are of 16 MiB, or a quarter of the budget
+        for _ in range(40):
+            batch = max(1, min(2**24 // (4 * width), nbytes(batch) // 4 // (nbytes(2) - nbytes(1))))
+        return nbytes(batch)
 
     def table(self, table: Any, batches: list[np.ndarray], grads: np.ndarray, tensors: bool) -> tuple[float, ...]:
         """Lines of the cache, milliseconds of a step's parts and of a step, and the hit rate."""

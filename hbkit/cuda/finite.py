@@ -87,14 +87,15 @@ class Finite:
     """
 
     def __init__(self, device: Device) -> None:
-        self._device, self._zero = device, np.zeros(1, np.int32)
-        self._found = device.send(self._zero)
+        self._device, self._found = device, device.send(np.zeros(1, np.int32))
         self._slots: Any = device.none(np.int64)
 
     def all_finite(self, values: Any, scale: Any = None) -> bool:
         """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
         for array in (values,) if scale is None else (values, scale):
             array = self._device.array(array)
+            if array.size == 0:
+                continue
             some = array.reshape(array.size)
             vec = fours(array.size, arrays=(some,))
             some = some.reshape(array.size // 4, 4) if vec else some.reshape(array.size, 1)
@@ -114,6 +115,8 @@ class Finite:
         tuple of int64[n], until the next call, and int
         """
         n, dim = sums.shape
+        if n == 0:
+            return slots, 0
         if self._slots.shape[0] < n:
             self._slots = self._device.empty((n,), np.int64)
         slots, sums = self._device.array(slots), self._device.array(sums)
@@ -125,5 +128,5 @@ class Finite:
         """What was counted, which begins anew."""
         found = int(self._device.fetch(self._found)[0])
         if found:
-            self._found.copy_to_device(self._zero)
+            self._found = self._device.send(np.zeros(1, np.int32))
         return found

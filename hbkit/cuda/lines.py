@@ -19,7 +19,7 @@ from hbkit.cuda import rules
 from hbkit.cuda.arith import fours, shift_of
 from hbkit.cuda.device import COOPERATING, Device
 from hbkit.cuda.finite import Finite
-from hbkit.cuda.rows import GATHER, POOL, SCATTER
+from hbkit.cuda.rows import AT_ONCE, GATHER, POOL, SCATTER
 from hbkit.cuda.sums import BLOCK_SUMS, SEGMENT_SUM, n_partials
 from hbkit.errors import InvalidArgument, Unsupported
 
@@ -450,8 +450,8 @@ class DeviceLines:
         check_counts(out.shape[0])
         for dtype, source, first, to, width in parts:
             kernel = GATHER[dtype, fours(source.shape[1], out.shape[1], first, to, width, arrays=(source, out))]
-            shift = shift_of(width)
-            self._device.launch(kernel, out.shape[0] << shift, source, slots, index, out, first, to, width, shift)
+            shift, n_groups = shift_of(width), -(-out.shape[0] // AT_ONCE)
+            self._device.launch(kernel, n_groups << shift, source, slots, index, out, first, to, width, shift)
 
     def _scatter(self, slots: Any, values: Any, parts: list[Part]) -> None:
         for dtype, target, to, first, width in parts:

@@ -18,6 +18,8 @@ from hbkit.cuda.arith import add, cuda, device, mul
 from hbkit.cuda.device import BAD_INDEX, BAD_SLOT
 from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, store
 
+AT_ONCE = 4  # rows that those who share one gather at a time
+
 
 @device
 def slot_at(slots: Any, index: Any, n_lines: Any, i: Any, n: Any, error: Any) -> Any:

@@ -49,6 +49,8 @@ def test_all_finite_finds_every_bad_value(device, finite, shape):
 
 def test_no_values_are_finite(device, finite):
     assert finite.all_finite(device.empty((0, 4), np.float32), device.empty((0,), np.float32))
+    slots, n_skipped = finite.skip_bad(device.empty((0,), np.int64), device.empty((0, 4), np.float32))
+    assert slots.shape == (0,) and n_skipped == 0
 
 
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (20, 3), (33, 8), (5, 40)])
