@@ -23,9 +23,10 @@ is let go, and below before `_moving` is: nobody looks for it there too early. I
 its line back and the newcomers go.
 
 **Leases.** A lease pins its lines until it is released, or is forgotten: then `__del__` leaves them in `_abandoned`,
-from where they are unpinned by whoever comes next. What it knows of keys without a line (absent, or away) holds as
+from where they are unpinned by whoever comes next. Its slots are read and written with `_lock` alone, since whoever
+erases a key, or puts it, takes it from all leases. What a lease knows of keys without a line (absent, or away) holds as
 long as the store's `_version`, which counts rows made, put and erased; keys that are away are looked for anew at every
-use. A key that is erased, or put, is taken from all leases at once.
+use.
 
 **Failures.** What fails before a change leaves everything as it was. A change that was cut in the middle (`_change`)
 leaves a store that still reads and refuses to commit.
