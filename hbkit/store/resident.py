@@ -412,7 +412,7 @@ class Resident:
 
     def _mark(self) -> None:
         """Before insertions that may evict: keys of announced batches go last, those of the soonest last of all."""
-        if self._n_evictions:
+        if 2 * len(self._index) > self._n_lines:  # else hardly a bucket is full
             for soon, keys in zip(range(MOST_SOON, 0, -1), self._announced.values(), strict=False):
                 self._index.mark(keys, soon)
 
