@@ -42,7 +42,7 @@ def work(a: argparse.Namespace) -> None:
     ds = Dataset.from_parquet(a.data, ["label", *dense, *sparse], shard=(rank, size)).supervised("label").batch(a.batch)
     width = hb.models.DeepFM.row_dim(a.dim)
     tables = [Table(name, width, initializer=Normal(0, 0.01), optimizer=Adagrad(lr=0.05)) for name in sparse]
-    embeddings = Collection(tables)
+    embeddings = Collection(tables, stack=hb.models.DeepFM.stack(sparse))
     if size > 1:
         embeddings = hb.distributed.shard(embeddings, wire=a.wire, timeout=120)
     torch.manual_seed(0)

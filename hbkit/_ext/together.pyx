@@ -7,7 +7,7 @@ gone through at random, rows and sums of the keys that a batch has many times, s
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -19,17 +19,20 @@ from hbkit._ext.slabs import n_state
 from hbkit._ext.index cimport Index
 from hbkit._ext.metadata cimport Metadata, Pair, stamp
 from hbkit._ext.pool cimport allocate, fails
+from hbkit._ext.segment cimport in_range
 from hbkit._ext.slabs cimport Lines, New, Slabs, begin, tile
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
 
 cdef struct Part:  # one table
-    const hb_index *index
+    const hb_index *index  # NULL where rows are given
     const int64_t *keys  # of the batch, feature after feature
-    int64_t n, u  # keys; distinct ones
+    const int64_t *stands  # what each key counts for; NULL: 1
+    int64_t n, u, n_rows, dim  # keys; distinct ones
     int64_t *unique
     int64_t *counts
+    int64_t *totals  # counts, or sums of `stands`
     int64_t *slots
     const float **rows
     int32_t *inverse
@@ -74,6 +77,14 @@ cdef int64_t odd(int64_t n, int64_t line) noexcept nogil:
     return ((n + line - 1) // line | 1) * line
 
 
+cdef void permute(int64_t *numbers, const int64_t *order, int64_t n, int64_t *before) noexcept nogil:
+    """``numbers[order]``; `before` is room for n."""
+    cdef int64_t i
+    memcpy(before, numbers, n * sizeof(int64_t))
+    for i in range(n):
+        numbers[i] = before[order[i]]
+
+
 cdef int insert(Part *part) noexcept nogil:
     """Put the absent keys into the index; not 0 without memory, and then it is as it was."""
     cdef int64_t k, n = 0
@@ -97,7 +108,7 @@ cdef void taken(Part *part) noexcept nogil:
 
 cdef int64_t room(const Part *part) noexcept nogil:
     """Floats of sums[u, dim], blocks[u, dim], seen[u]."""
-    return odd(part.u * (2 * part.slabs.dim + 1), 16)
+    return odd(part.u * (2 * part.dim + 1), 16)
 
 
 cdef class Together:
@@ -105,14 +116,17 @@ cdef class Together:
 
     Parameters
     ----------
-    tables : list of (Index, Slabs, Metadata, Lines or None)
-        None: `make` does not make this table's rows.
+    tables : list of (Index, Slabs, Metadata, Lines or None), or of int
+        None: `make` does not make this table's rows. int: its dim, where `gather` is given rows.
     keys : list of int64[k * n_rows]
         One array a table: the keys of its k features, one a row, end to end.
     places : list of (group, column)
         For each feature in the order of tables: in which of the arrays that `gather` and `sum` are given its rows
         stand, and from which column on. Those of one array have one dim.
-    n_rows : int
+    n_rows : list of int
+        For each table.
+    stands : list of int64[k * n_rows], optional
+        How many occurrences each key counts for; 1 when left out.
 
     Attributes
     ----------
@@ -127,36 +141,48 @@ cdef class Together:
     cdef Part *parts
     cdef Place *places
     cdef hb_feature *features
-    cdef int64_t n_parts, n_features, n_groups, n_rows
-    cdef int64_t dim  # of `features`
+    cdef int64_t n_parts, n_features, n_groups
+    cdef int64_t dim, n_rows  # of `features`
     cdef list tables
     cdef object memory, given
     cdef readonly list keys, counts, slots
 
-    def __cinit__(self, list tables, list keys, list places, int64_t n_rows):
-        cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0
+    def __cinit__(self, list tables, list keys, list places, list n_rows, list stands=None):
+        cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0, columns = 4 + (stands is not None)
         cdef int bits = 6
         cdef const int64_t[::1] some
         cdef Index index
         cdef Slabs slabs
-        self.tables, self.given, self.n_parts, self.n_rows = tables, keys, len(tables), n_rows
+        cdef Part *part
+        self.tables, self.given, self.n_parts = tables, (keys, stands), len(tables)
         self.n_features = len(places)
         self.parts = NULL if fails() else <Part *>calloc(self.n_parts + 1, sizeof(Part))
         self.places = NULL if fails() else <Place *>calloc(self.n_features + 1, sizeof(Place))
         self.features = NULL if fails() else <hb_feature *>calloc(self.n_features + 1, sizeof(hb_feature))
         if self.parts == NULL or self.places == NULL or self.features == NULL:
             raise MemoryError("no memory for a batch")
-        if n_rows < 1 or len(keys) != self.n_parts:
-            _refuse(f"{n_rows} rows, and {len(keys)} arrays for {self.n_parts} tables")
+        if not len(keys) == len(n_rows) == self.n_parts or len(keys if stands is None else stands) != self.n_parts:
+            _refuse(f"{len(keys)} arrays for {self.n_parts} tables")
         for i in range(self.n_parts):
-            some, index, slabs = keys[i], tables[i][0], tables[i][1]
-            n = self.parts[i].n = some.shape[0]
-            self.parts[i].n_features = n // n_rows
-            if n == 0 or n % n_rows or n >= MOST or f + n // n_rows > self.n_features:
-                _refuse(f"{n} keys in {n_rows} rows")
-            self.parts[i].keys, self.parts[i].index, self.parts[i].slabs = &some[0], &index.index, &slabs.s
+            part, some = &self.parts[i], keys[i]
+            n, part.n_rows = some.shape[0], n_rows[i]
+            if part.n_rows < 1 or n == 0 or n % part.n_rows or n >= MOST or f + n // part.n_rows > self.n_features:
+                _refuse(f"{n} keys in {part.n_rows} rows")
+            part.n, part.n_features, part.keys = n, n // part.n_rows, &some[0]
+            if stands is not None:
+                some = stands[i]
+                if some.shape[0] != n:
+                    _refuse(f"{some.shape[0]} counts for {n} keys")
+                part.stands = &some[0]
+            if isinstance(tables[i], int):
+                part.dim = tables[i]
+            else:
+                index, slabs = tables[i][0], tables[i][1]
+                part.index, part.slabs, part.dim = &index.index, &slabs.s, slabs.s.dim
+            if part.dim < 1:
+                _refuse(f"rows of {part.dim} floats")
             most = max(most, n)
-            for k in range(self.parts[i].n_features):
+            for k in range(part.n_features):
                 group, at = places[f]
                 if group < 0 or at < 0:
                     _refuse(f"a place of {group, at}")
@@ -167,9 +193,10 @@ cdef class Together:
             _refuse(f"{self.n_features} places for {f} features")
         while bits < 32 and (<int64_t>1 << bits) < 6 * most:
             bits += 1
-        # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning; and inverse[n].
+        # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning, and totals[n] where
+        # keys stand for some number; and inverse[n].
         for i in range(self.n_parts):
-            n_wide += odd(4 * self.parts[i].n + 1, 8)
+            n_wide += odd(columns * self.parts[i].n + 1, 8)
             n_narrow += odd(self.parts[i].n, 16)
         wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
         self.memory = wide, narrow
@@ -179,12 +206,12 @@ cdef class Together:
         for i in range(self.n_parts):
             n, total = self.parts[i].n, self.parts[i].u
             self.keys.append(wide[k:k + total])
-            self.counts.append(wide[k + n:k + n + total])
+            self.counts.append(wide[k + (n if stands is None else 4 * n):][:total])
             self.slots.append(wide[k + 2 * n:k + 2 * n + total])
-            k += odd(4 * n + 1, 8)
+            k += odd(columns * n + 1, 8)
 
     cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, uint32_t[::1] table, int bits):
-        cdef int64_t i
+        cdef int64_t i, k
         cdef int64_t *at = &wide[0]
         cdef int32_t *inverse = &narrow[0]
         cdef Part *part
@@ -193,16 +220,49 @@ cdef class Together:
                 part = &self.parts[i]
                 part.unique, part.counts, part.slots = at + 1, at + 1 + part.n, at + 1 + 2 * part.n
                 part.rows, part.inverse = <const float **>(at + 1 + 3 * part.n), inverse
-                at += odd(4 * part.n + 1, 8)
+                part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
+                at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
                 inverse += odd(part.n, 16)
                 part.u = kernels().index.dedupe(part.keys, part.n, &table[0], bits, part.unique - 1, part.inverse, 0,
                                                 part.counts)
-                kernels().index.find(part.index, part.unique, part.u, part.slots)
+                if part.index != NULL:
+                    kernels().index.find(part.index, part.unique, part.u, part.slots)
+                else:
+                    memset(part.slots, 0xFF, part.u * sizeof(int64_t))
+                if part.stands != NULL:
+                    memset(part.totals, 0, part.u * sizeof(int64_t))
+                    for k in range(part.n):
+                        part.totals[part.inverse[k]] += part.stands[k]
 
     def __dealloc__(self):
         free(self.parts)
         free(self.places)
         free(self.features)
+
+    def inverse(self, int64_t number):
+        """Which of the distinct keys each key of a table is: int64[n]."""
+        cdef Part *part = self._part(number)
+        return np.array(<int32_t[:part.n]>part.inverse, np.int64)
+
+    cdef Part *_part(self, int64_t number) except NULL:
+        if not 0 <= number < self.n_parts:
+            _refuse(f"table {number} of {self.n_parts}")
+        return &self.parts[number]
+
+    def reorder(self, int64_t number, const int64_t[::1] order, const int64_t[::1] place):
+        """Let key number ``order[k]`` of a table's distinct keys, whose rows are given, be number k: `place` of it."""
+        cdef Part *part = self._part(number)
+        cdef int64_t k
+        cdef int64_t *before = <int64_t *>part.rows  # not in use yet
+        if part.index != NULL or part.stands != NULL or order.shape[0] != part.u or place.shape[0] != part.u:
+            _refuse(f"an order of {order.shape[0]} for {part.u} keys")
+        if not (in_range(order, part.u) and in_range(place, part.u)):
+            _refuse("an order of other keys")
+        with nogil:
+            permute(part.unique, &order[0], part.u, before)
+            permute(part.counts, &order[0], part.u, before)
+            for k in range(part.n):
+                part.inverse[k] = <int32_t>place[part.inverse[k]]
 
     def n_absent(self):
         """How many keys are absent, of each table: list of int."""
@@ -297,11 +357,11 @@ cdef class Together:
             for k in range(self.n_parts):
                 part = &self.parts[k]
                 if part.stamped:
-                    stamp(part.pairs, part.slots, part.u, step, part.counts)
+                    stamp(part.pairs, part.slots, part.u, step, part.totals)
                 part.stamped = False
 
     cdef int64_t _dim(self, int64_t feature) noexcept nogil:
-        return self.parts[self.places[feature].part].slabs.dim
+        return self.parts[self.places[feature].part].dim
 
     cdef int64_t _round(self, int64_t group, int64_t number) noexcept nogil:
         """Make `features` of an array's: those that are their table's feature of that number, or all where it is -1."""
@@ -312,10 +372,11 @@ cdef class Together:
             place = &self.places[i]
             part = &self.parts[place.part]
             if place.group == group and (number < 0 or place.number == number):
-                self.features[n].at, self.features[n].inverse = place.at, part.inverse + place.number * self.n_rows
-                self.features[n].rows, self.dim = part.rows, part.slabs.dim
-                self.features[n].sums, self.features[n].blocks = part.sums, part.sums + part.u * part.slabs.dim
-                self.features[n].seen = <int32_t *>(part.sums + 2 * part.u * part.slabs.dim)
+                self.n_rows, self.dim = part.n_rows, part.dim
+                self.features[n].at, self.features[n].inverse = place.at, part.inverse + place.number * part.n_rows
+                self.features[n].rows = part.rows
+                self.features[n].sums, self.features[n].blocks = part.sums, part.sums + part.u * part.dim
+                self.features[n].seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
                 n += 1
         return n
 
@@ -329,19 +390,32 @@ cdef class Together:
         for i in range(self.n_features):
             array = arrays[self.places[i].group]
             dim, known = self._dim(i), dims[self.places[i].group]
-            if array.shape[0] != self.n_rows or self.places[i].at + dim > array.shape[1] or known not in (-1, dim):
-                _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {self.n_rows} rows of {dim}")
+            n_rows = self.parts[self.places[i].part].n_rows
+            if array.shape[0] != n_rows or self.places[i].at + dim > array.shape[1] or known not in (-1, dim):
+                _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {n_rows} rows of {dim}")
             dims[self.places[i].group] = dim
         return 0
 
-    def gather(self, list outs):
-        """Rows of all features into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent."""
-        cdef int64_t i, group, n
+    def gather(self, list outs, list rows=None):
+        """Rows of all features into float32[n_rows, width] arrays, as `places` says; zeros where a key is absent.
+
+        rows : list of float32[u, dim]
+            For each table, those of its distinct keys, where they are given.
+        """
+        cdef int64_t i, k, group, n
         cdef float[:, ::1] out
+        cdef const float[:, ::1] given
         cdef Slabs slabs
         cdef hb_fp_state fp
         self._check(outs)
         for i in range(self.n_parts):
+            if self.parts[i].index == NULL:
+                given = rows[i]
+                if given.shape[0] != self.parts[i].u or given.shape[1] != self.parts[i].dim:
+                    _refuse(f"{given.shape[0]} rows for {self.parts[i].u} keys")
+                for k in range(self.parts[i].u):
+                    self.parts[i].rows[k] = &given[k, 0]
+                continue
             slabs = self.tables[i][1]
             if not within(self.parts[i].slots, self.parts[i].u, slabs.capacity):
                 _refuse("a slot is outside the lines")
@@ -356,7 +430,7 @@ cdef class Together:
                 hb_fp_leave(fp)
 
     def sum(self, list grads):
-        """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply`.
+        """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply` or `sums`.
 
         Returns
         -------
@@ -384,7 +458,7 @@ cdef class Together:
         for i in range(self.n_parts):
             part = &self.parts[i]
             part.sums = at
-            memset(at + 2 * part.u * part.slabs.dim, 0, part.u * sizeof(int32_t))
+            memset(at + 2 * part.u * part.dim, 0, part.u * sizeof(int32_t))
             at += room(part)
         for number in range(most):  # a table's features one after the other: this is the batch's order
             for group in range(self.n_groups):
@@ -397,6 +471,30 @@ cdef class Together:
                                                          values.shape[1])
                     hb_fp_leave(fp)
         return bool(finite)
+
+    def sums(self):
+        """What was summed: for each table float32[u, dim], of its distinct keys."""
+        cdef int64_t i, at = 0
+        cdef Part *part
+        cdef hb_feature feature
+        cdef hb_fp_state fp
+        memset(&feature, 0, sizeof(hb_feature))
+        if len(self.memory) < 3:
+            _refuse("gradients were not summed")
+        array, found = self.memory[2], []
+        for i in range(self.n_parts):
+            part = &self.parts[i]
+            if part.sums == NULL:
+                _refuse("gradients were not summed")
+            feature.sums, feature.blocks = part.sums, part.sums + part.u * part.dim
+            with nogil:
+                fp = hb_fp_enter()
+                kernels().finish_sums(&feature, part.counts, part.u, part.dim)
+                hb_fp_leave(fp)
+            part.sums = NULL
+            found.append(array[at:at + part.u * part.dim].reshape(part.u, part.dim))
+            at += room(part)
+        return found
 
     def apply(self, list rules, list hypers, list seeds, int64_t step):
         """One optimizer step of every table by what was summed.

@@ -108,7 +108,8 @@ def build(
         for name, field in ((f["name"], f) for f in settings["fields"] if f["name"] in single)
     ]
     features = {name: past.get(name, name) for name in settings["sparse"]}
-    embeddings: Any = Collection(tables, features, {name: None if name in past else "mean" for name in features})
+    pooling = {name: None if name in past else "mean" for name in features}
+    embeddings: Any = Collection(tables, features, pooling, make.stack(single))
     if transport is not None:
         embeddings = hb.distributed.shard(embeddings, transport, wire)
     hb.training.seed(settings["seed"])

@@ -162,6 +162,11 @@ class Dedupe:
         self._totals = device.empty((TILES + 1,), np.int32)
         self._n_distinct = self._totals[TILES:]
 
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return 4 * int(self._table.size + 3 * self.max_keys + self._totals.size)
+
     def __call__(self, keys: Any, room: Room) -> Distinct:
         """The distinct keys of int64[n], in host or device memory; one wait, for how many they are."""
         device, most = self._device, min(self.max_keys, room.max_ids)

@@ -224,6 +224,11 @@ class Order:
         self._totals = device.empty((TILES,), np.int32)
         self._nothing = device.empty((0,), np.int32)
 
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return 8 * self._packed.size + 4 * int(2 * self._counted[0].size + self._sums.size + self._totals.size)
+
     def __call__(self, room: Room, n: int, n_distinct: int) -> None:
         """Fill ``room.order[:n]`` and ``room.starts[: n_distinct + 1]``, from its inverse and counts.
 

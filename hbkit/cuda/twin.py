@@ -642,6 +642,8 @@ class HostLines:
 class HostDedupe:
     """Distinct keys of batches; as `hbkit.cuda.dedupe.Dedupe`."""
 
+    nbytes = 0  # it keeps no memory between batches
+
     def __init__(self, device: HostDevice, max_keys: int) -> None:
         if not 0 < max_keys < 2**30:
             raise InvalidArgument(f"batches of {max_keys} keys", device=device.name, remedy="give from 1 to 2**30 - 1")
@@ -663,6 +665,8 @@ class HostDedupe:
 
 class HostOrder:
     """Positions of a batch by the number of their key; as `hbkit.cuda.order.Order`."""
+
+    nbytes = 0  # it keeps no memory between batches
 
     def __init__(self, device: HostDevice, max_ids: int) -> None:
         self._device, self.max_ids = device, max_ids

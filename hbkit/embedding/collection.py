@@ -279,7 +279,7 @@ class Staged:
         self._requests: dict[str, Request] = {}
         self._spans: dict[str, slice] = {}
         self._joined = self._joinable() if n and (train or ahead) else {}
-        self._together = self._join() if self._joined else None
+        self._together: Any = self._join() if self._joined else None
         for name, features in collection._by_table.items():
             if name in self._joined:
                 continue
@@ -296,7 +296,7 @@ class Staged:
         by_table = self._collection._by_table.items()
         return {t: fs for t, fs in by_table if tables[t].joinable and all(inputs[f].plain for f in fs)}
 
-    def _join(self) -> Together:
+    def _join(self) -> Any:
         c, keys, places = self._collection, [], []
         groups = {output: i for i, output in enumerate(self._outputs_of(self._joined))}
         for name, features in self._joined.items():
@@ -304,8 +304,11 @@ class Staged:
             for f in features:
                 output, number = c._in_stack.get(f, (f, 0))
                 places.append((groups[output], number * c.dim(f)))
-        stores: list[Any] = [c.tables[name].store for name in self._joined]
-        return Together(stores, keys, places, self.n_rows)
+        return self._together_of([c.tables[name] for name in self._joined], keys, places)
+
+    def _together_of(self, tables: list[Table], keys: list[Int64s], places: list[tuple[int, int]]) -> Any:
+        stores: list[Any] = [table.store for table in tables]
+        return Together(stores, keys, places, [self.n_rows] * len(stores))
 
     def _keys(self, table: Table, feature: str) -> Any:
         i = self._inputs[feature]
@@ -396,10 +399,8 @@ class Staged:
         for f in joined:
             if f not in rows:
                 whole[f] = rows[f] = _ext.retained((self.size, c.dim(f)))
-        if self._together is not None and self._train:
-            self._together.create(step, [c.tables[name].admission for name in self._joined], self._flat(whole))
-        elif self._together is not None:
-            self._together.gather(self._flat(whole))
+        if self._together is not None:
+            self._rows_together(step, self._flat(whole))
         for f, name in c.features.items():
             if name not in self._joined:
                 out = self._output(f, self._requests[name], partial(room, c._in_stack[f][0] if f in rows else f))
@@ -413,6 +414,14 @@ class Staged:
             for name in self._outputs_of(self._joined):
                 whole[name][self.n_rows :] = 0
         return {name: whole[name] for name in self._outputs_of({"": list(c.features)})}
+
+    def _rows_together(self, step: int, outs: list[Float32s]) -> None:
+        """Rows of the tables that go together."""
+        if self._train:
+            tables = self._collection.tables
+            self._together.create(step, [tables[name].admission for name in self._joined], outs)
+        else:
+            self._together.gather(outs)
 
     def _output(self, feature: str, request: Request, room: Callable[..., Any]) -> Any:
         c, i = self._collection, self._inputs[feature]
@@ -527,10 +536,13 @@ class Staged:
                 )
                 touched.update(*c._joining[name]([part for _, _, part in used]), step, finite=checked)
                 touched.close()
-        if joined and self._together is not None:
-            rules = [c._optimizers[name] for name in joined]
-            hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
-            self._together.apply(rules, [hypers[id(rule)] for rule in rules], step)
+        if joined:
+            self._apply_together(self._together, joined, step)
+
+    def _apply_together(self, together: Together, tables: Iterable[str], step: int) -> None:
+        rules = [self._collection._optimizers[name] for name in tables]
+        hypers = {id(rule): rule.hyper(step) for rule in {id(r): r for r in rules}.values()}
+        together.apply(rules, [hypers[id(rule)] for rule in rules], step)
 
     def _check_read(self, *states: str) -> None:
         if self._state not in states or not self._train:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.index import Index
 from hbkit._ext.segment import Segments, expand, pool, retained
+from hbkit._ext.together import Together
 from hbkit.embedding import summands
 from hbkit.embedding.collection import Collection, Empty, Staged
 from hbkit.embedding.summands import Gradient, Joined
@@ -40,6 +41,7 @@ from hbkit.shuffle.partition import partition
 from hbkit.shuffle.quantize import WIRES, Noise, pack, row_nbytes, unpack
 from hbkit.shuffle.residuals import Residuals
 from hbkit.store.base import Float32s, Int64s
+from hbkit.store.together import Together as StoresTogether
 
 __all__ = ["Placement", "Sharded"]
 
@@ -367,8 +369,6 @@ class _Part:
     ----------
     keys, counts : int64[u]
         This rank's distinct keys, and how often each occurs.
-    inverse : int64[n]
-        Which of them each position of the batch holds.
     shared : slice
         Those that all ranks hold: they go to all in training, and their rows to none.
     to : slice for each rank
@@ -379,19 +379,28 @@ class _Part:
         The keys that were sent here, in the order of the ranks, of each the shared ones first.
     of, of_shared : slice for each rank
         Which of those it sent, of such as this one alone holds and of shared ones.
+    stand : int64[h] or None
+        How often each of those occurs where it came from; None where that does not count.
     owned : Request
-        Of those.
+        Of those, if they do not go together with those of other tables.
     """
 
     owned: Request | None = None
     came: Int64s
     here: Int64s
+    stand: Int64s | None
     rows: Float32s
+    _inverse: Int64s | None = None
 
-    def __init__(self, table: Table, parts: Sequence[Any], sharded: Sharded) -> None:
-        self.table, n_ranks = table, sharded.transport.size
+    def __init__(
+        self, table: Table, parts: Sequence[Any], sharded: Sharded, batch: Together | None, number: int
+    ) -> None:
+        self.table, self._batch, self._number, n_ranks = table, batch, number, sharded.transport.size
         where = sharded.placement.get(table.name)
-        self.keys, self.inverse, self.counts = distinct(parts)
+        if batch is None:
+            self.keys, self._inverse, self.counts = distinct(parts)
+        else:
+            self.keys, self.counts = batch.keys[number], batch.counts[number]
         self.sharing = n_ranks > 1 and where is not None and not isinstance(where, int)
         n_shared = 0
         if n_ranks == 1 or isinstance(where, int):
@@ -406,41 +415,49 @@ class _Part:
                 self.sizes = np.diff(np.concatenate([[0], np.cumsum(alone)])[ends])
                 order = order[np.argsort(alone, kind="stable")]
                 place[order] = np.arange(len(order))
-            self.keys, self.counts, self.inverse = self.keys[order], self.counts[order], place[self.inverse]
+            if batch is None:
+                self.keys, self.counts, self._inverse = self.keys[order], self.counts[order], place[self._inverse]
+            else:
+                batch.reorder(number, order, place)
         self.shared = slice(0, n_shared)
         self.to = self.of = _slices(self.sizes, n_shared)
+
+    @property
+    def inverse(self) -> Int64s:
+        """Which of the keys each position of the batch holds: int64[n]."""
+        if self._inverse is None and self._batch is not None:
+            self._inverse = self._batch.inverse(self._number)
+        assert self._inverse is not None
+        return self._inverse
 
     def sent(self, array: npt.NDArray[Any], rank: int, shared: bool = True) -> npt.NDArray[Any]:
         """Of an array over `keys`, what goes to a rank with them."""
         own = array[self.to[rank]]
         return np.concatenate([array[self.shared], own]) if shared and self.shared.stop else own
 
-    def own(
-        self, keys: Sequence[Int64s], counts: Sequence[npt.NDArray[Any]] | None, n_shared: Sequence[int], ahead: bool
-    ) -> None:
-        """Reserve the rows of the keys that each rank sent, the first n_shared of them shared; `counts` in training."""
+    def own(self, keys: Sequence[Int64s], counts: Sequence[npt.NDArray[Any]] | None, n_shared: Sequence[int]) -> None:
+        """Take the keys that each rank sent, the first n_shared of them shared; `counts` in training."""
         ends = np.cumsum([len(k) for k in keys]).tolist()
         firsts = [end - len(k) for end, k in zip(ends, keys, strict=True)]
         self.of_shared = [slice(a, a + s) for a, s in zip(firsts, n_shared, strict=True)]
         self.of = [slice(s.stop, end) for s, end in zip(self.of_shared, ends, strict=True)]
         self.came = np.array([s.stop - s.start for s in self.of], np.int64)
         self.here = np.concatenate(keys)
-        total = None if counts is None else np.concatenate([c.astype(np.int64, copy=False) for c in counts])
-        self.owned = Request(self.table, [self.here], ahead, total)
+        self.stand = None if counts is None else np.concatenate([c.astype(np.int64, copy=False) for c in counts])
 
-    @property
-    def request(self) -> Request:
-        """Of the keys that came here."""
-        assert self.owned is not None, "the keys were not exchanged"
-        return self.owned
+    def reserve(self, ahead: bool) -> None:
+        """Reserve the rows of the keys that came."""
+        self.owned = Request(self.table, [self.here], ahead, self.stand)
 
     def fetch(self) -> None:
         """As `Request.fetch`."""
-        self.request.fetch()
+        if self.owned is not None:
+            self.owned.fetch()
 
     def wait(self, since: float | None = None) -> None:
         """As `Request.wait`."""
-        self.request.wait(since)
+        if self.owned is not None:
+            self.owned.wait(since)
 
     def take(self, part: slice, out: Float32s) -> None:
         """As `Request.take`, of the rows that came."""
@@ -452,14 +469,10 @@ class _Part:
         """As `Request.pool`, of the rows that came."""
         pool(self.rows, self.inverse[part], splits, out, weight, row_scale)
 
-    def sums(self, grads: Joined, positions: Int64s, share: float) -> Float32s:
-        """This rank's share of the gradient of each key: float32[u, dim]."""
+    def sums(self, grads: Joined, positions: Int64s) -> Float32s:
+        """The gradient of each key: float32[u, dim]."""
         values, rows, scale = grads
         sums: Float32s = Segments(positions, len(self.keys)).of(values, rows, scale).sum()
-        if share == 0:  # of no row that counts, the mean is 0/0
-            sums[:] = 0
-        elif share != 1:
-            sums *= np.float32(share)
         return sums
 
     def close(self) -> None:
@@ -484,13 +497,24 @@ class _Between(Staged):
     ) -> None:
         self._sharded, self.transport, self._looks_ahead = sharded, sharded.transport, ahead
         self._rank, self._n_ranks = sharded.transport.rank, sharded.transport.size
+        self._owned: StoresTogether | None = None  # of the tables `_joint`
+        self._joint: list[_Part] = []
         super().__init__(sharded, batch, train, size, weights, ahead)
+        number = {name: i for i, name in enumerate(self._joined)}
+        apart = self._requests
+        self._requests = {}  # in the order that all ranks have
+        for name, features in sharded._by_table.items():
+            if name in apart:
+                self._requests[name] = apart[name]
+            else:
+                self._requests[name] = _Part(sharded.tables[name], (), sharded, self._together, number[name])
+                self._spans |= {f: slice(i * self.n_rows, (i + 1) * self.n_rows) for i, f in enumerate(features)}
 
-    def _joinable(self) -> dict[str, list[str]]:
-        return {}
+    def _together_of(self, tables: list[Table], keys: list[Int64s], places: list[tuple[int, int]]) -> Together:
+        return Together([table.dim for table in tables], keys, places, [self.n_rows] * len(tables))
 
     def _request(self, table: Table, features: Sequence[str], ahead: bool = False) -> Any:
-        return _Part(table, [self._keys(table, f) for f in features], self._sharded)
+        return _Part(table, [self._keys(table, f) for f in features], self._sharded, None, 0)
 
     # --- keys: how many of each table u32, and of its shared ones u32 where it may have such; the keys i64; in training
     # --- their counts u8 or u32. Shared keys go out in training alone ----------------------------------------
@@ -543,7 +567,17 @@ class _Between(Staged):
                 keys[i].append(came[some])
                 counts[i].append(counted[some])
         for p, k, c, n_shared in zip(parts, keys, counts, shared, strict=True):
-            p.own(k, c if self._train else None, n_shared, self._looks_ahead)
+            p.own(k, c if self._train else None, n_shared)
+        together = self._train or self._looks_ahead
+        self._joint = [p for p in parts if together and p.table.joinable and len(p.here)]
+        if self._joint:
+            stores: list[Any] = [p.table.store for p in self._joint]
+            stand = [p.stand for p in self._joint if p.stand is not None]
+            keys_here, places = [p.here for p in self._joint], [(i, 0) for i in range(len(stores))]
+            self._owned = StoresTogether(stores, keys_here, places, [len(k) for k in keys_here], stand or None)
+        for p in parts:
+            if p not in self._joint:
+                p.reserve(self._looks_ahead)
         self._stamp = stamp
         total = sum(m.weight for m in messages)
         self.share = messages[self._rank].weight / total if total > 0 else 0.0
@@ -565,12 +599,9 @@ class _Between(Staged):
         def fill(payloads: list[Bytes]) -> None:
             if failure is not None:
                 raise failure
-            for p in parts:
-                p.request.create(self._train, step)
+            found = self._rows_here(step)
             cursors = [_Cursor(payload) for payload in payloads]
-            for p in parts:
-                here: Float32s = retained((len(p.here), p.table.dim))
-                p.request.take(slice(None), here)
+            for p, here in zip(parts, found, strict=True):
                 p.rows = retained((len(p.keys), p.table.dim))
                 p.rows[p.to[self._rank]] = here[p.of[self._rank]]
                 p.rows[p.shared] = here[p.of_shared[self._rank]]
@@ -585,6 +616,27 @@ class _Between(Staged):
             for p in parts:
                 self._unpack(p, p.rows, p.to, cursors)
             return self._read(step)
+
+    def _rows_here(self, step: int) -> list[Float32s]:
+        """Rows of the keys that came here, for each part; in training, they are counted and made first."""
+        parts = self._requests.values()
+        here: list[Float32s] = [retained((len(p.here), p.table.dim)) for p in parts]
+        for p in parts:
+            if p.owned is not None:
+                p.owned.create(self._train, step)
+        for p, out in zip(parts, here, strict=True):
+            if p.owned is not None:
+                p.owned.take(slice(None), out)
+        if self._owned is not None:
+            outs = [out for p, out in zip(parts, here, strict=True) if p.owned is None]
+            if self._train:
+                self._owned.create(step, [p.table.admission for p in self._joint], outs)
+            else:
+                self._owned.gather(outs)
+        return here
+
+    def _rows_together(self, step: int, outs: list[Float32s]) -> None:
+        self._together.gather(outs, [self._requests[name].rows for name in self._joined])
 
     def _row_nbytes(self, parts: Sequence[_Part]) -> Int64s:
         return np.array([self._sharded._row_nbytes[p.table.name] for p in parts], np.int64)
@@ -621,8 +673,7 @@ class _Between(Staged):
 
         def fill(payloads: list[Bytes]) -> None:
             for batch, grads in given:
-                of = batch._parts(grads, check=batch.share > 0)
-                summed.extend(batch._sum(p, of) for p in batch._requests.values())
+                summed.extend(batch._sums(grads))
             cursors = [_Cursor(payload) for payload in payloads]
             for r, cursor in enumerate(cursors):
                 if r != me:
@@ -658,6 +709,12 @@ class _Between(Staged):
                     self._unpack(p, here, p.of_shared, cursors)
                 self._unpack(p, here, p.of, cursors)
                 came.setdefault(p.table.name, []).append((p, here, _of_part(unused, of, i)))
+            if self._owned is not None and self._state == "read" and len(given) == 1 and all(u is None for u in unused):
+                names = [p.table.name for p in self._joint]
+                if self._owned.sum([came[name][0][1] for name in names]) or wire == "float32":
+                    self._apply_together(self._owned, names, step)
+                    for name in names:
+                        del came[name]
             for name, grads_of in came.items():
                 self._apply(self._requests[name], grads_of, step)
 
@@ -673,6 +730,22 @@ class _Between(Staged):
         residuals.put(slots, rows)
         return block
 
+    def _sums(self, grads: Mapping[str, Any]) -> list[tuple[Float32s, npt.NDArray[np.bool_] | None]]:
+        """Of each part, this rank's share of what `_sum` gives."""
+        joined = self._sum_together(grads)
+        of = self._parts(grads, self.share > 0, joined)
+        whole = dict(zip(joined, self._together.sums(), strict=True)) if joined else {}
+        found = [(whole[name], None) if name in whole else self._sum(p, of) for name, p in self._requests.items()]
+        for sums, _ in found:
+            if self.share == 0:  # of no row that counts, the mean is 0/0
+                sums[:] = 0
+            elif self.share != 1:
+                sums *= np.float32(self.share)
+        return found
+
+    def _refused(self, grads: Mapping[str, Any]) -> dict[str, list[str]]:
+        return super()._refused(grads) if self.share > 0 else {}
+
     def _sum(self, p: _Part, given: Mapping[str, Gradient]) -> tuple[Float32s, npt.NDArray[np.bool_] | None]:
         """The gradient of each key of a table, and which have none since all features that read them were left out."""
         features = self._sharded._by_table[p.table.name]
@@ -681,17 +754,17 @@ class _Between(Staged):
             return np.zeros((len(p.keys), p.table.dim), np.float32), np.ones(len(p.keys), np.bool_)
         grads = summands.joined([given[f] for f in used])
         if used == features:
-            return p.sums(grads, p.inverse, self.share), None
+            return p.sums(grads, p.inverse), None
         positions = np.concatenate([p.inverse[self._spans[f]] for f in used])
         idle = np.ones(len(p.keys), np.bool_)
         idle[positions] = False
-        return p.sums(grads, positions, self.share), idle
+        return p.sums(grads, positions), idle
 
     def _apply(self, p: _Part, came: Sequence[tuple[_Part, Float32s, npt.NDArray[np.bool_] | None]], step: int) -> None:
         """Sum what came for each key, batch by batch and in the order of the ranks, and update."""
         finite = self._sharded.wire == "float32"  # else a sender cannot know what becomes of a large value
-        if len(came) == 1 and self._state == "read" and came[0][2] is None:
-            p.request.update(came[0][1], None, None, step, finite)
+        if len(came) == 1 and self._state == "read" and came[0][2] is None and p.owned is not None:
+            p.owned.update(came[0][1], None, None, step, finite)
             return
         used = [slice(None) if idle is None else ~idle for _, _, idle in came]
         keys = np.concatenate([of.here[some] for (of, _, _), some in zip(came, used, strict=True)])

@@ -169,6 +169,7 @@ class DeviceStore(Resident):
         `_moving` and the lock are held.
         """
         assert lease.near is not None and lease.near_keys is not None and lease.near_counts is not None
+        self._mark()
         new, away = absent(lease.near, lease._padding), np.flatnonzero(lease.near == AWAY)
         keys, counts = lease.near_keys, lease.near_counts
         with admitted(admission if len(new) else None, keys[new], counts[new]) as some:
@@ -550,7 +551,7 @@ class DeviceStore(Resident):
                 "lines_nbytes": self._lines.nbytes,
                 "metadata_nbytes": metadata,
                 "buffer_nbytes": self._buffer_nbytes,
-                "window_nbytes": self._window_nbytes,
+                "window_nbytes": self._window_nbytes + self._work_nbytes,
                 "cache_lines": self._n_lines,
                 "hits": self._n_hits,
                 "misses": self._n_misses,

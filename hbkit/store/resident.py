@@ -188,7 +188,7 @@ class Resident:
         self._dedupe: Any = None
         self._order: Any = None
         self._room_ids = 0  # positions that rooms have at the least
-        self._window_nbytes = 0
+        self._window_nbytes = self._work_nbytes = 0  # of batches announced, and of what dedupes and orders them
         self._version = 0  # counts rows made, put, erased
         self._n_batches = self._n_releases = self._n_cleaned = self._n_uses = 0
         self._drained = 0  # releases when the side list was emptied
@@ -280,6 +280,7 @@ class Resident:
             self._window_nbytes -= sum(room.nbytes for room in self._rooms)
             self._rooms.clear()
             self._dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
+            self._work_nbytes = self._dedupe.nbytes + self._order.nbytes
         if not self._rooms:
             self._rooms.append(Room(self.memory, self._room_ids))
             self._window_nbytes += self._rooms[0].nbytes
@@ -340,7 +341,6 @@ class Resident:
     def _hold(self, lease: DeviceLease) -> None:
         """Pin what is resident of a lease; the others count as absent, until they are looked for below."""
         self._let_go()
-        self._leases.add(lease)
         if lease.batch is not None:
             self._announced.pop(lease.batch, None)
         slots = None if lease.room is None else lease.room.slots[: lease.n_keys]
@@ -351,6 +351,7 @@ class Resident:
         else:
             lease.far = lease.far_keys
         lease.fetched = True
+        self._leases.add(lease)
         self._n_hits += lease.n_keys - n_missing
         self._n_uses += lease.n_keys
         if self._by_use and self._n_uses > AGEING * self._n_lines:
@@ -376,7 +377,10 @@ class Resident:
 
         The lease's mutex is held.
         """
-        found, lease.tried = 0, self._n_releases
+        found = 0
+        with self._open():
+            lease.tried = self._n_releases
+            self._mark()
         for first in range(0, len(wanted), self._batch_lines):
             with self._moving:
                 if lease.released:
@@ -403,11 +407,14 @@ class Resident:
             self._take_in(lease, some, AWAY, (freq, last_step))
         return n
 
-    def _make_room(self) -> None:
-        """Before an insertion: the keys of announced batches are to go last, and the side list is emptied."""
+    def _mark(self) -> None:
+        """Before insertions that may evict: keys of announced batches go last, those of the soonest last of all."""
         if self._n_evictions:
             for soon, keys in zip(range(MOST_SOON, 0, -1), self._announced.values(), strict=False):
                 self._index.mark(keys, soon)
+
+    def _make_room(self) -> None:
+        """Empty the side list, as far as its keys are not pinned any more. `_moving` and the lock are held."""
         if self._index.n_side and self._drained != self._n_releases:
             self._drained = self._n_releases
             with self._change((DeviceUnavailable,)):

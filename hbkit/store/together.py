@@ -25,7 +25,10 @@ class Together:
     places : list of (group, column)
         For each feature, in the order of stores: in which of the arrays that ``gather`` and ``sum`` are given its rows
         stand, and from which column on.
-    n_rows : int, at least 1
+    n_rows : sequence of int, at least 1
+        For each store.
+    stands : list of int64[k * n_rows], optional
+        How many occurrences each key counts for; 1 when left out.
     """
 
     def __init__(
@@ -33,11 +36,12 @@ class Together:
         stores: Sequence[HostStore],
         keys: list[Int64s],
         places: list[tuple[int, int]],
-        n_rows: int,
+        n_rows: Sequence[int],
+        stands: list[Int64s] | None = None,
     ) -> None:
         self._stores = stores
         versions = [store.version for store in stores]  # before the keys are looked for
-        self._batch = Batch([store.parts for store in stores], keys, places, n_rows)
+        self._batch = Batch([store.parts for store in stores], keys, places, list(n_rows), stands)
         columns = zip(self._batch.keys, self._batch.slots, self._batch.counts, versions, strict=True)
         self._leases = [Lease(key, slots, counts, -1, version) for key, slots, counts, version in columns]
         self._each = list(zip(stores, self._leases, self._batch.slots, strict=True))

@@ -630,3 +630,51 @@ def test_sharded_feedback_bounds_what_rounding_adds_up_to():
     assert run_ranks(lambda t: act(t, 100), Loopback.group(2, 5)) == kept
     lost = run_ranks(lambda t: act(t, 0), Loopback.group(2, 5))
     assert max(error for error, _ in lost) > 2 * step
+
+
+PLAIN = {"a": "a", "b": "b", "more": "b", "c": "c"}
+
+
+def plain_batches(n=6, rows=200):
+    """Global batches of single keys, of which some occur far more often than a block of sums holds."""
+    rng = np.random.default_rng(1)
+    weights = [rng.integers(1, 4, rows).astype(np.float32) for _ in range(n)]
+    return [{f: rng.geometric(0.05, rows) * (i + 1) for i, f in enumerate(PLAIN)} | {"weight": w} for w in weights]
+
+
+@pytest.mark.parametrize("left_out", [(), ("more",)], ids=["all", "one left out"])
+@pytest.mark.parametrize("stack", [None, {"s": ["c", "a", "more"]}], ids=["apart", "stacked"])
+@pytest.mark.parametrize("size, wire", [(1, "float32"), (2, "int8"), (3, "float32")])
+def test_tables_of_ranks_together_give_what_each_gives(size, wire, stack, left_out):
+    """Bit for bit: outputs, rows, state, frequencies and last steps, with ranks that have no rows or no weight."""
+
+    def act(transport, together):
+        made = [
+            Table("a", 4, optimizer=Adagrad(lr=0.5), initializer=Normal(0, 1, seed=1)),
+            Table("b", 4, optimizer=RowWiseAdagrad(lr=0.5), admission=CountAdmission(2)),
+            Table("c", 4, optimizer=Adam(lr=0.1), nonfinite="skip"),
+        ]
+        for table in made:
+            table.joinable = table.joinable and together
+        placement = {"a": np.arange(1, 9)} if size > 1 else None
+        c = Sharded(Collection(made, PLAIN, stack=stack), transport, wire, placement)
+        seen = []
+        for step, batch in enumerate(plain_batches()):
+            n_rows = 0 if step == 2 and transport.rank else len(batch["a"]) - 7 * transport.rank
+            mine = {name: column[transport.rank : n_rows : size] for name, column in batch.items()}
+            weight = mine["weight"] * (step != 4 or transport.rank == 0)
+            staged = c.stage(mine, ahead=step % 2 == 0, weight=float(weight.sum()))
+            out = staged.outputs()
+            seen += [out[name].copy() for name in sorted(out)]
+            staged.apply({f: g for f, g in loss_gradient(out, weight).items() if f not in left_out})
+        return seen, rows_of(c)
+
+    results = []
+    for together in (True, False):
+        found = run_ranks(lambda t, together=together: act(t, together), Loopback.group(size, timeout=20))
+        for r in found:
+            if isinstance(r, BaseException):
+                raise r
+        results.append(found)
+    np.testing.assert_equal(*results)
+    assert sum(map(len, results[0][0][1].values())) > 20

@@ -266,13 +266,13 @@ def test_together_refuses_what_does_not_fit():
     keys = np.arange(6)
     for n_rows, places in ((4, [(0, 0)]), (3, [(0, 0)]), (0, []), (6, [(0, 0), (0, 4)]), (6, [(-1, 0)])):
         with pytest.raises(InvalidArgument):
-            Together([store.parts], [keys], places, n_rows)
-    batch = Together([store.parts], [keys], [(0, 4)], 6)
+            Together([store.parts], [keys], places, [n_rows])
+    batch = Together([store.parts], [keys], [(0, 4)], [6])
     with pytest.raises(InvalidArgument):
         batch.make([0])  # there is no room
     store.grow(6)
     with pytest.raises(InvalidArgument):
-        Together([(*store.parts[:3], None)], [keys], [(0, 4)], 6).make([0])
+        Together([(*store.parts[:3], None)], [keys], [(0, 4)], [6]).make([0])
     for out in (np.zeros((6, 7), np.float32), np.zeros((5, 8), np.float32)):
         with pytest.raises(InvalidArgument):
             batch.gather([out])
@@ -289,3 +289,36 @@ def test_together_refuses_what_does_not_fit():
         batch.stamp([0], 1)
     with pytest.raises(InvalidArgument):
         batch.apply([1], [hyper], [0], 1)
+
+
+def test_together_over_given_rows():
+    """Rows and sums of keys that lie elsewhere, in an order of their own; what does not fit is refused."""
+    keys = np.array([7, 5, 7, 9, 5, 5])
+    batch = Together([3], [keys], [(0, 1), (0, 4)], [3])
+    assert batch.keys[0].tolist() == [7, 5, 9] and batch.inverse(0).tolist() == [0, 1, 0, 2, 1, 1]
+    for order, place in (([0, 1], [0, 1]), ([0, 1, 3], [0, 1, 2]), ([0, 1, 2], [-1, 1, 2])):
+        with pytest.raises(InvalidArgument):
+            batch.reorder(0, np.array(order), np.array(place))
+    for number in (-1, 1):
+        with pytest.raises(InvalidArgument):
+            batch.inverse(number)
+    batch.reorder(0, np.array([2, 0, 1]), np.array([1, 2, 0]))
+    assert batch.keys[0].tolist() == [9, 7, 5] and batch.counts[0].tolist() == [1, 2, 3]
+    rows, out = np.repeat(np.float32([[9], [7], [5]]), 3, 1), np.zeros((3, 7), np.float32)
+    batch.gather([out], [rows])
+    np.testing.assert_array_equal(out, np.c_[np.zeros(3), np.repeat(keys.reshape(2, 3).T, 3, 1)])
+    with pytest.raises(InvalidArgument):
+        batch.gather([out], [rows[:2]])
+    with pytest.raises(InvalidArgument):
+        batch.sums()  # nothing was summed
+    assert batch.sum([np.ones((3, 7), np.float32)])
+    np.testing.assert_array_equal(batch.sums()[0], np.float32([[1], [2], [3]]).repeat(3, 1))
+    with pytest.raises(InvalidArgument):
+        batch.sums()  # they were taken
+    for tables, stands in (([0], None), ([3], [keys[:2]]), ([3], [])):
+        with pytest.raises(InvalidArgument):
+            Together(tables, [keys], [(0, 0), (0, 3)], [3], stands)
+    counted = Together([3], [keys], [(0, 0), (0, 3)], [3], [np.arange(6)])
+    assert counted.counts[0].tolist() == [2, 10, 3]
+    with pytest.raises(InvalidArgument):
+        counted.reorder(0, np.arange(3), np.arange(3))

@@ -359,7 +359,10 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.points)
     @rule()
     def read_point(self):
-        read = [[b"".join(np.ascontiguousarray(c).tobytes() for c in chunk) for chunk in p.scan()] for p in self.points]
+        read = [
+            [b"".join(np.ascontiguousarray(c).tobytes() for c in column) for column in zip(*p.scan(), strict=True)]
+            for p in self.points
+        ]
         assert read[0] == read[1] and self.points[0].n_rows == self.points[1].n_rows
         for p in self.points:
             p.close()

@@ -1,11 +1,12 @@
 """The models: their formulas, how they start, and what they refuse."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import hbkit.tensorflow as hb
-from hbkit import errors
+from hbkit import embedding, errors
 from hbkit_tensorflow.pipeline import Sequence
 
 FEATURES = ["a", "b", "c"]
@@ -111,3 +112,24 @@ def test_mmoe_gives_a_logit_for_each_task():
     model, (dense, rows) = hb.models.MMoE(FEATURES, 4, 2, n_tasks=3), inputs(4)
     assert model(dense, rows).shape == (6, 3)
     assert hb.models.MMoE(FEATURES, 4, 2)(dense, rows).shape == (6,)
+
+
+@pytest.mark.parametrize("name", hb.models.MODELS)
+def test_model_takes_rows_side_by_side_to_the_same_bits(name, clicks, collection, rows_of):
+    """Losses, rows and weights are those of features apart; a stack of another model is refused."""
+    kind, ds, found = hb.models.MODELS[name], clicks(700, 64), []
+    for stacked in (True, False):
+        c = collection(kind.row_dim(8))
+        keras.utils.set_random_seed(1)
+        model = kind(list(c.features), 8, n_dense=2)
+        if stacked:
+            c = embedding.Collection(list(c.tables.values()), c.features, c.pooling, kind.stack(model.features))
+            assert bool(c.stack) == (name != "din")
+        losses = []
+        hb.training.Trainer(model, c).fit(ds, lambda n, loss, losses=losses: losses.append(loss))
+        found.append((losses, rows_of(c), [w.numpy() for w in model.weights]))
+    np.testing.assert_equal(*found)
+    if name != "din":
+        (output,) = kind.stack(FEATURES)
+        with pytest.raises(errors.InvalidArgument, match="stack of 2 features"):
+            kind(FEATURES, 8)(tf.zeros((5, 0)), {output: tf.zeros((5, 2, 8))})

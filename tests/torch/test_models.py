@@ -152,3 +152,23 @@ def test_model_trains_as_over_torch_embeddings(kind, optimizer, clicks, collecti
     assert len(losses) == 50
     np.testing.assert_allclose(losses, expected, atol=1e-4, rtol=0)
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02  # it has learnt, so agreeing means something
+
+
+@pytest.mark.parametrize("kind", hb.models.MODELS.values())
+def test_model_takes_rows_side_by_side_to_the_same_bits(kind, clicks, collection, dlrm, rows_of):
+    """Losses, rows and parameters are those of features apart; a stack of another model is refused."""
+    ds, found = clicks(700, 64), []
+    for stacked in (True, False):
+        c = collection(kind.row_dim(8), pooling={"tags": None if kind is hb.models.DIN else "mean"})
+        model = dlrm(kind=kind)
+        if stacked:
+            c = embedding.Collection(list(c.tables.values()), c.features, c.pooling, kind.stack(model.features))
+            assert bool(c.stack) == (kind is not hb.models.DIN)
+        losses = []
+        hb.training.Trainer(model, c).fit(ds, lambda n, loss, losses=losses: losses.append(loss))
+        found.append((losses, rows_of(c), [p.detach().numpy() for p in model.parameters()]))
+    np.testing.assert_equal(*found)
+    if kind is not hb.models.DIN:
+        (name,) = kind.stack(NAMES)
+        with pytest.raises(errors.InvalidArgument, match="stack of 2 features"):
+            kind(NAMES, 8)(torch.empty(5, 0), {name: torch.randn(5, 2, 8)})

@@ -47,6 +47,11 @@ class DIN(ClickModel):
         self.deep = MLP([*hidden, 1], dice=True, name="deep")
         self._make_weights(self.sequences)
 
+    @staticmethod
+    def stack(features: Sequence[str]) -> dict[str, list[str]]:
+        """None: targets are read by themselves."""
+        return {}
+
     def call(self, dense: Any, embeddings: Mapping[str, Any], training: bool = False) -> Any:
         """Logits float32[B] from dense float32[B, n_dense], embeddings [B, dim], and of sequences [B, L, dim]."""
         pooled = []

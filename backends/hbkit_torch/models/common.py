@@ -13,6 +13,8 @@ from hbkit_torch.layers import SignedLog
 
 __all__ = ["ClickModel"]
 
+SIDE_BY_SIDE = "*"  # name of a collection's output
+
 
 class ClickModel(torch.nn.Module):
     """A model called with dense inputs and embeddings: what it takes of both.
@@ -37,10 +39,26 @@ class ClickModel(torch.nn.Module):
         """Columns a table needs: ``dim``."""
         return dim
 
+    @staticmethod
+    def stack(features: Sequence[str]) -> dict[str, list[str]]:
+        """The collection's ``stack`` for a model of these features: it takes their rows as they then come, uncopied."""
+        return {SIDE_BY_SIDE: list(features)}
+
     def rows(self, embeddings: Mapping[str, Any]) -> Tensor:
         """The features' rows in the model's order: [B, F, row_dim]."""
+        if SIDE_BY_SIDE in embeddings:
+            return self._checked(embeddings[SIDE_BY_SIDE])
         found = [embedding(embeddings, feature, self.row_dim(self.dim)) for feature in self.features]
         return torch.stack(found, dim=1)
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        found, need = tuple(rows.shape[1:]), (len(self.features), self.row_dim(self.dim))
+        if found != need:
+            raise errors.InvalidArgument(
+                f"a stack of {found[0]} features of width {found[1]} where the model needs {need[0]} of {need[1]}",
+                remedy="give the collection stack=Model.stack(features), and its tables the model's row_dim(dim)",
+            )
+        return rows
 
     def flat(self, dense: Tensor, *x: Tensor) -> Tensor:
         """The dense inputs' logarithms and all of x, flattened, side by side: [B, n]."""

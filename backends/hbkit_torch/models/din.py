@@ -47,6 +47,11 @@ class DIN(ClickModel):
         self.attention = torch.nn.ModuleList(TargetAttention(dim, attention) for _ in self.sequences)
         self.deep = MLP((len(self.features) + len(self.sequences)) * dim + n_dense, [*hidden, 1], dice=True)
 
+    @staticmethod
+    def stack(features: Sequence[str]) -> dict[str, list[str]]:
+        """None: targets are read by themselves."""
+        return {}
+
     def forward(self, dense: Tensor, embeddings: Mapping[str, Any]) -> Tensor:
         """Logits float32[B] from dense float32[B, n_dense], embeddings [B, dim], and of sequences [B, L, dim]."""
         pooled = []
