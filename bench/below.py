@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hbkit._ext.segment import retained
 from hbkit.embedding import Adam, Table
 from hbkit.store import host_memory
 from hbkit.store.base import Chunk
@@ -47,7 +48,8 @@ def main() -> None:
         store.write(keys, some[: len(keys)], np.ones(len(keys), np.int64), np.ones(len(keys), np.int64))
 
     keys = rng.permutation(args.rows)[:n] * 7919
-    lines, other = np.ones((n, width), np.float32), np.ones((n, width), np.float32)
+    lines, other = retained((n, width)), retained((n, width))  # which begin with a cache line, as pinned memory does
+    lines[:], other[:] = 1, 1
     freq, last_step = np.ones(n, np.int64), np.full(n, 2)
     at, part = np.arange(n), max(1, PART_NBYTES // (4 * width))
     parts = [slice(first, min(n, first + part)) for first in range(0, n, part)]

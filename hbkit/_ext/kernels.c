@@ -161,7 +161,7 @@ INLINE void copy_past(char *to, const char *from, int64_t nbytes) {
     for (int64_t i = 0; i < nbytes; i += 64) put_past(to + i, eight_at(from + i), eight_at(from + i + 32));
 }
 
-INLINE void widen_past(char *to, const char *from, int64_t n) {
+INLINE void widen_past(char *to, const char *from, int64_t n) { /* of bfloat16 */
     for (int64_t i = 0; i < n; i += 16) {
         eight all = eight_at(from + 2 * i);
         eight a = __builtin_convertvector((eight_narrow)_mm256_castsi256_si128((__m256i)all), eight);
@@ -181,8 +181,8 @@ PAST read_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *out) {
     }
 }
 
-PAST read_narrow_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *out) {
-    int64_t dim = s->dim, nbytes = s->row_stride, d = ahead(nbytes);
+INLINE void read_narrow_as(const hb_slabs *s, const int64_t *slots, int64_t n, char *out, int64_t dim) {
+    int64_t nbytes = s->row_stride, d = ahead(nbytes);
     for (int64_t i = 0; i < n; i++, out += nbytes + 2 * dim) {
         if (i + d < n) fetch(hb_row(s, slots[i + d]), nbytes);
         const char *row = hb_row(s, slots[i]);
@@ -191,27 +191,51 @@ PAST read_narrow_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *
     }
 }
 
+PAST read_narrow_past(const hb_slabs *s, const int64_t *slots, int64_t n, char *out) {
+#define READ(dim) read_narrow_as(s, slots, n, out, dim); break
+    BY_DIM(s->dim, READ)
+}
+
 enum { TLB_AHEAD = 8 }; /* a line that is overwritten is not read, but its page is to be known */
 
 PAST write_past(const hb_slabs *s, const int64_t *slots, int64_t n, const char *lines) {
     int64_t nbytes = s->row_stride;
     for (int64_t i = 0; i < n; i++, lines += nbytes) {
-        if (i + TLB_AHEAD < n) fetch_near(hb_row(s, slots[i + TLB_AHEAD]), 1);
+        if (i + TLB_AHEAD < n && slots[i + TLB_AHEAD] >= 0) fetch_near(hb_row(s, slots[i + TLB_AHEAD]), 1);
+        if (slots[i] < 0) continue;
         copy_past(hb_row(s, slots[i]), lines, nbytes);
     }
 }
 
-/* Whether rows and states are cache lines side by side, and all slots are lines. */
-INLINE int past(const hb_slabs *s, const int64_t *slots, int64_t n) {
-    int64_t row_nbytes = s->dim * item_nbytes(s), all = 0;
-    for (int64_t i = 0; i < n; i++) all |= slots[i];
-    return all >= 0 && (s->state_at == row_nbytes || s->n_state == 0) && row_nbytes % 64 == 0 && s->n_state % 16 == 0;
+/* Narrowed, a row is stored as usual: held in registers until it is all there, it takes longer. */
+INLINE void write_narrow_as(const hb_slabs *s, const int64_t *slots, int64_t n, const char *lines, int64_t dim) {
+    int64_t nbytes = s->row_stride;
+    for (int64_t i = 0; i < n; i++, lines += nbytes + 2 * dim) {
+        if (i + TLB_AHEAD < n && slots[i + TLB_AHEAD] >= 0) fetch(hb_row(s, slots[i + TLB_AHEAD]), 2 * dim);
+        if (slots[i] < 0) continue;
+        char *row = hb_row(s, slots[i]);
+        narrow_row(s->dtype, (const float *)lines, NULL, dim, (uint16_t *)row);
+        copy_past(row + 2 * dim, lines + 4 * dim, nbytes - 2 * dim);
+    }
+}
+
+PAST write_narrow_past(const hb_slabs *s, const int64_t *slots, int64_t n, const char *lines) {
+#define WRITE(dim) write_narrow_as(s, slots, n, lines, dim); break
+    BY_DIM(s->dim, WRITE)
+}
+
+/* Whether rows and states are cache lines side by side. */
+INLINE int past(const hb_slabs *s) {
+    int64_t row_nbytes = s->dim * item_nbytes(s);
+    return (s->state_at == row_nbytes || s->n_state == 0) && row_nbytes % 64 == 0 && s->n_state % 16 == 0;
 }
 #endif
 
 static void read_lines(const hb_slabs *s, const int64_t *slots, int64_t n, float *out) {
 #if defined(__AVX2__)
-    if (s->dtype != HB_FLOAT16 && (uintptr_t)out % 64 == 0 && past(s, slots, n)) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < n; i++) all |= slots[i];
+    if (all >= 0 && s->dtype != HB_FLOAT16 && (uintptr_t)out % 64 == 0 && past(s)) {
         (s->dtype == HB_FLOAT32 ? read_past : read_narrow_past)(s, slots, n, (char *)out);
         _mm_sfence();
         return;
@@ -223,8 +247,8 @@ static void read_lines(const hb_slabs *s, const int64_t *slots, int64_t n, float
 static void write_lines(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines) {
     int64_t width = s->dim + s->n_state;
 #if defined(__AVX2__)
-    if (s->dtype == HB_FLOAT32 && past(s, slots, n)) { /* to narrow rows takes longer than to write them */
-        write_past(s, slots, n, (const char *)lines);
+    if (past(s)) {
+        (s->dtype == HB_FLOAT32 ? write_past : write_narrow_past)(s, slots, n, (const char *)lines);
         _mm_sfence();
         return;
     }

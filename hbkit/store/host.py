@@ -271,22 +271,29 @@ class HostStore:
             version, slots = self._erasures, self._index.find(keys)
         new = np.flatnonzero(slots < 0)
         if len(new):
-            with self.lock.exclusive, self._inserted(keys[new]) as made:
-                self._metadata.put(made, freq[new], last_step[new])
-                self._slabs.write(made, lines[new])
+            with self.lock.exclusive, self._inserted(keys[new]) as found:
+                made = np.full(len(keys), -1)
+                made[new] = found
+                self._write(made, lines, freq, last_step)
                 self.changes.note_stamped(keys[new], len(self._index), last_step[new])
+            if len(new) == len(keys):
+                return
         with self.lock.shared, self.updating:
             if self._erasures != version:  # what was erased meanwhile stays so
                 slots = self._index.find(keys)
             if (point := self._point) is not None:
                 self._set_aside(point, keys, slots)
-
-            def write(some: slice) -> None:
-                self._slabs.write(slots[some], lines[some])
-                self._metadata.put(slots[some], freq[some], last_step[some])
-
-            shared(write, len(keys), 4 * self.layout.width)
+            self._write(slots, lines, freq, last_step)
             self.changes.note_stamped(keys, len(self._index), last_step, slots)
+
+    def _write(self, slots: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
+        """Whole lines and metadata of slots; what has slot -1 is left out."""
+
+        def write(some: slice) -> None:
+            self._slabs.write(slots[some], lines[some])
+            self._metadata.put(slots[some], freq[some], last_step[some])
+
+        shared(write, len(slots), 4 * self.layout.width)
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""

@@ -1,5 +1,6 @@
 """Lines that a store gives a tier above and takes back from it: `read` and `write`, of every store."""
 
+import threading
 from contextlib import closing
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from homes import DictPlace, contents
 
 from hbkit import errors
+from hbkit._ext import segment
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import Adam, Table
-from hbkit.store import cached_ssd, device_cached, host_memory
+from hbkit.store import cached_ssd, device_cached, host_memory, threads
 from hbkit.store.base import Chunk
 
 DIM = 4
@@ -196,3 +198,31 @@ def test_below_a_full_disk_may_be_tried_again(tmp_path):
     store.write(keys, *lines)
     assert same(read(store, keys), lines)
     table.commit()
+
+
+def test_below_readers_see_whole_rows_while_some_are_written(monkeypatch):
+    monkeypatch.setattr(threads, "LEAST_NBYTES", 1000)  # several threads share a few lines
+    store, done, wrong = Table("t", 16, optimizer=Adam(), store=host_memory()).store, threading.Event(), []
+    keys, ones = np.arange(1000), np.ones(1000, np.int64)
+
+    def look():
+        lines, freq, last_step = segment.retained((1000, 48)), ones.copy(), ones.copy()
+        while not done.is_set():
+            lease = store.reserve(keys, ones)
+            at = np.flatnonzero(lease.slots >= 0)
+            store.read(lease, at, lines[: len(at)], freq[: len(at)], last_step[: len(at)])
+            store.gather(lease, out := np.empty((1000, 16), np.float32))
+            if not (lines[: len(at)] >= 1).all() or not np.isin(out[at], np.arange(1, 40)).all():
+                wrong.append(lines[: len(at)])
+
+    readers = [threading.Thread(target=look) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for i in range(1, 40):
+        some = np.random.default_rng(i).permutation(1000)[: 25 * i]
+        store.write(some, np.full((len(some), 48), i, np.float32), np.full(len(some), i), np.full(len(some), i))
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    store.validate()
