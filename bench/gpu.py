@@ -491,12 +491,18 @@ class Bench:
         )
 
     def budget(self, n_lines: int) -> int:
-        """Bytes that a store needs for so many lines, with its index and buffers."""
+        """Bytes with which a store's cache has so many lines, beside its index and buffers."""
         width, dim, n_slots = self.width("adam"), self.sizes.dim, max(32, n_lines // 32 * 32)
         n_side = min(n_slots // 32, 1024)
-        batch = max(1, min(2**24 // (4 * width), n_lines // 8))  # lines of a buffer; the table shows what came of it
-        nbytes: int = self.parts.lines.nbytes_of(n_slots + n_side, width, batch, dim, "float32")
-        return nbytes + int(self.parts.index.nbytes_of(n_slots, batch, n_side, False))
+
+        def nbytes(batch: int) -> int:
+            lines: int = self.parts.lines.nbytes_of(n_slots + n_side, width, batch, dim, "float32")
+            return lines + int(self.parts.index.nbytes_of(n_slots, batch, n_side, False))
+
+        batch = 1  # lines of a buffer: the store's are of 16 MiB, or a quarter of the budget
+        for _ in range(40):
+            batch = max(1, min(2**24 // (4 * width), nbytes(batch) // 4 // (nbytes(2) - nbytes(1))))
+        return nbytes(batch)
 
     def table(self, table: Any, batches: list[np.ndarray], grads: np.ndarray, tensors: bool) -> tuple[float, ...]:
         """Lines of the cache, milliseconds of a step's parts and of a step, and the hit rate."""

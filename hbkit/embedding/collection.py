@@ -131,6 +131,9 @@ class Collection:
             like = (rule for rule in self._optimizers.values() if rule == one.optimizer)
             self._optimizers[one.name] = next(like, one.optimizer)
         self._training: Staged | None = None
+        groups = {**{f: [f] for f in self.features}, **self.stack}
+        devices = {output: {self.tables[self.features[f]].device for f in group} for output, group in groups.items()}
+        self._devices = {output: found.pop() if len(found) == 1 else None for output, found in devices.items()}
         self._joining = {t.name: summands.joined if t.device is None else Joining(t.memory) for t in tables}
 
     def _check_stacks(self) -> None:
@@ -159,8 +162,7 @@ class Collection:
 
     def device(self, output: str) -> str | None:
         """`Table.device` of a feature, or of all features of a stack: where its rows and its gradient may be."""
-        devices = {self.tables[self.features[f]].device for f in self.stack.get(output, [output])}
-        return devices.pop() if len(devices) == 1 else None
+        return self._devices[output]
 
     def stage(
         self,
@@ -429,7 +431,7 @@ class Staged:
         if i.splits is not None and c.pooling[feature] is None:
             return self._sequence(i, part, request, room)
         out = room(self.size, dim)
-        here = out[: self.n_rows]
+        here = _first(out, self.n_rows)
         if i.splits is not None:
             request.pool(part, i.splits, here, i.weight, self._row_scale(feature))
         else:
@@ -442,7 +444,7 @@ class Staged:
         n, dim = self.n_rows, request.table.dim
         if i.length:
             values, mask = room(self.size, i.length, dim), np.zeros((self.size, i.length), np.bool_)
-            _take(request, part, values[:n].reshape(-1, dim), i.weight)
+            _take(request, part, _first(values, n).reshape(-1, dim), i.weight)
             mask[:n] = True
             if n < self.size:
                 values[n:] = 0
@@ -634,11 +636,11 @@ class Staged:
             whole = table.join(grad) if isinstance(grad, Mapping) else grad
             g = _checked(feature, whole, shape, table).reshape(-1, dim)
         if sequence:
-            return (g[: len(i.keys)], None, i.weight) if at is None else (g, at, i.weight)
+            return (_first(g, len(i.keys)), None, i.weight) if at is None else (g, at, i.weight)
         if i.splits is None:
             if step > 1:
                 return g, range(first, self.n_rows * step, step), i.weight
-            return g[: self.n_rows], None, i.weight
+            return _first(g, self.n_rows), None, i.weight
         return g, Lists(i.splits, self._row_scale(feature), step, first), i.weight
 
     @property
@@ -703,6 +705,11 @@ def _first_rows(i: _Input, n: int) -> _Input:
     splits = i.splits[: n + 1]
     end = int(splits[-1])
     return _Input(i.keys[:end], i.dictionary, splits, i.length, None if i.weight is None else i.weight[:end])
+
+
+def _first(array: Any, n: int) -> Any:
+    """The first n rows; one that is empty is not sliced, which Numba's cannot be."""
+    return array if len(array) == n else array[:n]
 
 
 def _take(request: Request, part: slice, out: Any, weight: Float32s | None) -> None:

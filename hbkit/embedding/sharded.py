@@ -92,6 +92,7 @@ class Sharded(Collection):
             raise InvalidArgument(f"no wire {wire!r}", remedy=f"use one of {', '.join(WIRES)}")
         vars(self).update(vars(collection))  # all that a collection is, over the same tables
         self._training = None
+        self._devices = dict.fromkeys(self._devices)  # rows and gradients travel from host memory to host memory
         self.transport, self.wire, self.placement = transport, wire, dict(placement or {})
         self.feedback = feedback
         self._hot: dict[str, Index] = {}
@@ -140,10 +141,6 @@ class Sharded(Collection):
             held: npt.NDArray[np.bool_] = self._hot[table].find(keys) >= 0
             return held
         return np.full(len(keys), table in self.placement and not isinstance(self.placement[table], int))
-
-    def device(self, output: str) -> str | None:
-        """None: rows and gradients travel from host memory to host memory."""
-        return None
 
     def stage(
         self,

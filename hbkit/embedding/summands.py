@@ -114,6 +114,8 @@ class Joining:
         """Rows and scale end to end, on the device; those of lists are made there."""
         memory, end = self._memory, 0
         ends = np.cumsum([len(at) for at in rows]).tolist()
+        if ends[-1] == 0:  # Numba cannot slice what is empty
+            return memory.none(np.int64), None
         scaled = any(
             w is not None or getattr(at, "scale", None) is not None for at, w in zip(rows, weights, strict=True)
         )

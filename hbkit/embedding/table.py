@@ -595,9 +595,9 @@ class Request:
         if self._keys is not None and self._open and isinstance(store, HostStore):
             store.lookup(self._keys[part], out)
         elif self._whole:
-            store.gather(self._use(), out, self.inverse[part])
+            store.gather(self._use(), out, self._of(part))
         else:
-            self._from_rows(out, lambda to: expand(self.rows(), self._near(self.inverse[part]), to))
+            self._from_rows(out, lambda to: expand(self.rows(), self._near(self._of(part)), to))
 
     def pool(self, part: slice, splits: Int64s, out: Any, weight: Float32s | None, row_scale: Float32s | None) -> None:
         """Weighted sums of the rows of a part of the keys; see `hbkit._ext.segment.pool`."""
@@ -605,10 +605,16 @@ class Request:
         if self._keys is not None and self._open and isinstance(store, HostStore):
             store.lookup_pooled(self._keys[part], splits, out, weight, row_scale)
         elif self._whole:
-            store.pool(self._use(), self.inverse[part], splits, out, weight, row_scale)
+            store.pool(self._use(), self._of(part), splits, out, weight, row_scale)
         else:
-            inverse = self._near(self.inverse[part])
+            inverse = self._near(self._of(part))
             self._from_rows(out, lambda to: pool(self.rows(), inverse, splits, to, weight, row_scale))
+
+    def _of(self, part: slice) -> Any:
+        """`inverse` of a part of the keys. A device's is sliced where it must be: that costs, or fails if empty."""
+        inverse = self.inverse
+        whole = part.indices(len(inverse))[:2] == (0, len(inverse))
+        return inverse if whole else inverse[part]
 
     def _from_rows(self, out: Any, make: Callable[[Float32s], object]) -> None:
         """Let `make` write what is read of `rows()`; into host memory first where `out` is elsewhere."""

@@ -24,14 +24,19 @@ class Far:
     def __init__(self, array):
         self._array = array
 
-    shape, dtype, size, ndim = (
-        property(lambda self, name=name: getattr(self._array, name)) for name in ("shape", "dtype", "size", "ndim")
+    shape, dtype, size, ndim, strides = (
+        property(lambda self, name=name: getattr(self._array, name)) for name in ("shape", "dtype", "size", "ndim", "strides")
     )
+
+    @property
+    def flags(self):
+        return {name: self._array.flags[name] for name in ("C_CONTIGUOUS", "F_CONTIGUOUS")}
 
     def __len__(self):
         return len(self._array)
 
     def __getitem__(self, item):
+        assert self.size, "Numba CUDA does not slice an array without elements"
         for part in item if isinstance(item, tuple) else (item,):
             assert isinstance(part, slice), f"a device array is sliced, not indexed by {item!r}"
         return Far(self._array[item])

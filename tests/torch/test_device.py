@@ -226,10 +226,10 @@ def streams(monkeypatch):
 
 
 def on_gpu(name="cuda:1"):
-    c = collection_on(device())
-    for table in c.tables.values():
+    made = tables(device())
+    for table in made:
         table.device = name
-    return c
+    return embedding.Collection(made, FEATURES)
 
 
 @pytest.mark.parametrize("fails", [False, True])
