@@ -332,9 +332,11 @@ class Resident:
                 return
             with self._open():
                 self._hold(lease)
-                seen = self._version
-            if lease.n_absent:
-                lease.n_brought = self._bring(lease, absent(lease.near, lease.padding))
+                seen, wanted = self._version, _NONE
+                if lease.n_absent:
+                    wanted = absent(lease.near, lease._padding)
+            if len(wanted):
+                lease.n_brought = self._bring(lease, wanted)
                 lease.done = time.monotonic()
             lease.seen = seen  # what was made since may be among the absent ones
 
@@ -532,8 +534,12 @@ class Resident:
         begin = time.monotonic() if since is None else since
         self.fetch(lease)
         with lease.mutex:
-            if lease.n_away and lease.tried != self._n_releases:  # pins are gone since
-                self._bring(lease, np.flatnonzero(lease.near == AWAY))
+            with self._open():
+                wanted = _NONE
+                if lease.n_away and lease.tried != self._n_releases:  # pins are gone since
+                    wanted = np.flatnonzero(lease.near == AWAY)
+            if len(wanted):
+                self._bring(lease, wanted)
         if not lease.asked:
             lease.asked = True
             n_late = max(lease.n_brought if lease.done > begin else 0, lease.n_away)

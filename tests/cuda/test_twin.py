@@ -1,6 +1,7 @@
 """The parts in host memory: against models and NumPy, and the parts of a device against them, call for call."""
 
 import os
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -40,6 +41,23 @@ here = pytest.mark.skipif(SIMULATED, reason="the simulator has nothing to do wit
 @here
 def test_twin_in_the_simulator(in_simulator):
     in_simulator(__file__)
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["store", "embedding"])
+def test_rooms_above_do_nothing_that_device_arrays_cannot(room, tmp_path):
+    tests = pathlib.Path(__file__).parents[1]
+    options = "-q", "-p", "narrow", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not simulator"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tests / room / "test_device.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tests / "cuda")])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
 
 
 def int64s(values):

@@ -773,7 +773,7 @@ def test_device_threads_look_up_and_update_at_once(times, below):
         for r in requests[:3]:
             r.close()
 
-    def others(rng):  # keys that nobody else looks at
+    def others(rng):  # keys that come and go
         keys = rng.integers(1000, 1100, 30)
         t.lookup(keys, train=True)
         t.store.erase(keys[:10])
@@ -784,7 +784,10 @@ def test_device_threads_look_up_and_update_at_once(times, below):
             for c in p.scan():
                 assert (c.row == c.row[:, :1]).all()
 
-    threads = [beside(act) for act in (look, ahead, ahead, others, point)]
+    def look_at_others(rng):
+        t.lookup(rng.integers(1000, 1100, 60))
+
+    threads = [beside(act) for act in (look, ahead, ahead, others, look_at_others, point)]
     for thread in threads:
         thread.start()
     rng, n = np.random.default_rng(9), np.zeros(300)
