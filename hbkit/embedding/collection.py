@@ -739,14 +739,11 @@ def _end_to_end(arrays: list[Any]) -> Any:
 def _checked(output: str, grad: Any, shape: tuple[int, ...], table: Table | None) -> Any:
     """An output's gradient as contiguous float32 of its shape: NumPy's, or where it is, on the device of `table`."""
     there = table is not None and table.is_there(grad)
-    g = table.memory.array(grad) if table is not None and there else np.asarray(grad)
-    if there and (g.dtype != np.float32 or not g.flags["C_CONTIGUOUS"]):
-        raise InvalidArgument(
-            f"gradient of {g.dtype}{list(g.shape)} on a device",
-            feature=output,
-            remedy=f"give contiguous float32{list(shape)}",
-        )
-    if g.shape != shape or g.dtype.kind != "f":
+    try:
+        g = table.memory.array(grad) if table is not None and there else np.asarray(grad)
+    except InvalidArgument as e:  # it is not contiguous
+        raise InvalidArgument(e.problem, **e.place, feature=output, remedy=e.remedy) from None
+    if g.shape != shape or g.dtype.kind != "f" or (there and g.dtype != np.float32):
         raise InvalidArgument(
             f"gradient of {g.dtype}{list(g.shape)}", feature=output, remedy=f"give float32{list(shape)}"
         )

@@ -183,11 +183,11 @@ class Table:
         if len(keys) == 0:
             return _NONE
         found = self.memory.array(keys)
-        if found.dtype not in (np.int64, np.uint64) or found.ndim != 1 or not found.flags["C_CONTIGUOUS"]:
+        if found.dtype not in (np.int64, np.uint64) or found.ndim != 1:
             raise InvalidArgument(
                 f"keys are {found.dtype} of {found.ndim} dimensions on {self.device}",
                 table=self.name,
-                remedy="give a contiguous vector of int64 or uint64 there, or integers of NumPy",
+                remedy="give a vector of int64 or uint64 there, or integers of NumPy",
             )
         if self.key_dtype == "int32":  # whose range the host looks at
             return as_keys(self.memory.fetch(found), self.key_dtype, self.name)
