@@ -12,7 +12,7 @@ from torch import Tensor
 from hbkit import errors
 from hbkit.embedding import Collection
 
-__all__ = ["empty_on", "in_order", "place_of", "target", "to_device", "to_host"]
+__all__ = ["target", "to_device", "to_host"]
 
 ALIGN = 64  # bytes: each tensor begins at a multiple, so that any dtype fits and vector loads stay aligned
 

@@ -13,7 +13,7 @@ from hbkit.embedding import Staged
 from hbkit_torch.data import Array
 from hbkit_torch.transfer import in_order, place_of, to_host
 
-__all__ = ["Forward", "Updating", "as_core"]
+__all__ = ["Forward", "Updating"]
 
 
 class Forward(NamedTuple):

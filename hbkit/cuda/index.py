@@ -544,18 +544,6 @@ def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error:
             notes[slot] = note_of(min(freq[i], MOST_STAMP), min(last_step[i], MOST_STAMP))
 
 
-def take(values: Any, positions: Any, out: Any, error: Any) -> None:
-    """``out[i] = values[positions[i]]``."""
-    for i in range(cuda.grid(1), positions.shape[0], cuda.gridsize(1)):
-        out[i] = values[positions[i]]
-
-
-def put(out: Any, positions: Any, values: Any, error: Any) -> None:
-    """``out[positions[i]] = values[i]``. Positions are distinct."""
-    for i in range(cuda.grid(1), positions.shape[0], cuda.gridsize(1)):
-        out[positions[i]] = values[i]
-
-
 def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None:
     """Forget keys: ``slots[i]`` is where the key was, or -1. Keys are distinct. A pinned one stays, as an error.
 
@@ -712,8 +700,6 @@ SIGNATURES = {
     stamp: f"void({_E64}, {_A64}, {_A64}, {_A64}, int64, {_A32})",
     recall: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
     note: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
-    take: f"void({_A64}, {_A64}, {_A64}, {_A32})",
-    put: f"void({_A64}, {_A64}, {_A64}, {_A32})",
     erase: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
     count: f"void({_E64}, int64, int64, int64, {_A32}, {_A32})",
     select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
@@ -960,18 +946,6 @@ class DeviceIndex:
         if self._notes.shape[0]:
             slots, freq, last_step = map(self._given, (slots, freq, last_step))
             self._device.launch(note, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
-
-    def take(self, values: Any, positions: Any, out: Any = None) -> Any:
-        """``values[positions]``, int64[n] in device memory (`out`): such as the keys that `hold` lists as missing."""
-        values, positions, device = self._given(values), self._given(positions), self._device
-        out = device.empty(positions.shape, np.int64) if out is None else device.array(out)
-        device.launch(take, positions.shape[0], values, positions, out)
-        return out
-
-    def put(self, out: Any, positions: Any, values: Any) -> None:
-        """``out[positions] = values``, in device memory; positions are distinct."""
-        positions = self._given(positions)
-        self._device.launch(put, positions.shape[0], self._device.array(out), positions, self._given(values))
 
     def dirty(self, first: int | None = None) -> tuple[Any, Any]:
         """Keys and slots whose lines are newer than those of the store below, ascending by slot; the first so many.

@@ -201,13 +201,6 @@ class DeviceLines:
             self._to_host(slots, found, parts)
             expand(found, index, out)
 
-    def spread(self, found: Float32s, out: Any, index: Any = None) -> None:
-        """``out[i] = found[index[i]]``, of rows that the host has into device memory."""
-        far = self._device.send(found)
-        slots = self._device.send(np.arange(len(found)))
-        index = self._device.none(np.int64) if index is None else self._ints(index)
-        self._gather(slots, index, self._floats(out), [("float32", far, 0, 0, out.shape[1])])
-
     def scatter(self, slots: Int64s, lines: Float32s) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
         self._from_host(slots, lines, self._parts(lines.shape[1]))

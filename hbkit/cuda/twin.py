@@ -330,16 +330,6 @@ class HostIndex:
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
         return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
 
-    def take(self, values: Any, positions: Any, out: Any = None) -> Any:
-        """``values[positions]``: int64[n] (`out`)."""
-        taken = np.empty(len(positions), np.int64) if out is None else self._device.array(out)
-        taken[...] = self._device.array(values)[self._device.array(positions)]
-        return taken
-
-    def put(self, out: Any, positions: Any, values: Any) -> None:
-        """``out[positions] = values``; positions are distinct."""
-        self._device.array(out)[self._device.array(positions)] = self._device.array(values)
-
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
         if soon < 0:
@@ -516,10 +506,6 @@ class HostLines:
         """``out[i]`` = the first ``out.shape[1]`` floats of line ``slots[i]``, or ``slots[index[i]]``; 0 where -1."""
         here = self._device.array
         self._slabs.gather(here(slots), here(out), None if index is None else here(index))
-
-    def spread(self, found: Float32s, out: Any, index: Any = None) -> None:
-        """``out[i] = found[index[i]]``."""
-        self._device.array(out)[...] = found if index is None else found[self._device.array(index)]
 
     def scatter(self, slots: Any, lines: Any) -> None:
         """Write whole lines into distinct slots; narrow rows round to the nearest value."""
