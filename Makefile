@@ -101,6 +101,7 @@ gpu: install-dev ## on a machine with an NVIDIA GPU: the tests that need one, th
 	@mkdir -p $(dir $(GPU_REPORT))
 	$(PYTEST) $(CURDIR)/tests/cuda $(CURDIR)/tests/store/test_device.py -k "not cudasim and not simulator"
 	cd .venv && $(BIN)/python $(CURDIR)/bench/gpu.py --report $(abspath $(GPU_REPORT))
+	cd .venv && $(BIN)/python $(CURDIR)/bench/gpu_index.py | tee -a $(abspath $(GPU_REPORT))
 
 check: install-dev ## style, types and arrows; `make format` mends what can be mended
 	@export PATH="$(BIN):$$PATH" failed=0; \
