@@ -34,14 +34,16 @@ def shared():
 def in_simulator(tmp_path):
     """``in_simulator(__file__)``: run a test file in a process where Numba simulates CUDA, which must pass.
 
+    Of its tests those that `marks` selects, the short ones when left out.
+
     The simulator has to be chosen before Numba is imported. The process starts elsewhere than in the checkout, which
     would hide the installed package.
     """
     pytest.importorskip("numba")
 
-    def run(file: str) -> None:
+    def run(file: str, marks: str = "not slow") -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, file],
             cwd=tmp_path,
             env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
             capture_output=True,

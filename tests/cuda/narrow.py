@@ -88,7 +88,7 @@ class NarrowDevice(twin.HostDevice):
         if isinstance(inner, (Far, np.ndarray)):
             array = inner if isinstance(inner, Far) else Far(inner)
         if isinstance(array, Far):
-            super().array(array._array, dtype)
+            super().array(memoryview(array._array) if array.size else array._array, dtype)  # as no array of NumPy's
             return array
         return self.send(array) if isinstance(array, np.ndarray) else Far(super().array(array, dtype))
 
