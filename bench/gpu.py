@@ -39,7 +39,8 @@ import numpy as np
 
 from hbkit._ext.segment import segment_sum as c_segment_sum
 from hbkit._ext.slabs import Slabs
-from hbkit.cuda.parts import Room, open_parts
+from hbkit.cuda.batch import Room
+from hbkit.cuda.parts import open_parts
 from hbkit.embedding import Adam, Table
 from hbkit.store import device_cached, host_memory
 from hbkit.store.device import Summands

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from hbkit.cuda.parts import Placement, Room, open_parts
+from hbkit.cuda.batch import Placement, Room
+from hbkit.cuda.parts import open_parts
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 try:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from hbkit.cuda.arith import cuda
+from hbkit.cuda.batch import Distinct, Room
 from hbkit.cuda.device import Device
 from hbkit.cuda.index import TILES, mix, sum_before, tile_length
-from hbkit.cuda.parts import Distinct, Room
 from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, shared, word, word_of
 from hbkit.errors import InvalidArgument
 

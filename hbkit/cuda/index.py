@@ -46,8 +46,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit.cuda.arith import cuda
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
-from hbkit.cuda.parts import (
+from hbkit.cuda.batch import (
     EVICTED_CLEAN,
     EVICTED_DIRTY,
     FOUND,
@@ -66,6 +65,7 @@ from hbkit.cuda.parts import (
     Placement,
     Victims,
 )
+from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
 from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
 from hbkit.errors import InvalidArgument
 

@@ -19,8 +19,7 @@ from numba import njit
 from hbkit._ext.index import dedupe
 from hbkit._ext.segment import Gradients, Segments, pool, retained
 from hbkit._ext.slabs import Slabs
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
-from hbkit.cuda.parts import (
+from hbkit.cuda.batch import (
     DIRTY,
     EVICTED_CLEAN,
     EVICTED_DIRTY,
@@ -42,6 +41,7 @@ from hbkit.cuda.parts import (
     Room,
     Victims,
 )
+from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.errors import InvalidArgument
 
 Int64s = npt.NDArray[np.int64]

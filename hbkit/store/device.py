@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import absent, finite_rows
 from hbkit._ext.segment import Gradients, expand, pool, retained
-from hbkit.cuda.parts import MOST_STAMP, Room, open_parts
+from hbkit.cuda.batch import MOST_STAMP, Room
+from hbkit.cuda.parts import open_parts
 from hbkit.errors import DeviceUnavailable, InvalidArgument, StorageError
 from hbkit.store.base import (
     Chunk,

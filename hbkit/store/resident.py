@@ -45,7 +45,8 @@ from typing import Any
 import numpy as np
 
 from hbkit._ext.batch import absent, find_key
-from hbkit.cuda.parts import FOUND, MOST_SOON, Parts, Placement, Room
+from hbkit.cuda.batch import FOUND, MOST_SOON, Placement, Room
+from hbkit.cuda.parts import Parts
 from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable
 from hbkit.store.base import Int64s, Layout, Lease, StoreSpec
 from hbkit.store.locks import Turns

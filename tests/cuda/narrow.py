@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from hbkit.cuda import parts, twin
+from hbkit.cuda import batch, parts, twin
 from hbkit.store import device
 
 GARBAGE = 0x5A
@@ -109,7 +109,7 @@ def near(value):
     if type(value) in (list, tuple):
         return type(value)(map(near, value))
     if isinstance(value, Placement):
-        return parts.Placement(*vars(value).values())
+        return batch.Placement(*vars(value).values())
     if isinstance(value, Far):
         assert value._array.flags.c_contiguous, "a kernel is given an array that is not contiguous"
         assert value.dtype in (np.int64, np.float32), f"a kernel is given {value.dtype}"
@@ -123,7 +123,7 @@ def far(value):
         return Far(value)
     if type(value) is tuple:
         return tuple(map(far, value))
-    if isinstance(value, (parts.Held, parts.Victims)):
+    if isinstance(value, (batch.Held, batch.Victims)):
         return type(value)(*map(far, value))
     return value
 
@@ -143,7 +143,7 @@ class NarrowDedupe:
 
     def __call__(self, keys, room):
         found = self._of(near(self._device.array(keys)), near_room(room))
-        return parts.Distinct(room, found.n, found.n_distinct)
+        return batch.Distinct(room, found.n, found.n_distinct)
 
 
 class NarrowOrder:
@@ -157,7 +157,7 @@ class NarrowOrder:
         self._of(near_room(room), n, n_distinct)
 
 
-class Placement(parts.Placement):
+class Placement(batch.Placement):
     """One whose arrays are such."""
 
     def _row(self, row):
@@ -186,7 +186,7 @@ def narrowed(of, *, on_host=()):
 
             def call(*args, **kwargs):
                 got = found(*map(given, args), **{k: given(v) for k, v in kwargs.items()})
-                if isinstance(got, parts.Placement):
+                if isinstance(got, batch.Placement):
                     return Placement(*vars(got).values())
                 if name == "drain":
                     return got[0], Placement(*vars(got[1]).values())

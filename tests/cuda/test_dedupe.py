@@ -45,8 +45,8 @@ def test_oracle_gives_the_batch_back(lane):
 def test_distinct_keys_match_oracle_in_any_order(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
+    from hbkit.cuda.batch import Room
     from hbkit.cuda.dedupe import Dedupe
-    from hbkit.cuda.parts import Room
 
     most = 90 if lane == "cudasim" else 100_000
     dedupe, rooms = Dedupe(device, most), [Room(device, most) for _ in range(2)]
@@ -83,8 +83,8 @@ def test_keys_of_one_cell_find_others(lane, device, any_order):
 def test_dedupe_refuses_what_does_not_fit(lane, device):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
+    from hbkit.cuda.batch import Room
     from hbkit.cuda.dedupe import Dedupe
-    from hbkit.cuda.parts import Room
 
     for keys in (np.zeros(5, np.int64), np.zeros(4, np.int32), np.zeros((2, 2), np.int64)):
         for most in ((4, 9), (9, 4)) if len(keys) == 5 else ((4, 4),):

@@ -64,8 +64,8 @@ def test_order_matches_oracle_in_any_order(lane, device, any_order, many, monkey
     if lane == "cpu" or (many and lane == "cuda"):
         pytest.skip(f"lane {lane}: no device, or its kernels are compiled already")
     from hbkit.cuda import order as module
+    from hbkit.cuda.batch import Room
     from hbkit.cuda.order import Order
-    from hbkit.cuda.parts import Room
 
     if many:  # more digits than a warp has lanes, and more tiles; else fewer of both
         for name, value in (("MAX_BITS", 5), ("ROOM", 32), ("MAX_TILES", 40)):
@@ -87,9 +87,9 @@ def test_order_matches_oracle_in_any_order(lane, device, any_order, many, monkey
 def test_order_of_what_dedupe_gives(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
+    from hbkit.cuda.batch import Room
     from hbkit.cuda.dedupe import Dedupe
     from hbkit.cuda.order import Order
-    from hbkit.cuda.parts import Room
 
     keys = np.random.default_rng(3).zipf(1.2, 200).astype(np.int64)
     dedupe, run, room = Dedupe(device, 200), Order(device, 200), Room(device, 200)

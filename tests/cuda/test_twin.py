@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hbkit.cuda.parts import (
+from hbkit.cuda.batch import (
     DIRTY,
     EVICTED_CLEAN,
     FOUND,
@@ -24,8 +24,8 @@ from hbkit.cuda.parts import (
     REFUSED,
     SOON,
     Room,
-    open_parts,
 )
+from hbkit.cuda.parts import open_parts
 from hbkit.errors import DeviceUnavailable, InvalidArgument
 
 pytest.importorskip("numba")
