@@ -8,7 +8,7 @@ block's place in it: a block that lies in another place, file or table than it w
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 import numpy as np
 
@@ -178,7 +178,7 @@ cdef class Blocks:
                         bad = i
                         break
                 record = block + p * self.record_nbytes
-                if (<const int64_t *>record)[0] != keys[j] or self.erased(block)[p // 8] >> p % 8 & 1:
+                if memcmp(record, &keys[j], 8) != 0 or self.erased(block)[p // 8] >> p % 8 & 1:
                     bad = i
                     break
                 memcpy(&freq[j], record + 8, 4)
