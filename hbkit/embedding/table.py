@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
 from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Pending, StoreSpec
-from hbkit.store.device import Summands
+from hbkit.store.device import DeviceStore, Summands
 from hbkit.store.host import HostStore, host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
 
@@ -150,7 +150,7 @@ class Table:
         state, fill = self.optimizer.initial_state(self.dim), draws(self.initializer, name, self.dim)
         layout = Layout(name, self.dim, state, initialize, metadata, fill, dtype, stream(0, name))
         self.store = (store or host_memory()).open(layout)
-        self.device: str | None = self.store.device if getattr(self.store, "on_device", False) else None  # type: ignore[attr-defined]  # those on one have it
+        self.device = self.store.device if isinstance(self.store, DeviceStore) else None
         self._reads_keys = isinstance(self.store, HostStore) and self._default is None and self._padding is None
         # Whether a batch of single keys may go through several tables at once.
         plain = dtype == "float32" and nonfinite == "raise" and isinstance(self.optimizer, Optimizer)
@@ -194,9 +194,15 @@ class Table:
         return keys if found.dtype == np.int64 else found.view(np.int64)
 
     @property
+    def _there(self) -> DeviceStore:
+        """The store of a table that is on a device."""
+        assert isinstance(self.store, DeviceStore), "the table is in host memory"
+        return self.store
+
+    @property
     def memory(self) -> Any:
         """The opened device of a table that is on one (`hbkit.cuda.device.Device`)."""
-        return self.store.memory  # type: ignore[attr-defined]  # those on a device have it
+        return self._there.memory
 
     def near(self, array: Any) -> npt.NDArray[Any]:
         """An array as NumPy's: what is on the table's device is waited for and copied."""
@@ -387,8 +393,7 @@ class Table:
         """Whether gradients and what scales them hold no NaN or infinities; both may be on the table's device."""
         if isinstance(values, np.ndarray) and (scale is None or isinstance(scale, np.ndarray)):
             return all_finite(values, scale)
-        found: bool = self.store.all_finite(values, scale)  # type: ignore[attr-defined]  # those on a device have it
-        return found
+        return self._there.all_finite(values, scale)
 
     def settings(self) -> dict[str, object]:
         """What makes the table's rows what they are, besides its data: equal on all ranks that share it."""
@@ -536,7 +541,7 @@ class Request:
         return lease
 
     def _reserve_there(self, ahead: bool) -> Lease:
-        table, store = self.table, cast(Any, self.table.store)
+        table, store = self.table, self.table._there
         parts = [part for part in self._parts if len(part)]
         join = table.memory.join if len(parts) > 1 and any(map(table.is_there, parts)) else _end_to_end
         lease: Any = store.reserve_batch(join(parts or [_NONE]), table._padding, ahead)

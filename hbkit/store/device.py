@@ -148,8 +148,6 @@ class DeviceStore(Resident):
     An array that is given or asked for is in host memory if it is NumPy's, else in device memory.
     """
 
-    on_device = True
-
     # --- a step -----------------------------------------------------------------------------------------------
 
     def create(self, lease: Lease, step: int, admission: Filter | None = None) -> int:
