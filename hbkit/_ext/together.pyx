@@ -294,7 +294,9 @@ cdef class Together:
         cdef Part *part
         cdef int64_t[::1] wide
         cdef uint8_t[::1] narrow
+        cdef int64_t *slots
         cdef int64_t *which
+        cdef uint8_t *fresh
         cdef float *scratch
         cdef hb_fp_state fp
         n_absent = self.n_absent()
@@ -304,7 +306,7 @@ cdef class Together:
             return [np.empty(0, np.int64) for _ in numbers]
         wide = array = retained((2 * total + n,), np.int64)  # slots, keys; numbers
         narrow = retained((total,), np.uint8)
-        which = &wide[2 * total]
+        slots, which, fresh = &wide[0], &wide[2 * total], &narrow[0]
         made = []
         for i in numbers:
             index, slabs, metadata, lines = self.tables[i]
@@ -313,7 +315,7 @@ cdef class Together:
             if lines is None or part.n_slots + part.n_new > min(<int64_t>slabs.capacity, metadata.n):
                 _refuse("a table has no room for new rows, or does not say how they begin")
             part.new, part.pairs = &lines.lines, metadata.at if metadata.kept else NULL
-            part.new_slots, part.new_keys, part.is_new = &wide[at], &wide[total + at], &narrow[at]
+            part.new_slots, part.new_keys, part.is_new = slots + at, slots + total + at, fresh + at  # maybe none
             made.append(array[at:at + part.n_new])
             most, at = max(most, tile(&slabs.s)), at + part.n_new
             which[n_made] = i
