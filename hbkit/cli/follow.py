@@ -21,7 +21,7 @@ from hbkit.cli.training import Smoothed, reporter
 from hbkit.data import Dataset
 from hbkit.errors import Corrupt, HbkitError, InvalidArgument, NotFound, StorageError
 from hbkit.parquet import list_modified
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 
 __all__ = ["follow"]
 

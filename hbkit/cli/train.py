@@ -33,7 +33,7 @@ from hbkit.cli.training import Training
 from hbkit.data import Dataset
 from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch, Unsupported
 from hbkit.shuffle import WIRES, Transport
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 
 __all__ = ["evaluate", "train"]
 

@@ -9,7 +9,7 @@ from hbkit import snapshot
 from hbkit.embedding.collection import Collection
 from hbkit.errors import InvalidArgument, NotFound, SchemaMismatch
 from hbkit.snapshot.history import History
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 
 __all__ = ["Checkpoint"]
 

@@ -17,7 +17,7 @@ from hbkit.errors import Closed, Corrupt, InvalidArgument, UnknownColumn, Unsupp
 from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.store.base import Chunk, Float32s, Int64s
 from hbkit.store.keys import as_keys
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hbkit.snapshot.history import History, Step
 from hbkit.snapshot.manifest import Manifest, TableEntry
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.snapshot.reader import (
     Loaded,
     _admission,

@@ -23,7 +23,7 @@ from hbkit.snapshot.files import storage_errors
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest
 from hbkit.snapshot.merge import merged
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.snapshot.rows import rows_schema
 from hbkit.snapshot.table import TableLike
 from hbkit.store.base import CHUNK_ROWS, Chunk, Float32s, Int64s

@@ -16,7 +16,8 @@ from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import VERSION, Manifest, encode, state_path, table_directory
 from hbkit.snapshot.merge import Part, merged, side_by_side
-from hbkit.snapshot.place import Draft, place_of
+from hbkit.snapshot.place import Draft
+from hbkit.snapshot.places import place_of
 from hbkit.store.base import Int64s
 
 

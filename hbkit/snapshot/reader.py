@@ -14,7 +14,7 @@ from hbkit.errors import Corrupt, InvalidArgument, SchemaMismatch, StorageError,
 from hbkit.snapshot import rows
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget, held, saved
 from hbkit.store.base import Chunk, Part
 

@@ -28,7 +28,8 @@ from hbkit.snapshot.manifest import (
     state_path,
     table_directory,
 )
-from hbkit.snapshot.place import Draft, Place, place_of
+from hbkit.snapshot.place import Draft, Place
+from hbkit.snapshot.places import place_of
 from hbkit.snapshot.ranks import Group, Ranks
 from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.table import EVERYTHING, TableLike, config, default_config, held, mark, saved

@@ -13,7 +13,7 @@ from hbkit.snapshot import load, log, rows, save, squash, verify
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import encode, table_directory
 from hbkit.snapshot.merge import merged
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.store import cached_ssd, host_memory
 from hbkit.store.base import Chunk, Part
 

@@ -14,7 +14,7 @@ from hbkit.embedding import SGD, CountAdmission, Table
 from hbkit.parquet import fetch
 from hbkit.serving import Reader
 from hbkit.snapshot import bucket, diff, follow, load, log, prune, save, squash, verify
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 
 NUMBERS = itertools.count()
 

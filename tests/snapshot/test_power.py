@@ -10,8 +10,8 @@ from powerless import Replay, Tape, seeded
 
 from hbkit import errors
 from hbkit.embedding import SGD, CountAdmission, Table
-from hbkit.snapshot import load, place, prune, save, squash, verify
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot import directory, load, prune, save, squash, verify
+from hbkit.snapshot.places import place_of
 
 
 def table():
@@ -68,7 +68,7 @@ def tape(tmp_path, monkeypatch, begin):
         load(path, [old])
     shutil.copytree(tmp_path / "before", tmp_path / "copy")
     tapes = []
-    monkeypatch.setattr(place, "Disk", lambda **kwargs: tapes.append(Tape()) or tapes[-1])
+    monkeypatch.setattr(directory, "Disk", lambda **kwargs: tapes.append(Tape()) or tapes[-1])
     go()
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "before")

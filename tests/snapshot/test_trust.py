@@ -30,7 +30,7 @@ from hbkit.snapshot import load, log, save, verify
 from hbkit.snapshot.files import FileEntry
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL, decode
-from hbkit.snapshot.place import place_of
+from hbkit.snapshot.places import place_of
 from hbkit.snapshot.rows import rows_schema
 from hbkit.store.disk import Disk
 

@@ -291,7 +291,7 @@ def test_rank_whose_disk_fails_makes_all_raise(tmp_path, monkeypatch):
 
 
 def test_locked_place_is_locked_for_all_ranks(tmp_path):
-    from hbkit.snapshot.place import place_of
+    from hbkit.snapshot.places import place_of
 
     save(tmp_path, [train(table(), range(10))], 1)
     tables = sharded(2, tmp_path)
