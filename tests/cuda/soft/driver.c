@@ -88,7 +88,7 @@ struct op {
 };
 
 struct stream {
-    struct stream *next; /* all that there are; never freed, so a stale handle is known for one */
+    struct stream *next; /* in the list of those that live or have something queued */
     struct device *device;
     unsigned flags;
     int priority, live;
@@ -311,6 +311,14 @@ static void lose(struct device *device, int code, const char *what, const char *
     fprintf(stderr, "soft CUDA: %s\n", last_report);
 }
 
+/* Out of the list with a stream that is destroyed and empty; events may still point to it, so it is never freed. */
+static void forget(struct stream *s) {
+    if (s->live || s->head) return;
+    struct stream **at = &streams;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
+}
+
 static void run(struct stream *s) {
     struct op *op = s->head;
     struct device *d = s->device;
@@ -346,6 +354,7 @@ static void run(struct stream *s) {
     s->head = op->next;
     if (!s->head) s->tail = NULL;
     s->done = op->seq;
+    forget(s);
     free(op->staged);
     free((void *)op->launch.params);
     free(op);
@@ -366,8 +375,9 @@ static int wait_for(struct stream *s, uint64_t seq) {
 }
 
 static int drain(struct device *d) {
-    for (struct stream *s = streams; s; s = s->next)
-        if (s->device == d) wait_for(s, s->last);
+    for (struct stream *s = streams; s;) /* from the first again: one that empties may leave the list */
+        if (s->device == d && s->head) wait_for(s, s->last), s = streams;
+        else s = s->next;
     return d->lost;
 }
 
@@ -528,6 +538,7 @@ CALL(cuStreamDestroy, HERE, (void *stream), (stream)) { /* what is queued still 
     struct stream *s = stream_of(stream);
     if (!s || (uint64_t)stream <= 2) return INVALID_HANDLE;
     s->live = 0;
+    forget(s);
     return OK;
 }
 CALL(cuStreamSynchronize, HERE, (void *stream), (stream)) {
@@ -827,6 +838,23 @@ EXPORT int cuGetProcAddress_v2(const char *name, void **function, int version, u
 EXPORT int cuGetProcAddress(const char *name, void **function, int version, uint64_t flags) {
     return cuGetProcAddress_v2(name, function, version, flags, NULL);
 }
+
+/* The names of some in the library, where one does not go by cuGetProcAddress. */
+#define ALIAS(name) extern __typeof(name) name##_v2 __attribute__((alias(#name), visibility("default")))
+ALIAS(cuMemAlloc);
+ALIAS(cuMemFree);
+ALIAS(cuMemGetInfo);
+ALIAS(cuMemcpyHtoD);
+ALIAS(cuMemcpyDtoH);
+ALIAS(cuMemcpyDtoD);
+ALIAS(cuMemcpyHtoDAsync);
+ALIAS(cuMemcpyDtoHAsync);
+ALIAS(cuMemcpyDtoDAsync);
+ALIAS(cuStreamDestroy);
+ALIAS(cuEventDestroy);
+ALIAS(cuCtxPushCurrent);
+ALIAS(cuCtxPopCurrent);
+ALIAS(cuDevicePrimaryCtxRelease);
 
 /* ---- settings, for __init__.py ---- */
 
