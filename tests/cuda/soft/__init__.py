@@ -26,6 +26,16 @@ def shared_object(source, name="soft.so", *options):
     return path
 
 
+driver = None  # the one that was loaded into this process
+
+
+def load(*args, **options):
+    """Load the driver as `Driver` takes it; it stands in `driver` from then on."""
+    global driver
+    driver = Driver(*args, **options)
+    return driver
+
+
 class Driver:
     """The loaded driver.
 
@@ -50,14 +60,19 @@ class Driver:
         self._library.soft_used.restype = ctypes.c_uint64
         self._library.soft_fail.argtypes = ctypes.c_char_p, ctypes.c_long, ctypes.c_int
         self._translate = TRANSLATE(self._translated) if kernels else TRANSLATE()
-        self._devices = devices
-        self.configure(seed, memory, race_check)
+        self.seed, self._devices, self._memory, self._race_check = seed, devices, memory, race_check
+        self.configure()
         self._give_ptx()
 
-    def configure(self, seed=1, memory=16 << 30, race_check=True):
-        """From now on; as in the class."""
+    def configure(self, seed=None, memory=None, race_check=None):
+        """From now on; what is left out is as the driver was loaded."""
+        memory = self._memory if memory is None else memory
         self._library.soft_configure(
-            self._devices, ctypes.c_uint64(memory), ctypes.c_uint64(seed), race_check, self._translate
+            self._devices,
+            ctypes.c_uint64(memory),
+            ctypes.c_uint64(self.seed if seed is None else seed),
+            self._race_check if race_check is None else race_check,
+            self._translate,
         )
 
     def fail(self, name, kth, code):

@@ -175,6 +175,8 @@ static int fault(const char *name) {
 
 /* ---- calls ---- */
 
+enum { ANY, OWN, HERE }; /* what a call needs: nothing, the device that its handle is of, the current device */
+
 static struct device *current(void) { return depth ? stack[depth - 1] : NULL; }
 
 static int enter(const char *name, int in_context) {
@@ -186,6 +188,7 @@ static int enter(const char *name, int in_context) {
     if (code) return code;
     if (!in_context) return OK;
     if (!config.started) return NOT_INITIALIZED;
+    if (in_context == OWN) return OK;
     if (!d) return INVALID_CONTEXT;
     return d->lost;
 }
@@ -193,7 +196,7 @@ static int leave(int code) {
     pthread_mutex_unlock(&lock);
     return code;
 }
-/* A call of the driver: its body gives the code. ANY needs no context, HERE the current device. */
+/* A call of the driver: its body gives the code. */
 #define CALL(name, in_context, args, ...)                      \
     static int name##_body args;                               \
     EXPORT int name args {                                     \
@@ -201,8 +204,6 @@ static int leave(int code) {
         return leave(code_ ? code_ : name##_body __VA_ARGS__); \
     }                                                          \
     static int name##_body args
-#define ANY 0
-#define HERE 1
 
 /* ---- memory ---- */
 
@@ -283,14 +284,17 @@ static struct stream *new_stream(struct device *device, unsigned flags, int prio
     return streams = s;
 }
 
-/* Of the current device; NULL: not a stream, or destroyed. */
-static struct stream *stream_of(void *handle) {
+/* NULL: not a stream, or destroyed. The default streams are those of the current device. */
+static struct stream *any_stream(void *handle) {
     struct device *d = current();
-    if ((uint64_t)handle <= 1) return d->legacy;
-    if ((uint64_t)handle == 2) return d->per_thread;
+    if ((uint64_t)handle <= 2) return !d ? NULL : (uint64_t)handle == 2 ? d->per_thread : d->legacy;
     for (struct stream *s = streams; s; s = s->next)
-        if (s == handle) return s->live && s->device == d ? s : NULL;
+        if (s == handle) return s->live ? s : NULL;
     return NULL;
+}
+static struct stream *stream_of(void *handle) { /* of the current device */
+    struct stream *s = any_stream(handle);
+    return s && s->device == current() ? s : NULL;
 }
 
 static int may_run(const struct stream *s) {
@@ -381,6 +385,12 @@ static int drain(struct device *d) {
     return d->lost;
 }
 
+static int drain_all(void) {
+    int lost = OK;
+    for (int i = 0; i < config.n_devices; i++) lost = drain(&devices[i]) ? devices[i].lost : lost;
+    return lost;
+}
+
 /* Queue it; OK. `op` is copied. */
 static int queue(struct stream *s, struct op op) {
     struct op *kept = malloc(sizeof *kept);
@@ -451,9 +461,12 @@ CALL(cuMemsetD32Async, HERE, (uint64_t to, unsigned v, size_t n, void *s), (to, 
 /* ---- allocations ---- */
 
 CALL(cuMemAlloc, HERE, (uint64_t *at, size_t n), (at, n)) { return allocate(current(), n, at); }
-CALL(cuMemFree, HERE, (uint64_t at), (at)) {
-    drain(current()); /* as hardware does: what is queued may still use it */
-    return at ? release(at, 0) : OK;
+CALL(cuMemFree, OWN, (uint64_t at), (at)) {
+    const struct block *b = find(at);
+    if (!at) return OK;
+    if (!b || !b->device) return INVALID_VALUE;
+    int lost = drain(b->device); /* as hardware does: what is queued may still use it */
+    return lost ? lost : release(at, 0);
 }
 CALL(cuMemAllocAsync, HERE, (uint64_t *at, size_t n, void *s), (at, n, s)) {
     return stream_of(s) ? allocate(current(), n, at) : INVALID_HANDLE;
@@ -469,9 +482,9 @@ CALL(cuMemHostAlloc, HERE, (void **at, size_t n, unsigned flags), (at, n, flags)
     return allocate(NULL, n, (uint64_t *)at);
 }
 CALL(cuMemAllocHost, HERE, (void **at, size_t n), (at, n)) { return allocate(NULL, n, (uint64_t *)at); }
-CALL(cuMemFreeHost, HERE, (void *at), (at)) {
-    drain(current());
-    return release((uint64_t)at, 1);
+CALL(cuMemFreeHost, OWN, (void *at), (at)) {
+    int lost = drain_all();
+    return lost ? lost : release((uint64_t)at, 1);
 }
 CALL(cuMemHostRegister, HERE, (void *at, size_t n, unsigned flags), (at, n, flags)) {
     (void)flags;
@@ -479,8 +492,8 @@ CALL(cuMemHostRegister, HERE, (void *at, size_t n, unsigned flags), (at, n, flag
     *new_block() = (struct block){.at = (uint64_t)at, .n = n, .live = 1, .registered = 1};
     return OK;
 }
-CALL(cuMemHostUnregister, HERE, (void *at), (at)) {
-    drain(current());
+CALL(cuMemHostUnregister, OWN, (void *at), (at)) {
+    drain_all();
     struct block *b = find((uint64_t)at);
     if (!b || !b->registered || b->at != (uint64_t)at) return INVALID_VALUE;
     return b->live = b->registered = 0;
@@ -534,19 +547,19 @@ CALL(cuStreamCreate, HERE, (void **s, unsigned flags), (s, flags)) {
     *s = new_stream(current(), flags, 0);
     return OK;
 }
-CALL(cuStreamDestroy, HERE, (void *stream), (stream)) { /* what is queued still runs */
-    struct stream *s = stream_of(stream);
+CALL(cuStreamDestroy, OWN, (void *stream), (stream)) { /* what is queued still runs */
+    struct stream *s = any_stream(stream);
     if (!s || (uint64_t)stream <= 2) return INVALID_HANDLE;
     s->live = 0;
     forget(s);
-    return OK;
+    return s->device->lost;
 }
-CALL(cuStreamSynchronize, HERE, (void *stream), (stream)) {
-    struct stream *s = stream_of(stream);
+CALL(cuStreamSynchronize, OWN, (void *stream), (stream)) {
+    struct stream *s = any_stream(stream);
     return s ? wait_for(s, s->last) : INVALID_HANDLE;
 }
-CALL(cuStreamQuery, HERE, (void *stream), (stream)) {
-    struct stream *s = stream_of(stream);
+CALL(cuStreamQuery, OWN, (void *stream), (stream)) {
+    struct stream *s = any_stream(stream);
     if (!s) return INVALID_HANDLE;
     step();
     return s->device->lost ? s->device->lost : s->head ? NOT_READY : OK;
@@ -577,9 +590,9 @@ CALL(cuEventCreate, HERE, (void **event, unsigned flags), (event, flags)) {
     *event = e;
     return OK;
 }
-CALL(cuEventDestroy, HERE, (void *event), (event)) {
+CALL(cuEventDestroy, OWN, (void *event), (event)) {
     struct event *e = event_of(event);
-    return e ? (e->live = 0, OK) : INVALID_HANDLE;
+    return e ? (e->live = 0, e->device->lost) : INVALID_HANDLE;
 }
 CALL(cuEventRecord, HERE, (void *event, void *stream), (event, stream)) {
     struct event *e = event_of(event);
@@ -587,26 +600,26 @@ CALL(cuEventRecord, HERE, (void *event, void *stream), (event, stream)) {
     if (!e || !s || e->device != s->device) return INVALID_HANDLE;
     return queue(s, (struct op){.kind = RECORD, .event = e});
 }
-CALL(cuStreamWaitEvent, HERE, (void *stream, void *event, unsigned flags), (stream, event, flags)) {
+CALL(cuStreamWaitEvent, OWN, (void *stream, void *event, unsigned flags), (stream, event, flags)) {
     (void)flags;
     struct event *e = event_of(event);
-    struct stream *s = stream_of(stream);
+    struct stream *s = any_stream(stream);
     if (!e || !s) return INVALID_HANDLE;
     if (!e->stream) return OK; /* never recorded: CUDA waits for nothing */
     return queue(s, (struct op){.kind = WAIT, .waits = e->stream, .waits_seq = e->seq});
 }
-CALL(cuEventSynchronize, HERE, (void *event), (event)) {
+CALL(cuEventSynchronize, OWN, (void *event), (event)) {
     struct event *e = event_of(event);
     if (!e) return INVALID_HANDLE;
-    return e->stream ? wait_for(e->stream, e->seq) : OK;
+    return e->stream ? wait_for(e->stream, e->seq) : e->device->lost;
 }
-CALL(cuEventQuery, HERE, (void *event), (event)) {
+CALL(cuEventQuery, OWN, (void *event), (event)) {
     struct event *e = event_of(event);
     if (!e) return INVALID_HANDLE;
     step();
     return e->device->lost ? e->device->lost : e->stream && e->stream->done < e->seq ? NOT_READY : OK;
 }
-CALL(cuEventElapsedTime, HERE, (float *ms, void *from, void *to), (ms, from, to)) {
+CALL(cuEventElapsedTime, OWN, (float *ms, void *from, void *to), (ms, from, to)) {
     struct event *a = event_of(from), *b = event_of(to);
     if (!a || !b || !a->stream || !b->stream || (a->flags | b->flags) & NO_TIMING) return INVALID_HANDLE;
     if (a->stream->done < a->seq || b->stream->done < b->seq) return NOT_READY;
@@ -742,12 +755,11 @@ EXPORT int cuLibraryLoadData(void **to, const char *ptx, const void *o1, const v
     *to = library;
     return OK;
 }
-CALL(cuLibraryUnload, HERE, (void *handle), (handle)) { /* its object stays, and with it stale handles are known */
+CALL(cuLibraryUnload, OWN, (void *handle), (handle)) { /* its object stays, and with it stale handles are known */
     struct library *library = handle;
     if (!library || library->magic != LIBRARY || !library->live) return INVALID_HANDLE;
-    drain(current());
     library->live = 0;
-    return OK;
+    return drain_all();
 }
 CALL(cuLibraryGetKernel, ANY, (void **to, void *handle, const char *name), (to, handle, name)) {
     struct library *library = handle;
