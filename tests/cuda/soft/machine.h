@@ -7,8 +7,9 @@
  * Every access is checked. With `race_check`, each word that a launch touches remembers who wrote and who read it last,
  * and when. The clock of a block ticks when threads meet; so an access is ordered before another of the same block if
  * they passed a barrier since, and never before one of another block. Lanes of a warp need bar.warp.sync after a write,
- * any meeting after a read (the vote or shuffle has waited for it). Atomics do not race with atomics. Where a word is
- * read plainly and changed atomically, either value may be read, and that is a race only with `race_check` 2.
+ * any meeting after a read (the vote or shuffle has waited for it). Atomics do not race with atomics. Two kinds of races
+ * do no harm, and are reported only with `race_check` 2: a word that is read plainly and changed atomically (either
+ * value may be read), and one that several write the same value to.
  */
 #include <stdarg.h>
 #include <stdint.h>
@@ -21,7 +22,7 @@ struct launch {
     uint32_t grid[3], block[3];
     void *const *params; /* as cuLaunchKernel's: a pointer to each value */
     uint64_t seed;       /* order of threads; 0: plain order */
-    int race_check;      /* 0: none, 1, or 2: plain reads race with atomics too */
+    int race_check;      /* 0: none, 1, or 2: harmless ones too */
     int (*reach)(uint64_t at, uint64_t n, int write); /* is [at, at + n) inside one live allocation? */
     char report[512];                                 /* what went wrong, by name and place */
 };
@@ -36,7 +37,7 @@ struct kernel {
 enum { ILLEGAL_ADDRESS = 700, MISALIGNED = 716, LAUNCH_FAILED = 719 };
 enum { READ, WRITE, ATOMIC, ATOMIC_READ };
 enum { FRESH, READY, IN_WARP, AT_BAR, ENDED };
-enum { SYNC, BALLOT, ANY, ALL, UNI, MATCH, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_BFLY };
+enum { SYNC, BALLOT, ANY, ALL, UNI, MATCH_B32, MATCH_B64, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_BFLY };
 enum { WARP = 32, STACK = 60000, PAGE_BITS = 12, NEAR = 1024, BUCKETS = 1 << 14 };
 #define PATIENCE (1u << 29) /* accesses and meetings without a thread's end, after which none is expected */
 
@@ -315,7 +316,9 @@ static void shuffle(struct thread *t, uint32_t met)
     t->result = met >> from & 1 ? t->warp->lanes[from].value : 0x5A5A5A5A;
 }
 
-/* Whether all lanes that `t` waits for are there too; then they get their results and go on. */
+/* Whether all lanes that `t` waits for are there too; then they get their results and go on.
+ * They may be at different places of the program, but do the same with the same mask.
+ */
 static int meet(struct thread *t, struct thread *self)
 {
     struct warp *warp = t->warp;
@@ -325,7 +328,7 @@ static int meet(struct thread *t, struct thread *self)
         return 0;
     for (uint32_t left = met; left; left &= left - 1) {
         struct thread *o = &lanes[__builtin_ctz(left)];
-        if (o->line != t->line || o->mask != t->mask)
+        if (o->op != t->op || o->mask != t->mask)
             return 0;
         ballot |= (uint32_t)(o->value != 0) << o->lane;
     }
@@ -337,7 +340,8 @@ static int meet(struct thread *t, struct thread *self)
         case ANY: o->result = ballot != 0; break;
         case ALL: o->result = ballot == met; break;
         case UNI: o->result = ballot == 0 || ballot == met; break;
-        case MATCH:
+        case MATCH_B32:
+        case MATCH_B64:
             o->result = 0;
             for (uint32_t other = met; other; other &= other - 1)
                 o->result |= (uint64_t)(lanes[__builtin_ctz(other)].value == o->value) << __builtin_ctz(other);
@@ -498,7 +502,8 @@ __attribute__((noreturn, cold)) static void race(struct thread *t, const struct 
     fail(t->m, LAUNCH_FAILED);
 }
 
-static void trace(struct thread *t, struct word *x, int how, uint64_t at, int line)
+/* `same`: the word holds already what is to be written. */
+static void trace(struct thread *t, struct word *x, int how, int same, uint64_t at, int line)
 {
     struct warp *warp = t->warp;
     uint32_t now = t->block->clock;
@@ -506,8 +511,11 @@ static void trace(struct thread *t, struct word *x, int how, uint64_t at, int li
         how = ATOMIC;
     int strict = t->m->launch->race_check > 1, atomic = how == ATOMIC && x->wrote & ATOMICALLY;
     int harmless = how == READ && !strict && x->wrote & ATOMICALLY;
-    if (x->written && !atomic && !harmless && unordered(t, x->wrote, x->written, warp->fenced))
+    if (x->written && !atomic && !harmless && unordered(t, x->wrote, x->written, warp->fenced)) {
+        if (same && !strict)
+            return;
         race(t, x, 0, how, at, line);
+    }
     if (how == READ) {
         x->read_by = joined(t, x->read_by, x->read, warp->met);
         x->read = now;
@@ -515,8 +523,11 @@ static void trace(struct thread *t, struct word *x, int how, uint64_t at, int li
         return;
     }
     if (how == WRITE || strict) {
-        if (x->read && unordered(t, x->read_by, x->read, warp->met))
+        if (x->read && unordered(t, x->read_by, x->read, warp->met)) {
+            if (same && !strict)
+                return;
             race(t, x, 1, how, at, line);
+        }
         x->read = 0;
     }
     /* what this thread wrote plainly before is still not ordered with what others change */
@@ -541,11 +552,13 @@ __attribute__((noinline)) static void to_bytes(struct page *p, uint32_t nbytes)
     p->shift = 0;
 }
 
-static inline void trace_all(struct thread *t, struct page *p, uint32_t offset, uint32_t n, int how, uint64_t at,
-                             int line)
+static inline void trace_all(struct thread *t, struct page *p, uint32_t offset, uint32_t n, int how, const char *there,
+                             const char *value, int line)
 {
-    for (uint32_t i = offset >> p->shift, end = (offset + n - 1) >> p->shift; i <= end; i++)
-        trace(t, &p->words[i], how, at, line);
+    uint32_t size = 1u << p->shift;
+    for (uint32_t i = 0; i < n; i += size)
+        trace(t, &p->words[(offset + i) >> p->shift], how, value && !memcmp(there + i, value + i, size),
+              (uint64_t)there + i, line);
 }
 
 __attribute__((noinline)) static struct page *page_of(struct machine *m, uint64_t number)
@@ -588,8 +601,9 @@ static void check_aligned(struct thread *t, uint64_t at, uint32_t n, int line)
     fail(t->m, MISALIGNED);
 }
 
-/* n bytes at an address of global memory, to be read, written or changed by the instruction of this line. */
-__attribute__((noinline)) static void *global(struct thread *t, uint64_t at, uint32_t n, int how, int line)
+/* n bytes at an address of global memory, to be read, changed, or written (to `value`) by the instruction of a line. */
+__attribute__((noinline)) static void *global(struct thread *t, uint64_t at, uint32_t n, int how, const void *value,
+                                              int line)
 {
     struct machine *m = t->m;
     if (__builtin_expect(--m->fuse <= 0, 0))
@@ -608,13 +622,14 @@ __attribute__((noinline)) static void *global(struct thread *t, uint64_t at, uin
     if (p->words) {
         if (n < 4 && p->shift)
             to_bytes(p, 1u << PAGE_BITS);
-        trace_all(t, p, at & ((1u << PAGE_BITS) - 1), n, how, at, line);
+        trace_all(t, p, at & ((1u << PAGE_BITS) - 1), n, how, (const char *)at, value, line);
     }
-    return (void *)at;
+    return value ? memcpy((void *)at, value, n) : (void *)at;
 }
 
 /* The same of the block's shared memory, which lies from 0 on. */
-__attribute__((noinline)) static void *shared(struct thread *t, uint64_t at, uint32_t n, int how, int line)
+__attribute__((noinline)) static void *shared(struct thread *t, uint64_t at, uint32_t n, int how, const void *value,
+                                              int line)
 {
     struct machine *m = t->m;
     if (__builtin_expect(--m->fuse <= 0, 0))
@@ -626,12 +641,13 @@ __attribute__((noinline)) static void *shared(struct thread *t, uint64_t at, uin
         fail(m, ILLEGAL_ADDRESS);
     }
     struct page *p = &t->block->shared_page;
+    void *there = t->block->shared + at;
     if (p->words) {
         if (n < 4 && p->shift)
             to_bytes(p, nbytes);
-        trace_all(t, p, (uint32_t)at, n, how, at, line);
+        trace_all(t, p, (uint32_t)at, n, how, there, value, line);
     }
-    return t->block->shared + at;
+    return value ? memcpy(there, value, n) : there;
 }
 
 /* ---- a launch ---- */

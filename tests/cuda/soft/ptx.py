@@ -401,11 +401,11 @@ class Kernel:
 
     # ---- memory and other threads ----
 
-    def touch(self, space, place, nbytes, how):
+    def touch(self, space, place, nbytes, how, value="0"):
         """C of a pointer to memory that may be touched so."""
         if space not in ("global", "shared"):
             raise KeyError(space)
-        return f"{space}(t, {self.place(place)}, {nbytes}, {how}, {self.line})"
+        return f"{space}(t, {self.place(place)}, {nbytes}, {how}, {value}, {self.line})"
 
     def do_ld(self, *suffixes, args):
         *flags, kind = suffixes
@@ -424,11 +424,9 @@ class Kernel:
     def do_st(self, *suffixes, args):
         *flags, kind = suffixes
         how, space, n = self.access(flags)
-        pointer = self.touch(space, args[0], n * bits_of(kind) // 8, "ATOMIC" if how else "WRITE")
-        self.lines.append(f"{{ {C_TYPES[kind]} *q = {pointer};")
-        for i, register in enumerate(split(args[1].strip("{}"))):
-            self.lines.append(f"q[{i}] = {self.value(register, kind)};")
-        self.lines.append("}")
+        values = ", ".join(self.value(register, kind) for register in split(args[1].strip("{}")))
+        touch = self.touch(space, args[0], n * bits_of(kind) // 8, "ATOMIC" if how else "WRITE", "q")
+        self.lines.append(f"{{ {C_TYPES[kind]} q[] = {{{values}}}; {touch}; }}")
 
     def access(self, flags):
         """Whether loads and stores with such flags are strong, their space, and how many values they move."""
@@ -497,7 +495,7 @@ class Kernel:
         if any_ != "any":
             return NotImplemented
         a, mask = self.value(args[1], kind), self.value(args[2], "b32")
-        self.put(args[0], f"together(t, MATCH, {mask}, {a}, 0, 0, {self.line})", "b32")
+        self.put(args[0], f"together(t, MATCH_{kind.upper()}, {mask}, {a}, 0, 0, {self.line})", "b32")
 
     # ---- all of it ----
 
