@@ -116,7 +116,7 @@ cdef class Stream:
     cdef readonly str device
     cdef void *_context
     cdef void *_stream
-    cdef Pinned _staged
+    cdef list _staged  # pinned memory that no fetch uses
 
     def __init__(self, str device, int number):
         cdef int ordinal
@@ -127,7 +127,7 @@ cdef class Stream:
         result = cu.cuStreamCreate(&self._stream, 0)
         leave(self._context, before)
         check(result, device)
-        self._staged = Pinned(self, STAGED)
+        self._staged = []
 
     def __dealloc__(self):
         if self._stream:
@@ -222,8 +222,8 @@ cdef class Stream:
     def fetch(self, Array array, out=None):
         """Wait for what was begun, and copy an array, into a contiguous `out` of its shape and dtype."""
         cdef Py_buffer near
+        cdef Pinned staged
         cdef size_t nbytes = array.nbytes()
-        cdef int result
         if out is None:
             out = np.empty(array.shape, array.dtype)
         elif out.shape != array.shape or out.dtype != array.dtype:
@@ -235,9 +235,11 @@ cdef class Stream:
         PyObject_GetBuffer(out, &near, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
         try:
             if nbytes <= STAGED:  # the driver would copy as well, and wait for itself
-                check(move(self, array.ptr, self._staged.at, nbytes, False), self.device)
+                staged = self._staged.pop() if self._staged else Pinned(self, STAGED)
+                check(move(self, array.ptr, staged.at, nbytes, False), self.device)
                 wait_for(self, self._stream)
-                memcpy(near.buf, self._staged.at, nbytes)
+                memcpy(near.buf, staged.at, nbytes)
+                self._staged.append(staged)
             else:
                 check(move(self, array.ptr, near.buf, nbytes, False), self.device)
                 wait_for(self, self._stream)

@@ -6,6 +6,7 @@ writes a code there and goes on without touching memory it does not own, and `De
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -36,6 +37,7 @@ ERRORS = {
 }
 
 
+@functools.cache
 def simulated() -> bool:
     """Whether kernels run in Numba's simulator."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
@@ -59,9 +61,10 @@ class Device:
 
     Notes
     -----
-    Arrays are those of `hbkit._ext.driver`: they are sliced along their first axis, reshaped, viewed as another dtype, and
-    copied; in the simulator they are Numba's. May be used from several threads, one at a time. Kernels run on a stream of their own and copies on another; both
-    are ordered with the legacy default stream, where frameworks work unless they are told otherwise.
+    Arrays are contiguous: `hbkit._ext.driver.Array`, in the simulator Numba's. Kernels run on a stream of their own and
+    copies on another; both are ordered with the legacy default stream, where frameworks work unless they are told
+    otherwise. May be used from several threads; whoever waits lets others launch meanwhile. What a kernel reports is
+    raised by the next wait, whoever's it is.
     """
 
     def __init__(self, name: str = "cuda:0", allocate: Callable[[int], Any] | None = None) -> None:
