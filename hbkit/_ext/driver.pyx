@@ -11,6 +11,7 @@ thread's current one where it is not, and leaves the thread with the one that it
 
 from cpython.buffer cimport (PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo, PyBuffer_Release,
                              PyObject_GetBuffer)
+from cpython.number cimport PyNumber_Index
 from cpython.slice cimport PySlice_GetIndicesEx
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
@@ -540,7 +541,7 @@ cdef class Kernel:
             value = error if i == self._n_args - 1 else args[i]
             if self._dims[i] == NUMBER:
                 try:
-                    to[0] = <uint64_t> <int64_t> value
+                    to[0] = <uint64_t> <int64_t> PyNumber_Index(value)  # a float would be cut
                 except (TypeError, OverflowError):
                     raise self._misfit(i, value) from None
                 to += 1
@@ -563,11 +564,6 @@ cdef class Kernel:
         wanted = "int64" if dtype is None else f"a device array of {dtype} of {n_dims} dimensions"
         what = f"{value.dtype}{value.shape}" if hasattr(value, "shape") else repr(value)
         return InvalidArgument(f"argument {i} of {self.name} is {what}", remedy=f"give {wanted}")
-
-    def packed(self):
-        """The parameters of the last launch, 8 bytes each: for tests."""
-        n = sum(1 if dtype is None else 5 + 2 * n_dims for dtype, n_dims in self._types)
-        return [self._values[i] for i in range(n)]
 
 
 cdef int put(Array array, uint64_t *to) noexcept:

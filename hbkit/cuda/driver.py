@@ -21,14 +21,15 @@ TYPE = re.compile(r"(\w+)(\[(?::,)*::1\])?")  # of an argument: a number, or a c
 
 
 @functools.cache
-def _bind() -> None:
+def addresses() -> list[int | None]:
+    """Where the driver's functions are (`hbkit._ext.driver.FUNCTIONS`)."""
     library = ctypes.CDLL("libcuda.so.1")  # which Numba has found
-    driver.bind([ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in driver.FUNCTIONS])
+    return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in driver.FUNCTIONS]
 
 
 def open_stream(name: str, number: int) -> Any:
     """A new stream of the device of this number (`hbkit._ext.driver.Stream`), which errors call by its name."""
-    _bind()
+    driver.bind(addresses())
     return driver.Stream(name, number)
 
 
