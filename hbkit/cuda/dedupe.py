@@ -180,7 +180,10 @@ class Dedupe:
         n = keys.shape[0]
         if n == 0:
             return Distinct(room, 0, 0)
-        self._launch(device.array(keys), room)
+        if isinstance(keys, np.ndarray):
+            near, keys = np.ascontiguousarray(keys), room.order[:n]  # which nobody needs until they are ordered
+            device.write(keys, near)
+        self._launch(keys, room)
         return Distinct(room, n, int(device.fetch(self._n_distinct)[0]))
 
     def _launch(self, keys: Any, room: Room) -> None:

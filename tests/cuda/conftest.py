@@ -57,6 +57,14 @@ def device(lane):
     return Device()
 
 
+@pytest.fixture(autouse=True)
+def well():
+    """A test that loses a software device does not lose it for others."""
+    yield
+    if SOFT and SOFT.report:
+        SOFT.revive()
+
+
 @pytest.fixture(params=[0, 1])
 def any_order(lane, request, monkeypatch):
     """In the simulator, blocks and threads start in a random order, and threads change places often.

@@ -1,8 +1,12 @@
 """A CUDA driver in software (driver.c), loaded in place of NVIDIA's: real Numba CUDA runs on it, without a GPU."""
 
 import ctypes
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import traceback
@@ -13,17 +17,53 @@ BUILD = HERE.parents[2] / "build" / "soft"
 TRANSLATE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 
 
+def appear(path, make):
+    """Let a file appear at once, whole, where several processes may make it: ``make(unfinished)`` writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    make(unfinished)
+    unfinished.rename(path)
+
+
 def shared_object(source, name="soft.so", *options):
-    """Compile a C file into build/soft, once for each text; safe where processes do so at once. Gives the path."""
+    """Compile a C file into build/soft, once for each text. Gives the path."""
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", *options]
     digest = hashlib.sha256(" ".join(command).encode() + source.read_bytes()).hexdigest()[:24]
     path = BUILD / digest / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", unfinished, source], check=True)
-        unfinished.rename(path)
+        appear(path, lambda to: subprocess.run([*command, "-o", to, source], check=True))
     return path
+
+
+class Compiled:
+    """What Numba made of a kernel of hbkit, kept in build/soft: processes of one run of tests need the same ones.
+
+    Numba's own cache looks at the kernel's file alone, not at those whose functions it calls.
+    """
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    @staticmethod
+    @functools.cache
+    def _folder():
+        code = Path(importlib.util.find_spec("hbkit").origin).parent / "cuda"
+        text = b"".join(path.read_bytes() for path in sorted(code.glob("*.py")))
+        version = f"{sys.version} {importlib.metadata.version('numba-cuda')} {driver.tiles}"
+        return BUILD / hashlib.sha256(version.encode() + text).hexdigest()[:24]
+
+    def _path(self, signature):
+        name = f"{self._kernel.__module__}.{self._kernel.__name__}{signature}"
+        return self._folder() / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+    def load_overload(self, signature, target):
+        path = self._path(signature)
+        return pickle.loads(path.read_bytes()) if path.exists() else None
+
+    def save_overload(self, signature, compiled):
+        from numba.cuda import serialize
+
+        appear(self._path(signature), lambda to: to.write_bytes(serialize.dumps(compiled)))
 
 
 driver = None  # the one that was loaded into this process
@@ -49,9 +89,11 @@ class Driver:
     kernels : bool
         Whether kernels run; else a launch does nothing.
     race_check : bool
+    tiles : int, optional
+        How many warps share a scan, in place of what hbkit has, which is for a whole GPU.
     """
 
-    def __init__(self, seed=1, devices=1, memory=16 << 30, kernels=True, race_check=True):
+    def __init__(self, seed=1, devices=1, memory=16 << 30, kernels=True, race_check=True, tiles=None):
         if "numba" in sys.modules:
             raise RuntimeError("the driver must be there before Numba is imported")
         options = ("-O2", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl")
@@ -60,9 +102,13 @@ class Driver:
         self._library.soft_used.restype = ctypes.c_uint64
         self._library.soft_fail.argtypes = ctypes.c_char_p, ctypes.c_long, ctypes.c_int
         self._translate = TRANSLATE(self._translated) if kernels else TRANSLATE()
-        self.seed, self._devices, self._memory, self._race_check = seed, devices, memory, race_check
+        self.seed, self.tiles, self._devices, self._memory, self._race_check = seed, tiles, devices, memory, race_check
         self.configure()
-        self._give_ptx()
+        self._patch_numba()
+        if tiles:
+            from hbkit.cuda import index
+
+            index.TILES = tiles
 
     def configure(self, seed=None, memory=None, race_check=None):
         """From now on; what is left out is as the driver was loaded."""
@@ -110,13 +156,20 @@ class Driver:
             return 1
 
     @staticmethod
-    def _give_ptx():
-        """Let Numba hand PTX to the driver instead of having it assembled."""
+    def _patch_numba():
+        """Let Numba hand PTX to the driver instead of having it assembled, and keep what it compiles."""
         from numba.cuda.codegen import CUDACodeLibrary
         from numba.cuda.cudadrv.driver import ObjectCode
+        from numba.cuda.dispatcher import CUDADispatcher
 
         def get_cubin(self, cc=None):
             (text,) = self.get_asm_strs(cc=cc)
             return ObjectCode.from_ptx(text.encode(), name=self.name)
 
+        def init(self, kernel, *args, **kwargs):
+            original(self, kernel, *args, **kwargs)
+            if kernel.__module__.startswith("hbkit."):
+                self._cache = Compiled(kernel)
+
+        original, CUDADispatcher.__init__ = CUDADispatcher.__init__, init
         CUDACodeLibrary.get_cubin = get_cubin
