@@ -39,7 +39,7 @@ enum { READ, WRITE, ATOMIC, ATOMIC_READ };
 enum { FRESH, READY, IN_WARP, AT_BAR, ENDED };
 enum { SYNC, BALLOT, ANY, ALL, UNI, MATCH_B32, MATCH_B64, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_BFLY };
 enum { WARP = 32, STACK = 60000, PAGE_BITS = 12, NEAR = 1024, BUCKETS = 1 << 14 };
-#define PATIENCE (1u << 29) /* accesses and meetings without a thread's end, after which none is expected */
+#define PATIENCE (1u << 28) /* accesses and meetings without a thread's end, after which none is expected */
 
 typedef void *context[5];
 
