@@ -13,6 +13,7 @@ MAX_SCORE = (1 << 39) - 1
 MOST_PINS, MOST_SOON = 32767, 255
 MOST_STAMP = 2**32 - 1  # frequencies and last steps are held there
 FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)  # what became of a key
+PINNED = -2  # in the place of a slot: the key was to be erased, and is pinned
 SLOT, STATUS, VICTIM = range(3)  # rows of a placement's memory
 
 

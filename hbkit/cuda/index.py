@@ -56,6 +56,7 @@ from hbkit.cuda.batch import (
     MOST_STAMP,
     NEW,
     PIN,
+    PINNED,
     REFUSED,
     SLOT,
     SOON,
@@ -65,7 +66,7 @@ from hbkit.cuda.batch import (
     Placement,
     Victims,
 )
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
+from hbkit.cuda.device import BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
 from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
 from hbkit.errors import InvalidArgument
 
@@ -90,15 +91,26 @@ BYTES, LOWS = word_of(0x0101_0101_0101_0101), word_of(0x7F7F_7F7F_7F7F_7F7F)
 TO_TOP_BYTE = word_of(0x0102_0408_1020_4080)
 MIX1, MIX2 = word_of(0x9FB2_1C65_1E98_DF25), word_of(0xD6E8_FEB8_6659_FD93)
 S32, S7, S56, LOW32, LOW8 = map(word_of, (32, 7, 56, 0xFFFF_FFFF, 0xFF))
+SPLIT1, SPLIT2 = word_of(0xBF58_476D_1CE4_E5B9), word_of(0x94D0_49BB_1331_11EB)
+S30, S27, S31 = map(word_of, (30, 27, 31))
 
 
 @inline
 def mix(key: Any) -> Any:
-    """64 bits of a key, unlike those of `hbkit._ext.mix`, which ranks share."""
+    """64 bits of a key, unlike those of `shared_mix`: keys of one rank would crowd in few buckets."""
     x = (word(key) * MIX1) & ALL64
     x ^= x >> S32
     x = (x * MIX2) & ALL64
     return x ^ (x >> S32)
+
+
+@inline
+def shared_mix(key: Any) -> Any:
+    """64 bits of a key that ranks and tiers share: `hbkit._ext.batch.mixed`."""
+    x = word(key)
+    x = ((x ^ (x >> S30)) * SPLIT1) & ALL64
+    x = ((x ^ (x >> S27)) * SPLIT2) & ALL64
+    return x ^ (x >> S31)
 
 
 @inline
@@ -545,7 +557,7 @@ def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error:
 
 
 def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None:
-    """Forget keys: ``slots[i]`` is where the key was, or -1. Keys are distinct. A pinned one stays, as an error.
+    """Forget keys: ``slots[i]`` is where the key was, or -1. Keys are distinct. One that is pinned stays.
 
     Two keys of a bucket may share eight digests, so a digest goes by an atomic operation on its bits alone.
     """
@@ -553,8 +565,7 @@ def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None
     for i in range(cuda.grid(1), keys.shape[0], cuda.gridsize(1)):
         slot = look(digests, entries, keys[i])
         if slot >= 0 and entries[slot, WORD] >= PIN:
-            error[0] = BAD_ERASE
-            slot = np.int64(-1)
+            slot = np.int64(PINNED)
         elif slot >= n_slots:
             entries[slot, WORD] = HOLE
         elif slot >= 0:
@@ -594,40 +605,46 @@ def select(placed: Any, n: Any, least: Any, most: Any, totals: Any, listed: Any,
             at += ones(chosen)
 
 
-def count_dirty(entries: Any, totals: Any, error: Any) -> None:
-    """``totals[t]`` = how many of tile t are dirty; a warp a tile."""
+def count_dirty(entries: Any, low: Any, high: Any, totals: Any, error: Any) -> None:
+    """``totals[t]`` = how many of tile t are dirty and have a shared mix from `low` to `high`; a warp a tile."""
     n = entries.shape[0]
     length = tile_length(n)
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         total = np.int64(0)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             slot = base + lane()
-            total += ones(ballot(slot < n and is_dirty(entries[min(slot, n - 1), WORD])))
+            total += ones(ballot(slot < n and is_dirty(entries, min(slot, n - 1), low, high)))
         if lane() == 0:
             totals[tile] = total
 
 
-def list_dirty(entries: Any, totals: Any, keys: Any, slots: Any, error: Any) -> None:
-    """List the keys and slots that `count_dirty` counted, in order, as many as there is room for."""
+def list_dirty(entries: Any, notes: Any, low: Any, high: Any, totals: Any, listed: Any, error: Any) -> None:
+    """List keys, frequencies and last steps of what `count_dirty` counted, in order of their slots."""
     n = entries.shape[0]
     length = tile_length(n)
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             slot = base + lane()
-            mine = slot < n and is_dirty(entries[min(slot, n - 1), WORD])
+            mine = slot < n and is_dirty(entries, min(slot, n - 1), low, high)
             chosen = ballot(mine)
-            to = at + ones(chosen & ((1 << lane()) - 1))
-            if mine and to < slots.shape[0]:
-                keys[to] = entries[slot, KEY]
-                slots[to] = slot
+            if mine:
+                to = at + ones(chosen & ((1 << lane()) - 1))
+                value = np.int64(0)
+                if notes.shape[0] > 0:
+                    value = notes[slot]
+                listed[0, to] = entries[slot, KEY]
+                listed[1, to] = freq_of(value)
+                listed[2, to] = last_step_of(value)
             at += ones(chosen)
 
 
 @inline
-def is_dirty(value: Any) -> Any:
-    """Whether this is the word of a dirty slot."""
-    return value != HOLE and value & 1 != 0
+def is_dirty(entries: Any, slot: Any, low: Any, high: Any) -> Any:
+    """Whether a slot is dirty, and its key's shared mix is from `low` to `high`."""
+    value = entries[slot, WORD]
+    mixed = shared_mix(entries[slot, KEY])
+    return value != HOLE and value & 1 != 0 and word(low) <= mixed <= word(high)
 
 
 @inline
@@ -703,8 +720,8 @@ SIGNATURES = {
     erase: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
     count: f"void({_E64}, int64, int64, int64, {_A32}, {_A32})",
     select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
-    count_dirty: f"void({_E64}, {_A32}, {_A32})",
-    list_dirty: f"void({_E64}, {_A32}, {_A64}, {_A64}, {_A32})",
+    count_dirty: f"void({_E64}, int64, int64, {_A32}, {_A32})",
+    list_dirty: f"void({_E64}, {_A64}, int64, int64, {_A32}, {_E64}, {_A32})",
     spill: f"void({_E64}, {_A64}, {_SCORED}, {_A64}, {_A64}, {_E64}, {_A32})",
     rehouse: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A32})",
 }
@@ -947,35 +964,38 @@ class DeviceIndex:
             slots, freq, last_step = map(self._given, (slots, freq, last_step))
             self._device.launch(note, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
 
-    def dirty(self, first: int | None = None) -> tuple[Any, Any]:
-        """Keys and slots whose lines are newer than those of the store below, ascending by slot; the first so many.
+    def dirty(self, first: int = 0, last: int = 2**64) -> Any:
+        """Keys whose lines are newer than those of the store below, with freq and last_step, ascending by slot.
 
-        They are int64[n] each, in device memory that nobody else uses. One wait.
+        int64[3, n] in device memory that nobody else uses; one wait. Of the keys whose `hbkit._ext.batch.mixed` lies in
+        ``[first, last)``, within [0, 2**64).
         """
         device = self._device
-        device.launch(count_dirty, TILES * WARP, self._searched, self._totals)
+        if first >= last:
+            return device.empty((3, 0), np.int64)
+        ends = [end - 2**64 if end >= 2**63 else end for end in (first, last - 1)]  # the same bits as int64
+        device.launch(count_dirty, TILES * WARP, self._searched, *ends, self._totals)
         n = int(device.fetch(self._totals).sum())
-        n = n if first is None else min(n, first)
-        keys, slots = device.empty((n,), np.int64), device.empty((n,), np.int64)
-        device.launch(list_dirty, TILES * WARP if n else 0, self._searched, self._totals, keys, slots)
-        return keys, slots
+        listed = device.empty((3, n), np.int64)
+        device.launch(list_dirty, TILES * WARP if n else 0, self._searched, self._notes, *ends, self._totals, listed)
+        return listed
 
     def erase(self, keys: Any) -> Int64s:
-        """Forget distinct keys: int64[n], the slots where they were, -1 where there was none.
-
-        Raises
-        ------
-        InvalidArgument
-            A key is pinned; the others are erased.
+        """Forget distinct keys: int64[n], the slots where they were; -1 where there was none, and `PINNED` where one
+        is pinned and stays. One wait.
         """
-        keys = self._given(keys)
-        self._device.sync()  # what other launches reported is none of these keys' errors
-        slots = self._device.empty(keys.shape, np.int64)
-        self._device.launch(erase, keys.shape[0], self._digests, self._searched, keys, slots)
-        host: Int64s = slots.copy_to_host()
+        keys, device = self._given(keys), self._device
+        slots = device.empty(keys.shape, np.int64)
+        device.launch(erase, keys.shape[0], self._digests, self._searched, keys, slots)
+        error = None
+        try:
+            host: Int64s = device.fetch(slots)
+        except InvalidArgument as e:  # of a launch before: these keys are gone even so
+            host, error = device.fetch(slots), e
         self._n_keys -= int(np.count_nonzero(host >= 0))
         self._free(host[host >= self.n_slots])
-        self._device.sync()
+        if error:
+            raise error
         return host
 
     def drain(self) -> tuple[Int64s, Placement]:
@@ -1013,7 +1033,7 @@ class DeviceIndex:
         assert (words[: self.n_slots][~used] == 0).all() and (words[: self.n_slots] >= 0).all()
         holes = np.flatnonzero(words[self.n_slots : self._searched.shape[0]] == HOLE) + self.n_slots
         assert holes.tolist() == self._holes[::-1]
-        assert device.fetch(self.dirty()[1]).tolist() == slots[words[slots] & 1 == 1].tolist()
+        assert device.fetch(self.dirty())[0].tolist() == keys[words[slots] & 1 == 1].tolist()
         lists, missed = device.fetch(self._lists), device.fetch(self._missed_of[self._hold_turn])
         assert (lists[COUNTERS : COUNTERS + self.n_slots // BUCKET] == -1).all()
         assert not device.fetch(self._counters[self._turn]).any() and not missed.any()

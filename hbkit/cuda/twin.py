@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from hbkit._ext.batch import mixed
 from hbkit._ext.index import dedupe
 from hbkit._ext.segment import Gradients, Segments, pool, retained
 from hbkit._ext.slabs import Slabs
@@ -30,6 +31,7 @@ from hbkit.cuda.batch import (
     MOST_STAMP,
     NEW,
     PIN,
+    PINNED,
     REFUSED,
     SLOT,
     SOON,
@@ -41,7 +43,7 @@ from hbkit.cuda.batch import (
     Room,
     Victims,
 )
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
+from hbkit.cuda.device import BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.errors import InvalidArgument
 
 Int64s = npt.NDArray[np.int64]
@@ -382,10 +384,12 @@ class HostIndex:
             for to, given in ((self._freq, freq), (self._last_step, last_step)):
                 to[slots[slots >= 0]] = np.minimum(self._device.array(given)[slots >= 0], MOST_STAMP)
 
-    def dirty(self, first: int | None = None) -> tuple[Int64s, Int64s]:
-        """Keys and slots of dirty lines, by slot; at most so many."""
-        slots = np.flatnonzero((self._words != FREE) & (self._words & DIRTY == 1))[:first]
-        return self._keys[slots], slots
+    def dirty(self, first: int = 0, last: int = 2**64) -> Int64s:
+        """Keys of dirty lines, their frequencies and last steps, by slot; those whose mix is in ``[first, last)``."""
+        slots = np.flatnonzero((self._words != FREE) & (self._words & DIRTY == 1) & (first < last))
+        mix = mixed(self._keys[slots])
+        slots = slots[(mix >= np.uint64(first % 2**64)) & (mix <= np.uint64((last - 1) % 2**64))]
+        return np.stack([self._keys[slots], *self.metadata(slots)])
 
     def contents(self) -> tuple[Int64s, Int64s]:
         """All keys and their slots, by slot."""
@@ -393,13 +397,10 @@ class HostIndex:
         return self._keys[slots], slots
 
     def erase(self, keys: Any) -> Int64s:
-        """Forget distinct keys: the slots where they were, -1 where there was none. A pinned one stays, as an error."""
-        slots = self.find(keys)
-        pinned = (slots >= 0) & (self._words[slots] >= PIN)
-        slots[pinned] = -1
-        self._words[slots[slots >= 0]] = FREE
-        if pinned.any():
-            self._device.refuse(BAD_ERASE)
+        """Forget distinct keys: the slots where they were; -1 where there was none, `PINNED` where it stays."""
+        slots: Int64s = self.find(keys)
+        slots[(slots >= 0) & (self._words[slots] >= PIN)] = PINNED
+        self._words[self._there(slots)] = FREE
         return slots
 
     def drain(self) -> tuple[Int64s, Placement]:

@@ -9,6 +9,7 @@ that find no line are gathered, counted and updated by the store below, to the s
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent, finite_rows
+from hbkit._ext.batch import absent, finite_rows, mixed
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit.cuda.batch import MOST_STAMP, Room
 from hbkit.cuda.parts import open_parts
 from hbkit.errors import DeviceUnavailable, InvalidArgument, StorageError
 from hbkit.store.base import (
+    CHUNK_ROWS,
     Chunk,
     Filter,
     Float32s,
@@ -360,14 +362,12 @@ class DeviceStore(Resident):
         """Remove keys with their state; how many were there."""
         keys = np.unique(keys)
         with self._moving, self._change():
-            with self._open():
-                here = self._find(keys) >= 0
             below = self.below.has(keys)
-            n = int(np.count_nonzero(here | below))
             if below.any():
                 self.below.erase(keys[below])
             with self._open():
-                self._forget(keys[here])
+                here = self._forget(keys)
+                n = int(np.count_nonzero(here | below))
                 self._n_rows -= n
                 self.changes.note(keys[here & ~below], self._n_rows)  # which may have been there at a mark
             return n
@@ -429,24 +429,34 @@ class DeviceStore(Resident):
         return self.below.scan(since)
 
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
-        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
-        self._flush(part)
-        return self.below.part(part, rows)
+        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0].
+
+        Without rows, no line leaves the device: of those that changed here, the metadata do, 24 bytes a line.
+        """
+        if rows:
+            self._flush(part)
+            return self.below.part(part)
+        with self._moving:
+            self._tell_step()
+            with self._open():
+                changed = self.memory.fetch(self._index.dirty(*part))
+            chunks = self.below.part(part, rows=False)
+        if not self.layout.metadata:
+            changed[2] = self.latest_step()
+        return _newest(chunks, changed)
 
     def _flush(self, part: Part | None = None) -> None:
         """Write below what changed, of all keys or those of a part; it stays here too. Steps go on meanwhile."""
         with self._open():
-            keys = self._dirty_keys()
-        if part is not None:
-            keys = keys[part.has(keys)]
+            keys = self._dirty_keys(part)
         for first in range(0, len(keys), self._batch_lines):
             with self._moving, self._open():
                 self._write_back(keys[first : first + self._batch_lines], self._unlocked())
         with self._moving:
             self._tell_step()
 
-    def _dirty_keys(self) -> Int64s:
-        keys: Int64s = self.memory.fetch(self._index.dirty()[0])
+    def _dirty_keys(self, part: Part | None = None) -> Int64s:
+        keys: Int64s = self.memory.fetch(self._index.dirty(*part or Part())[0])
         return keys
 
     def _write_back(self, keys: Int64s, meanwhile: AbstractContextManager[None]) -> None:
@@ -591,6 +601,29 @@ class DeviceStore(Resident):
                 del self._index, self._lines, self._dedupe, self._order
                 self._rooms.clear()
                 self.below.close()
+
+
+
+def _newest(below: Iterator[Chunk], changed: Int64s) -> Iterator[Chunk]:
+    """Chunks without rows in the order of the mix, with what has `changed` above since: int64[3, n], keys, frequencies
+    and last steps, which may be of keys that are not below.
+    """
+    changed = changed.take(np.argsort(mixed(changed[0])), axis=1)
+    mix, end = mixed(changed[0]), 0
+    for chunk in itertools.chain(below, [None]):
+        begin, end = end, len(mix)
+        columns = changed[:, begin:]
+        if chunk is not None:
+            end = int(np.searchsorted(mix, mixed(chunk.key[-1:])[0], "right")) if len(chunk.key) else begin
+            if begin == end:
+                yield chunk
+                continue
+            columns = np.concatenate([changed[:, begin:end], chunk[:3]], axis=1)  # of two of a key, the newer first
+        _, some = np.unique(mixed(columns[0]), return_index=True)  # one of each, in order
+        for first in range(0, len(some), CHUNK_ROWS):
+            key, freq, last_step = columns.take(some[first : first + CHUNK_ROWS], axis=1)
+            nothing = np.empty((len(key), 0), np.float32)
+            yield Chunk(key, freq, last_step, nothing, nothing)
 
 
 _NONE = np.zeros(0, np.int64)

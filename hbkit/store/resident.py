@@ -43,9 +43,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hbkit._ext.batch import absent, find_key
-from hbkit.cuda.batch import FOUND, MOST_SOON, Placement, Room
+from hbkit.cuda.batch import FOUND, MOST_SOON, PINNED, Placement, Room
 from hbkit.cuda.parts import Parts
 from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable
 from hbkit.store.base import Int64s, Layout, Lease, StoreSpec
@@ -490,16 +491,21 @@ class Resident:
         self._index.stamp(slots, 0)
         self._index.put_metadata(slots, freq, last_step)
 
-    def _forget(self, keys: Int64s) -> None:
-        """Take lines from distinct keys, whoever holds them. `_moving` and the lock are held."""
+    def _forget(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Take lines from distinct keys, whoever holds them; which had one. `_moving` and the lock are held."""
         living = list(self._leases)
         self._let_go()
-        slots = self._find(keys)
-        keys, slots = keys[slots >= 0], slots[slots >= 0]
         self._version += 1
-        if len(keys) == 0:
-            return
-        for lease in living:
+        slots = self._index.erase(keys)
+        pinned = keys[slots == PINNED]
+        if len(pinned):
+            self._take_from(living, self._find(pinned))
+            self._index.erase(pinned)
+        return slots != -1
+
+    def _take_from(self, leases: list[DeviceLease], slots: Int64s) -> None:
+        """Leases lose lines that they hold."""
+        for lease in leases:
             near = self.memory.fetch(lease.far) if lease.near is None else lease.near
             lost = np.flatnonzero(np.isin(near, slots))
             if len(lost):
@@ -510,7 +516,6 @@ class Resident:
                     lease._padding = find_key(lease.near_keys, lease.skip)
                 lease.near = near
                 self._recount(lease)
-        self._index.erase(keys)
 
     def _find(self, keys: Int64s) -> Int64s:
         """Slots of keys, in host memory."""

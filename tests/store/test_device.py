@@ -42,7 +42,7 @@ from hbkit.ragged import Ragged
 from hbkit.shuffle import Loopback
 from hbkit.snapshot import load, save
 from hbkit.store import cached_ssd, device_cached, host_memory
-from hbkit.store.base import Chunk
+from hbkit.store.base import Chunk, Part
 from hbkit.store.device import Summands
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -346,6 +346,12 @@ class Calls(RuleBasedStateMachine):
     def scan(self, since):
         assert contents(self.ours, since) == contents(self.theirs, since)
 
+    @rule(i=st.integers(0, 2), rows=st.booleans())
+    def part(self, i, rows):
+        mine, others = ([[a.tolist() for a in c] for c in s.part(Part.share(i, 3), rows) if len(c.key)]
+                        for s in (self.ours, self.theirs))  # fmt: skip
+        assert mine == others
+
     @rule()
     def commit(self):
         self.ours.commit()
@@ -606,6 +612,35 @@ def test_device_admission_and_eviction_equal_host(fast):
         return rows, exported, found
 
     assert run(cached(fast, policy="lru", dim=5)) == run(host_memory())
+
+
+def test_device_eviction_by_metadata_moves_no_lines(fast, monkeypatch):
+    n = 90
+    t = Table("t", 8, store=device_cached(host_memory(), "40KiB", fast), eviction=[IdleSteps(2)])
+    for step, keys in enumerate((np.arange(n), np.arange(n // 2), np.arange(n // 2), np.arange(9, n // 2))):
+        t.lookup(keys, train=True)
+        t.update(keys, np.ones((len(keys), 8), np.float32))
+        if step == 0:
+            t.commit()  # some are below, but older
+    memory, fetch, fetched = t.store.memory, t.store.memory.fetch, []
+
+    def spy(array, out=None):
+        fetched.append(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)))
+        return fetch(array, out)
+
+    def moved(*args):
+        raise AssertionError("a line left the device")
+
+    with monkeypatch.context() as m:
+        m.setattr(memory, "fetch", spy)
+        m.setattr(t.store._lines, "depart", moved)
+        assert t.evict(part=(0, 2)) + t.evict(part=(1, 2)) == n // 2
+    # Keys and metadata of what is dirty; slots of the victims; and, on a device, how many there are.
+    counts = [a for a in fetched if fast != "cpu" and a == fetched[0]]
+    assert sum(fetched) - sum(counts) <= 24 * (n // 2) + 8 * n // 2
+    assert len(t) == n - n // 2 and not t.store.has(np.arange(n // 2, n)).any()
+    t.store.validate()
+    t.close()
 
 
 def test_device_tier_of_a_sharded_table_gives_what_memory_gives(fast):
