@@ -13,8 +13,8 @@ was updated, and in which step last.
 
 A step that finds all its keys is one launch of `hold`, a thread a key: each reads its bucket's digests (32 bytes, one
 sector) and the entry of each match, and pins and scores the entry. Keys are distinct, so only its own thread touches an
-entry. How many are missing is counted by tile, by additions, whose order leaves no trace; their positions are listed by
-a second launch, only where there are any.
+entry. How many keys there are it reads in device memory, where `Dedupe` counted them, so the host waits once for both
+numbers, those that are there and those that miss. The latter are listed as warps come by; the host puts them in order.
 
 New keys are inserted in two launches, in both of which no two threads write one place:
 
@@ -51,9 +51,13 @@ from hbkit.cuda.batch import (
     EVICTED_DIRTY,
     FOUND,
     MAX_SCORE,
+    MOST_LISTED,
     MOST_PINS,
     MOST_SOON,
     MOST_STAMP,
+    N_KEYS,
+    N_MISSING,
+    N_SKIPPED,
     NEW,
     PIN,
     PINNED,
@@ -80,7 +84,7 @@ MOST_PINNED = MOST_PINS * PIN
 SOONS, SCORED = MOST_SOON * SOON, 2 * MAX_SCORE  # bits of a word
 HOLE = -1  # the word of a free place of the side list
 VICTIM_NOTE = 3  # a row of `placed`, after those of a `Placement`
-POSITION, AT, KEY_AT, FREQ_AT, LAST_AT = range(5)  # rows of `listed`
+KEY_AT, FREQ_AT, LAST_AT, AT, POSITION = range(5)  # rows of `listed`
 N_WORK, N_NEW, N_EVICTED, N_DIRTY, N_REFUSED = range(5)  # counters; there are two sets, which calls take in turns
 COUNTERS = 16
 PLACERS = 8192  # warps of `place` at the most: about as many as a device runs at once, since each adds to the counters
@@ -268,57 +272,54 @@ def hold(
     keys: Any,
     scores: Any,
     score: Any,
+    counts: Any,
     add: Any,
     skip: Any,
     skips: Any,
     slots: Any,
-    totals: Any,
-    turn: Any,
+    found: Any,
+    listed: Any,
     error: Any,
 ) -> None:
-    """Pin and score the keys that are there: ``slots[i]`` as `find` has it. Keys are distinct.
+    """Pin and score the keys that are there: ``slots[i]`` as `find` has it, and list the others. Keys are distinct.
 
-    The key `skip` is not looked for where `skips` is not 0. ``totals``: two sets of `TILES` + 1, of which this call's
-    begins at `turn` and is 0: how many of a tile are missing, and of all tiles.
+    ``found[N_KEYS]`` of the keys count, which only the device may know; the others' slots are -1. The key `skip` is not
+    looked for where `skips` is not 0. What else is `found` is 0 before the call.
     """
-    n = keys.shape[0]
-    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
+    n_keys = found[N_KEYS]
+    for base in range(cuda.grid(1) - lane(), keys.shape[0], cuda.gridsize(1)):
         i = base + lane()
         missed = False
-        if i < n:
-            slot = np.int64(-1)
+        slot = np.int64(-1)
+        if i < n_keys:
             if skips == 0 or keys[i] != skip:
                 slot = look(digests, entries, keys[i])
                 missed = slot < 0
                 if slot >= 0:
                     slot = pin(entries, slot, given_score(scores, score, i), add, error)
+            else:
+                found[N_SKIPPED] = 1
+        if i < keys.shape[0]:
             slots[i] = slot
         missing = ballot(missed)
-        if missing != 0 and lane() == 0:
-            cuda.atomic.add(totals, turn + base // tile_length(n), ones(missing))
-            cuda.atomic.add(totals, turn + TILES, ones(missing))
+        if missing != 0:
+            at = np.int32(0)
+            if lane() == first(missing):
+                at = cuda.atomic.add(found, N_MISSING, ones(missing))
+            at = shuffle(at, first(missing))
+            if missed:
+                to = 2 * (at + ones(missing & ((1 << lane()) - 1)))
+                count = np.int64(0)
+                if counts.shape[0] > 0:
+                    count = np.int64(min(counts[i], MOST_LISTED))
+                listed[to] = keys[i]
+                listed[to + 1] = np.int64(i) << 32 | count
 
 
-def list_missing(
-    keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, others: Any, missing: Any, error: Any
-) -> None:
-    """List the positions that `hold` counted, in order. A warp sums the totals before its tile for itself.
-
-    The other set of totals is set to 0, for the next `hold`.
-    """
-    n = keys.shape[0]
-    length = tile_length(n)
-    for i in range(cuda.grid(1), TILES + 1, cuda.gridsize(1)):
-        others[i] = 0
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        at = sum_before(totals, tile)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            i = base + lane()
-            mine = i < n and slots[min(i, n - 1)] < 0 and (skips == 0 or keys[min(i, n - 1)] != skip)
-            chosen = ballot(mine)
-            if mine:
-                missing[at + ones(chosen & ((1 << lane()) - 1))] = i
-            at += ones(chosen)
+def put(slots: Any, at: Any, new: Any, error: Any) -> None:
+    """``slots[at[i]] = new[i]``, at distinct positions."""
+    for i in range(cuda.grid(1), at.shape[0], cuda.gridsize(1)):
+        slots[at[i]] = new[i]
 
 
 def probe(
@@ -537,15 +538,15 @@ def stamp(entries: Any, notes: Any, slots: Any, counts: Any, step: Any, error: A
                 notes[slot] = note_of(freq, step)
 
 
-def recall(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
-    """Read slots' metadata; 0 of -1, and where none is kept."""
+def recall(entries: Any, notes: Any, slots: Any, metadata: Any, error: Any) -> None:
+    """Read slots' metadata: frequencies and last steps; 0 of -1, and where none is kept."""
     for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
         slot = slots[i]
-        freq[i] = 0
-        last_step[i] = 0
+        value = np.int64(0)
         if within(slot, entries, error) and notes.shape[0] > 0:
-            freq[i] = freq_of(notes[slot])
-            last_step[i] = last_step_of(notes[slot])
+            value = notes[slot]
+        metadata[0, i] = freq_of(value)
+        metadata[1, i] = last_step_of(value)
 
 
 def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
@@ -574,34 +575,36 @@ def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None
         slots[i] = slot
 
 
-def count(placed: Any, n: Any, least: Any, most: Any, totals: Any, error: Any) -> None:
-    """``totals[t]`` = how many of the n keys, in tile t, have a status from `least` to `most`; a warp a tile."""
+def count(placed: Any, status: Any, totals: Any, error: Any) -> None:
+    """``totals[t]`` = how many keys of tile t have this status; a warp a tile."""
+    n = placed.shape[1]
     length = tile_length(n)
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         total = np.int64(0)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            total += ones(ballot(i < n and least <= placed[STATUS, min(i, n - 1)] <= most))
+            total += ones(ballot(i < n and placed[STATUS, min(i, n - 1)] == status))
         if lane() == 0:
             totals[tile] = total
 
 
-def select(placed: Any, n: Any, least: Any, most: Any, totals: Any, listed: Any, error: Any) -> None:
-    """List the positions that `count` counted, in order, and what `placed` has there."""
+def select(placed: Any, status: Any, totals: Any, listed: Any, error: Any) -> None:
+    """List what `count` counted, in order: what `placed` has there, and the position."""
+    n = placed.shape[1]
     length = tile_length(n)
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
         at = sum_before(totals, tile)
         for base in range(tile * length, min((tile + 1) * length, n), WARP):
             i = base + lane()
-            mine = i < n and least <= placed[STATUS, min(i, n - 1)] <= most
+            mine = i < n and placed[STATUS, min(i, n - 1)] == status
             chosen = ballot(mine)
             if mine:
                 to = at + ones(chosen & ((1 << lane()) - 1))
-                listed[POSITION, to] = i
-                listed[AT, to] = placed[SLOT, i]
                 listed[KEY_AT, to] = placed[VICTIM, i]
                 listed[FREQ_AT, to] = freq_of(placed[VICTIM_NOTE, i])
                 listed[LAST_AT, to] = last_step_of(placed[VICTIM_NOTE, i])
+                listed[AT, to] = placed[SLOT, i]
+                listed[POSITION, to] = i
             at += ones(chosen)
 
 
@@ -705,8 +708,8 @@ _A64, _A32, _E64 = "int64[::1]", "int32[::1]", "int64[:,::1]"
 _SCORED = f"{_A64}, {_A64}, int64"  # keys, scores, score
 SIGNATURES = {
     find: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    hold: f"void({_A64}, {_E64}, {_SCORED}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
-    list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A32}, {_A64}, {_A32})",
+    hold: f"void({_A64}, {_E64}, {_SCORED}, {_A64}, int64, int64, int64, {_A64}, {_A32}, {_A64}, {_A32})",
+    put: f"void({_A64}, {_A64}, {_A64}, {_A32})",
     probe: f"void({_A64}, {_E64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
     place: f"void(uint8[::1], {_E64}, {_A64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
     again: f"void({_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
@@ -715,11 +718,11 @@ SIGNATURES = {
     settle: f"void({_E64}, {_A64}, {_A32})",
     clean: f"void({_E64}, {_A64}, {_A32})",
     stamp: f"void({_E64}, {_A64}, {_A64}, {_A64}, int64, {_A32})",
-    recall: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
+    recall: f"void({_E64}, {_A64}, {_A64}, {_E64}, {_A32})",
     note: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
     erase: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    count: f"void({_E64}, int64, int64, int64, {_A32}, {_A32})",
-    select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
+    count: f"void({_E64}, int64, {_A32}, {_A32})",
+    select: f"void({_E64}, int64, {_A32}, {_E64}, {_A32})",
     count_dirty: f"void({_E64}, int64, int64, {_A32}, {_A32})",
     list_dirty: f"void({_E64}, {_A64}, int64, int64, {_A32}, {_E64}, {_A32})",
     spill: f"void({_E64}, {_A64}, {_SCORED}, {_A64}, {_A64}, {_E64}, {_A32})",
@@ -771,12 +774,8 @@ class DeviceIndex:
         lists[COUNTERS : COUNTERS + n_buckets] = -1
         self._lists = device.send(lists)
         self._counters = [self._lists[i : i + COUNTERS // 2] for i in (0, COUNTERS // 2)]
-        self._missed = device.send(np.zeros(2 * (TILES + 1), np.int32))
-        self._missed_of = [self._missed[i : i + TILES + 1] for i in (0, TILES + 1)]
-        self._n_missed_of = [missed[TILES:] for missed in self._missed_of]
-        self._turn = self._hold_turn = 0
-        self._placed, self._listed = (device.empty((rows, max_keys), np.int64) for rows in (4, 5))
-        self._flat, self._rows = self._placed.reshape(4 * max_keys)[: 3 * max_keys], self._listed.reshape(5 * max_keys)
+        self._turn = 0
+        self._placed, self._listed = (device.empty((rows * max_keys,), np.int64) for rows in (4, 5))  # as rows of n
         self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
@@ -790,14 +789,14 @@ class DeviceIndex:
         """Device memory of an index made so, in bytes."""
         n_buckets = n_slots // BUCKET
         a_slot = 24 if metadata else 16
-        fixed = 4 * (COUNTERS + 2 * (TILES + 1) + TILES)
+        fixed = 4 * (COUNTERS + TILES)
         return n_buckets * (BUCKET * (1 + a_slot) + 4) + n_side * a_slot + max_keys * (4 * 8 + 5 * 8 + 2 * 4) + fixed
 
     @property
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
         index, keys = (self._digests, self._entries, self._notes), (self._lists, self._placed, self._listed)
-        return sum(int(a.size * a.dtype.itemsize) for a in (*index, *keys, self._missed, self._totals))
+        return sum(int(a.size * a.dtype.itemsize) for a in (*index, *keys, self._totals))
 
     @property
     def n_side(self) -> int:
@@ -825,48 +824,46 @@ class DeviceIndex:
         self,
         keys: Any,
         scores: Any,
+        counts: Any = None,
         *,
         add: bool = False,
         skip: int | None = None,
         slots: Any = None,
-        missing: Any = None,
+        found: Any = None,
+        listed: Any = None,
     ) -> Held:
-        """Pin and score those of distinct keys that are there; no batch waits for them any more (`mark`). One wait.
+        """Pin and score those of distinct keys that are there; no batch waits for them any more (`mark`).
+
+        Does not wait: `hbkit.cuda.batch.missing` does.
 
         Parameters
         ----------
         keys : int64[n]
         scores : int64[n] or int64[1]
+        counts : int64[n], optional
+            To be listed with the keys that are missing.
         add : bool
             Add to the scores instead of setting them.
         skip : int, optional
             A key that is neither found nor missing: what a batch is padded with.
-        slots, missing : int64[>=n], in device memory, optional
-            Where to write what is given back.
+        slots, found, listed : int64[>=n], int32[3], int64[>=2n] in device memory, optional
+            Where to write what is given back. `found` says how many of the keys count, and else 0.
         """
-        keys, scores = self._given(keys), self._scores(keys, scores)
-        n, device = keys.shape[0], self._device
+        keys, scores, device = self._given(keys), self._scores(keys, scores), self._device
+        n, none = keys.shape[0], device.none(np.int64)
         slots = device.empty((n,), np.int64) if slots is None else device.array(slots)
+        found = device.send(np.array([n, 0, 0], np.int32)) if found is None else found
+        listed = device.empty((2 * n,), np.int64) if listed is None else listed
         slots = slots if slots.shape[0] == n else slots[:n]
-        none = device.none(np.int64)
-        if n == 0:
-            return Held(slots, 0, none)
-        skipped, turn = (0, 0) if skip is None else (skip, 1), self._hold_turn
-        searched = (self._digests, self._searched, keys, *scores, int(add), *skipped)
-        device.launch(hold, n, *searched, slots, self._missed, turn * (TILES + 1))
-        try:
-            n_missing = int(device.fetch(self._n_missed_of[turn])[0])
-        except InvalidArgument:  # of a launch before or of this one
-            device.launch(settle, n, self._entries, slots)
-            self._missed.copy_to_device(np.zeros(2 * (TILES + 1), np.int32))
-            raise
-        if n_missing == 0:
-            return Held(slots, 0, none)
-        missing = device.empty((n_missing,), np.int64) if missing is None else device.array(missing)[:n_missing]
-        self._hold_turn ^= 1
-        totals = (self._missed_of[turn], self._missed_of[turn ^ 1])
-        device.launch(list_missing, TILES * WARP, keys, *skipped, slots, *totals, missing)
-        return Held(slots, n_missing, missing)
+        counts, skipped = none if counts is None else self._given(counts), (0, 0) if skip is None else (skip, 1)
+        some = (keys, *scores, counts, int(add), *skipped, slots, found, listed)
+        device.launch(hold, n, self._digests, self._searched, *some)
+        return Held(slots, found, listed)
+
+    def put(self, slots: Any, at: Any, new: Any) -> None:
+        """``slots[at[i]] = new[i]`` of int64s in device memory, at distinct positions."""
+        at, new = self._given(at), self._given(new)
+        self._device.launch(put, at.shape[0], slots, at, new)
 
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
         """Find distinct keys or give them slots, each pinned once more. Waits.
@@ -892,19 +889,24 @@ class DeviceIndex:
         self._n_refused += placed.n_refused
         return placed
 
-    def positions(self, placement: Placement, least: int, most: int, n: int) -> Any:
-        """Positions of the `n` keys of a placement with a status from `least` to `most`: int64[n], ascending."""
-        device, some = self._device, (placement.n, least, most)
-        device.launch(count, TILES * WARP, self._placed, *some, self._totals)
-        device.launch(select, TILES * WARP, self._placed, *some, self._totals, self._listed)
-        return self._row(POSITION, n)
-
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims whose lines are newer than those of the store below, by position; until the next insertion."""
         n = placement.n_dirty
+        listed = self._list(placement, EVICTED_DIRTY, n)
+        return Victims(listed[: AT * n], listed[AT * n : (AT + 1) * n])
+
+    def _list(self, placement: Placement, status: int, n: int) -> Any:
+        """Rows of the `n` keys of a placement with this status, end to end: `KEY_AT` and so on."""
         if n:
-            self.positions(placement, EVICTED_DIRTY, EVICTED_DIRTY, n)
-        return Victims(*(self._row(which, n) for which in (KEY_AT, AT, FREQ_AT, LAST_AT)))
+            device, listed = self._device, self._listed[: 5 * n].reshape((5, n))
+            some = (self._rows_of(placement.n), status)
+            device.launch(count, TILES * WARP, *some, self._totals)
+            device.launch(select, TILES * WARP, *some, self._totals, listed)
+        return self._listed
+
+    def _rows_of(self, n: int) -> Any:
+        """`placed` as rows of n keys."""
+        return self._placed[: 4 * n].reshape((4, n))
 
     def mark(self, keys: Any, soon: int) -> None:
         """Say how soon announced batches want distinct keys: the larger, the sooner; what is not there is left out.
@@ -951,12 +953,12 @@ class DeviceIndex:
             stamp, slots.shape[0], self._entries, self._notes, slots, counts, min(max(step, 0), MOST_STAMP)
         )
 
-    def metadata(self, slots: Any, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        """freq and last_step of slots: int64[n] each in device memory (`out`); 0 of -1, and where none is kept."""
+    def metadata(self, slots: Any) -> Any:
+        """freq and last_step of slots: int64[2, n] in device memory; 0 of -1, and where none is kept."""
         slots, device = self._given(slots), self._device
-        freq, last_step = map(device.array, out or [device.empty(slots.shape, np.int64) for _ in range(2)])
-        device.launch(recall, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
-        return freq, last_step
+        metadata = device.empty((2, slots.shape[0]), np.int64)
+        device.launch(recall, slots.shape[0], self._entries, self._notes, slots, metadata)
+        return metadata
 
     def put_metadata(self, slots: Any, freq: Any, last_step: Any) -> None:
         """Set freq and last_step, int64[n] each, of distinct slots, -1 left out; these stay clean or dirty."""
@@ -965,37 +967,34 @@ class DeviceIndex:
             self._device.launch(note, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
 
     def dirty(self, first: int = 0, last: int = 2**64) -> Any:
-        """Keys whose lines are newer than those of the store below, with freq and last_step, ascending by slot.
+        """Keys whose lines are newer than those of the store below, their freqs and their last_steps, by slot.
 
-        int64[3, n] in device memory that nobody else uses; one wait. Of the keys whose `hbkit._ext.batch.mixed` lies in
+        int64[3 * n] in device memory that nobody else uses; one wait. Of keys whose `hbkit._ext.batch.mixed` lies in
         ``[first, last)``, within [0, 2**64).
         """
         device = self._device
         if first >= last:
-            return device.empty((3, 0), np.int64)
+            return device.none(np.int64)
         ends = [end - 2**64 if end >= 2**63 else end for end in (first, last - 1)]  # the same bits as int64
         device.launch(count_dirty, TILES * WARP, self._searched, *ends, self._totals)
         n = int(device.fetch(self._totals).sum())
-        listed = device.empty((3, n), np.int64)
-        device.launch(list_dirty, TILES * WARP if n else 0, self._searched, self._notes, *ends, self._totals, listed)
+        listed = device.empty((3 * n,), np.int64)
+        if n:
+            some = (*ends, self._totals, listed.reshape((3, n)))
+            device.launch(list_dirty, TILES * WARP, self._searched, self._notes, *some)
         return listed
 
     def erase(self, keys: Any) -> Int64s:
         """Forget distinct keys: int64[n], the slots where they were; -1 where there was none, and `PINNED` where one
-        is pinned and stays. One wait.
+        is pinned and stays. Waits.
         """
         keys, device = self._given(keys), self._device
+        device.sync()  # what other launches reported must not keep the caller from what is gone
         slots = device.empty(keys.shape, np.int64)
         device.launch(erase, keys.shape[0], self._digests, self._searched, keys, slots)
-        error = None
-        try:
-            host: Int64s = device.fetch(slots)
-        except InvalidArgument as e:  # of a launch before: these keys are gone even so
-            host, error = device.fetch(slots), e
+        host: Int64s = device.fetch(slots)
         self._n_keys -= int(np.count_nonzero(host >= 0))
         self._free(host[host >= self.n_slots])
-        if error:
-            raise error
         return host
 
     def drain(self) -> tuple[Int64s, Placement]:
@@ -1033,10 +1032,10 @@ class DeviceIndex:
         assert (words[: self.n_slots][~used] == 0).all() and (words[: self.n_slots] >= 0).all()
         holes = np.flatnonzero(words[self.n_slots : self._searched.shape[0]] == HOLE) + self.n_slots
         assert holes.tolist() == self._holes[::-1]
-        assert device.fetch(self.dirty())[0].tolist() == keys[words[slots] & 1 == 1].tolist()
-        lists, missed = device.fetch(self._lists), device.fetch(self._missed_of[self._hold_turn])
+        assert device.fetch(self.dirty()).reshape(3, -1)[0].tolist() == keys[words[slots] & 1 == 1].tolist()
+        lists = device.fetch(self._lists)
         assert (lists[COUNTERS : COUNTERS + self.n_slots // BUCKET] == -1).all()
-        assert not device.fetch(self._counters[self._turn]).any() and not missed.any()
+        assert not device.fetch(self._counters[self._turn]).any()
 
     def contents(self) -> tuple[Int64s, Int64s]:
         """All keys and their slots, by slot: int64[n_keys] each."""
@@ -1044,10 +1043,6 @@ class DeviceIndex:
         used = self._device.fetch(self._bytes) != 0
         slots = np.flatnonzero(np.concatenate([used, entries[self.n_slots :, WORD] != HOLE]))
         return entries[slots, KEY], slots
-
-    def _row(self, which: int, n: int) -> Any:
-        """The first n of a row of `listed`."""
-        return self._rows[which * self.max_keys : which * self.max_keys + n]
 
     def _given(self, values: Any, most: int | None = None) -> Any:
         values = self._device.array(values)
@@ -1072,23 +1067,24 @@ class DeviceIndex:
 
     def _place(self, keys: Any, scores: tuple[Any, int], evict: bool, add: bool) -> Placement:
         """Find keys or give them slots, but for the side list."""
-        n, rest = keys.shape[0], (self._placed, self._lists)
+        n = keys.shape[0]
         if n == 0:
-            return Placement(self._flat, 0, 0, 0, 0, 0)
+            return Placement(self._placed, 0, 0, 0, 0, 0)
+        rest = (self._rows_of(n), self._lists)
         launch, turn = self._device.launch, self._turn * (COUNTERS // 2)
         launch(probe, n, self._digests, self._searched, keys, *scores, int(add), *rest, turn)
-        n_new, n_evicted, n_dirty, n_refused = self._fill(keys, scores, evict)
+        n_new, n_evicted, n_dirty, n_refused = self._fill(keys, scores, evict, rest)
         if n_refused:
             launch(again, n, keys, self.n_slots // BUCKET, *rest, self._turn * (COUNTERS // 2))
-            more_new, more_evicted, more_dirty, n_refused = self._fill(keys, scores, evict)
+            more_new, more_evicted, more_dirty, n_refused = self._fill(keys, scores, evict, rest)
             n_new, n_evicted, n_dirty = n_new + more_new, n_evicted + more_evicted, n_dirty + more_dirty
-        return Placement(self._flat, n, n_new, n_evicted, n_refused, n_dirty)
+        return Placement(self._placed, n, n_new, n_evicted, n_refused, n_dirty)
 
-    def _fill(self, keys: Any, scores: tuple[Any, int], evict: bool) -> list[int]:
+    def _fill(self, keys: Any, scores: tuple[Any, int], evict: bool, rest: tuple[Any, Any]) -> list[int]:
         """Give slots to the keys that are listed; how many are new, evicted another, a dirty one, and are refused."""
         device, turn = self._device, self._turn * (COUNTERS // 2)
-        data, rest = (self._bytes, self._entries, self._notes), (self._placed, self._lists, turn)
-        device.launch(place, min(keys.shape[0], PLACERS) * WARP, *data, keys, *scores, int(evict), *rest)
+        data = (self._bytes, self._entries, self._notes)
+        device.launch(place, min(keys.shape[0], PLACERS) * WARP, *data, keys, *scores, int(evict), *rest, turn)
         counters = self._counters[self._turn]
         self._turn ^= 1  # `place` has cleared the other ones, whatever the wait reports
         error = None
@@ -1105,7 +1101,8 @@ class DeviceIndex:
     def _spill(self, placed: Placement, keys: Any, scores: tuple[Any, int]) -> Placement:
         """Write what was refused to the side list, as far as there is room."""
         device = self._device
-        refused = device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
+        m = placed.n_refused
+        refused = device.fetch(self._list(placed, REFUSED, m)[POSITION * m : (POSITION + 1) * m])
         end = int(self._searched.shape[0])
         n_grown = min(max(len(refused) - len(self._holes), 0), self.n_slots + self.max_side - end)
         sides = np.array([*self._holes[::-1], *range(end, end + n_grown)], np.int64)[: len(refused)]
@@ -1113,7 +1110,7 @@ class DeviceIndex:
         self._searched = self._entries[: end + n_grown]
         n = len(sides)
         places = (device.send(refused), device.send(sides))
-        device.launch(spill, n, self._entries, self._notes, keys, *scores, *places, self._placed)
+        device.launch(spill, n, self._entries, self._notes, keys, *scores, *places, self._rows_of(placed.n))
         self._n_spilled += n
         self._n_keys += n
         return replace(placed, n_new=placed.n_new + n, n_refused=placed.n_refused - n)
