@@ -311,7 +311,7 @@ def hold(
                 to = 2 * (at + ones(missing & ((1 << lane()) - 1)))
                 count = np.int64(0)
                 if counts.shape[0] > 0:
-                    count = np.int64(min(counts[i], MOST_LISTED))
+                    count = np.int64(min(max(counts[i], 0), MOST_LISTED))
                 listed[to] = keys[i]
                 listed[to + 1] = np.int64(i) << 32 | count
 

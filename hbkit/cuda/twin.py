@@ -321,7 +321,7 @@ class HostIndex:
         at = np.flatnonzero(absent)
         found[N_MISSING] = len(at)
         listed[: 2 * len(at) : 2] = keys[at]
-        listed[1 : 2 * len(at) : 2] = at << 32 | (0 if counts is None else np.minimum(here(counts)[at], MOST_LISTED))
+        listed[1 : 2 * len(at) : 2] = at << 32 | (0 if counts is None else np.clip(here(counts)[at], 0, MOST_LISTED))
         return Held(slots, found, listed)
 
     def put(self, slots: Any, at: Any, new: Any) -> None:
