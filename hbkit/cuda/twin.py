@@ -290,7 +290,9 @@ class HostIndex:
         """Slots of keys, which may repeat: int64[n] (`out`), -1 where there is none."""
         keys = self._given(keys)
         slots = np.empty(len(keys), np.int64) if out is None else self._device.array(out)
-        look_all(self._keys, self._words, self.n_slots, self.bucket, keys, slots)
+        side = np.flatnonzero(self._words[self.n_slots :] != FREE)
+        searched = self._words[: self.n_slots + (side[-1] + 1 if len(side) else 0)]  # no further than it is used
+        look_all(self._keys, searched, self.n_slots, self.bucket, keys, slots)
         return slots
 
     def hold(

@@ -461,6 +461,7 @@ class Resident:
             freq, last_step = np.empty((2, n), np.int64)
             self.below.read(held, at, self._lines.incoming(n), freq, last_step)
         some = some[at]
+        self.memory.sync()  # so that those who want the lock wait for the insertion alone, not for steps before it
         with self._open():
             self._n_misses += int(np.count_nonzero(lease.rest.slots[some] < 0))
             self._take_in(lease, some, AWAY, (freq, last_step))

@@ -42,6 +42,7 @@ from hbkit.ragged import Ragged
 from hbkit.shuffle import Loopback
 from hbkit.snapshot import load, save
 from hbkit.store import cached_ssd, device_cached, host_memory
+from hbkit.embedding.table import Request
 from hbkit.store.base import Chunk, Part
 from hbkit.store.device import Summands
 
@@ -804,6 +805,41 @@ def test_device_steps_go_on_while_rows_are_fetched():
     fetching.join()
     assert t.stats()["late_rows"] >= len(away) and t.stats()["waited_s"] > 0.01
     request.close()
+    t.store.validate()
+
+
+@on_twin
+@pytest.mark.parametrize(("new", "waits"), [(0, 2), (5, 3)], ids=["resident", "absent"])
+def test_device_steps_go_on_while_a_batch_ahead_waits_for_the_device(new, waits, monkeypatch):
+    t = Table("t", 4, store=cached("cpu", 8.0, dim=4))
+    near = np.arange(40)
+    t.lookup(near, train=True)
+    fetch, arrived, passed = t.store.memory.fetch, threading.Semaphore(0), threading.Semaphore(0)
+
+    def slow(array, out=None):
+        if threading.current_thread() is fetching:
+            arrived.release()
+            assert passed.acquire(timeout=30)
+        return fetch(array, out)
+
+    monkeypatch.setattr(t.store.memory, "fetch", slow)
+    found = []
+
+    def ahead():
+        found.append(Request(t, [np.arange(40 + new)], ahead=True))
+        found[0].fetch()
+
+    fetching = threading.Thread(target=ahead)
+    fetching.start()
+    for _ in range(waits):  # for how many keys there are, how many are missing, and which
+        assert arrived.acquire(timeout=30)
+        before = t.lookup(near)
+        t.update(near, np.ones((40, 4)))
+        assert (t.lookup(near) < before).all()
+        passed.release()
+    fetching.join(30)
+    assert not fetching.is_alive() and np.array_equal(found[0].rows()[:40], t.lookup(near))
+    found[0].close()
     t.store.validate()
 
 
