@@ -18,8 +18,9 @@ import numpy as np
 
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.batch import N_KEYS, N_MISSING, N_SKIPPED, Distinct, Room
+from hbkit.cuda.buckets import mix
 from hbkit.cuda.device import Device
-from hbkit.cuda.index import TILES, mix, sum_before, tile_length
+from hbkit.cuda.tiles import TILES, sum_before, tile_length
 from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, shared, word, word_of
 from hbkit.errors import InvalidArgument
 

@@ -240,13 +240,15 @@ def test_words_typed_as_on_a_device(lane):
         pytest.skip("lane cpu is enough")
     numba = pytest.importorskip("numba")
     pytest.importorskip("numba_cuda", reason="the functions of kernels are there for the device with it alone")
-    from hbkit.cuda import index
+    from hbkit.cuda import buckets
 
     n_ones = numba.njit(lambda x: sum([(x >> np.uint64(i)) & np.uint64(1) != 0 for i in range(64)]))
-    typed = {**vars(index), "word": numba.njit(lambda value: np.uint64(value)), "ones": n_ones}
-    helpers = "mix shared_mix bucket_of second_of digest_of zeros matches n_free given_score note_of freq_of last_step_of"
+    typed = {**vars(buckets), "word": numba.njit(lambda value: np.uint64(value)), "ones": n_ones}
+    helpers = (
+        "mix shared_mix bucket_of second_of digest_of zeros matches n_free given_score note_of freq_of last_step_of"
+    )
     for name in helpers.split():
-        function = vars(index)[name].py_func
+        function = vars(buckets)[name].py_func
         typed[name] = numba.njit(FunctionType(function.__code__, typed, name))
     rng = np.random.default_rng(0)
     keys = np.append(rng.integers(-(2**63), 2**63 - 1, 200), [0, 1, -1, 2**63 - 1, -(2**63)])

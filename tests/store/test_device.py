@@ -38,11 +38,11 @@ from hbkit.embedding import (
     Table,
     lookahead,
 )
+from hbkit.embedding.table import Request
 from hbkit.ragged import Ragged
 from hbkit.shuffle import Loopback
 from hbkit.snapshot import load, save
 from hbkit.store import cached_ssd, device_cached, host_memory
-from hbkit.embedding.table import Request
 from hbkit.store.base import Chunk, Part
 from hbkit.store.device import Summands
 
