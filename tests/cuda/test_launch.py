@@ -189,12 +189,29 @@ def test_memory_lives_as_long_as_an_array_of_it(real, lane):
         pytest.skip(f"lane {lane}: others use the device's memory, too")
     from soft import driver
 
-    before = driver.used()
-    part = real.send(np.arange(1000)).reshape(10, 100)[3:4].view(np.int32)
+    before, n = driver.used(), 1 << 18
+    part = real.send(np.arange(n)).reshape(n // 8, 8)[3:4].view(np.int32)
     assert driver.used() > before
-    assert real.fetch(part).view(np.int64).tolist() == [list(range(300, 400))]
+    assert real.fetch(part).view(np.int64).tolist() == [list(range(24, 32))]
     del part
     assert driver.used() == before
+
+
+def test_small_memory_is_used_again_where_one_stream_used_it(real):
+    def one(use=lambda array: None):
+        array = real.send(np.arange(50))
+        use(array)
+        return array.ptr
+
+    def copies(array):
+        real.copy_in([(array, np.frombuffer(real.pinned(400), np.int64))], real.event())
+
+    at = one()
+    assert one() == one() == at
+    assert one(copies) == at and one(lambda array: array.__cuda_array_interface__) != at  # each of them is freed
+    kept = [real.send(np.full(50, i)) for i in range(20)]
+    assert len({array.ptr for array in kept}) == 20
+    assert [int(real.fetch(array)[49]) for array in kept] == list(range(20))
 
 
 def test_arrays_of_others_are_taken_where_they_are_contiguous(real):
