@@ -1,6 +1,7 @@
 """The CUDA driver in software does what CUDA documents, late where it may be late, and says what is misused."""
 
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -343,11 +344,18 @@ def test_devices_have_memory_and_streams_of_their_own(cu):
 
 
 def test_without_a_context_calls_that_need_one_fail(cu):
-    event, context = cu.cuEventCreate(2), cu.cuCtxPopCurrent()
-    cu.cuEventSynchronize(event)  # it knows its own
-    with pytest.raises(Failed, match="INVALID_CONTEXT"):
-        cu.cuMemAlloc(8)
-    cu.cuCtxPushCurrent(context)
+    event, said = cu.cuEventCreate(2), []
+
+    def elsewhere():  # each thread has contexts of its own
+        cu.cuEventSynchronize(event)  # it knows its own
+        with pytest.raises(Failed, match="INVALID_CONTEXT"):
+            cu.cuMemAlloc(8)
+        said.append("done")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert said == ["done"]
 
 
 def test_functions_that_are_not_there_are_named(cu):

@@ -49,7 +49,7 @@ class Compiled:
     def _folder():
         code = Path(importlib.util.find_spec("hbkit").origin).parent / "cuda"
         text = b"".join(path.read_bytes() for path in sorted(code.glob("*.py")))
-        version = f"{sys.version} {importlib.metadata.version('numba-cuda')}"
+        version = f"{sys.version} {importlib.metadata.version('numba-cuda')} {driver.tiles}"
         return BUILD / hashlib.sha256(version.encode() + text).hexdigest()[:24]
 
     def _path(self, signature):
@@ -89,9 +89,11 @@ class Driver:
     kernels : bool
         Whether kernels run; else a launch does nothing.
     race_check : bool
+    tiles : int, optional
+        How many warps share a scan, in place of what hbkit has, which is for a whole GPU.
     """
 
-    def __init__(self, seed=1, devices=1, memory=16 << 30, kernels=True, race_check=True):
+    def __init__(self, seed=1, devices=1, memory=16 << 30, kernels=True, race_check=True, tiles=None):
         if "numba" in sys.modules:
             raise RuntimeError("the driver must be there before Numba is imported")
         options = ("-O2", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl")
@@ -100,9 +102,13 @@ class Driver:
         self._library.soft_used.restype = ctypes.c_uint64
         self._library.soft_fail.argtypes = ctypes.c_char_p, ctypes.c_long, ctypes.c_int
         self._translate = TRANSLATE(self._translated) if kernels else TRANSLATE()
-        self.seed, self._devices, self._memory, self._race_check = seed, devices, memory, race_check
+        self.seed, self.tiles, self._devices, self._memory, self._race_check = seed, tiles, devices, memory, race_check
         self.configure()
         self._patch_numba()
+        if tiles:
+            from hbkit.cuda import index
+
+            index.TILES = tiles
 
     def configure(self, seed=None, memory=None, race_check=None):
         """From now on; what is left out is as the driver was loaded."""

@@ -1,6 +1,7 @@
 """Run a Python file or module on software devices: ``python tests/cuda/soft bench/gpu.py --small``, ``... -m pytest``.
 
-SOFT_CUDA_SEED chooses the order in which streams and threads run, SOFT_CUDA_DEVICES how many devices there are.
+SOFT_CUDA_SEED chooses the order in which streams and threads run, SOFT_CUDA_DEVICES how many devices there are,
+SOFT_CUDA_TILES how many warps share a scan, where not as many as on a GPU.
 """
 
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 import soft
 
-soft.load(int(os.environ.get("SOFT_CUDA_SEED", "1")), int(os.environ.get("SOFT_CUDA_DEVICES", "2")))
+settings = {name: os.environ.get(f"SOFT_CUDA_{name.upper()}") for name in ("seed", "devices", "tiles")}
+soft.load(**{"devices": 2, **{name: int(value) for name, value in settings.items() if value is not None}})
 del sys.argv[0]
 if sys.argv[0] == "-m":
     del sys.argv[0]

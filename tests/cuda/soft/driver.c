@@ -337,12 +337,12 @@ static void run(struct stream *s) {
             for (uint64_t i = 0; i < op->n; i++) memcpy((char *)op->to + i * op->width, &op->value, op->width);
             break;
         case LAUNCH:
-            if ((code = fault("run"))) lose(d, code, op->function->name, "on purpose");
+            if ((code = fault("run"))) lose(d, code, "a kernel", "on purpose");
             else if (op->function->kernel) {
                 running = d;
                 code = op->function->kernel->run(&op->launch);
                 running = NULL;
-                if (code) lose(d, code, op->function->name, op->launch.report);
+                if (code) lose(d, code, "a kernel", op->launch.report);
             }
             break;
         case RECORD:
