@@ -185,11 +185,15 @@ class Dedupe:
                 remedy="give int64[n], and fewer of them or a larger one",
             )
         n = int(keys.shape[0])
+        if n == 0:
+            return 0
+        if isinstance(keys, np.ndarray):
+            near, keys = np.ascontiguousarray(keys), room.listed[:n]  # which nobody needs until keys are looked for
+            device.write(keys, near)
         cells, firsts, numbers, totals = self._cells, self._firsts, self._numbers, self._totals
-        keys = device.array(keys)
         device.launch(claim, n, keys, self._table, cells)
-        device.launch(first_of, TILES * WARP * (n > 0), n, self._table, cells, firsts, room.counts, totals)
+        device.launch(first_of, TILES * WARP, n, self._table, cells, firsts, room.counts, totals)
         some = (keys, self._table, cells, firsts, totals, numbers, room.keys, room.found)
-        device.launch(number, TILES * WARP * (n > 0), *some)
+        device.launch(number, TILES * WARP, *some)
         device.launch(spread, min(n, SPREADERS), n, firsts, numbers, room.inverse, room.counts)
         return n

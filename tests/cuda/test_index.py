@@ -396,7 +396,7 @@ class Pair:
 def test_random_calls_match_oracle_in_any_order(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
-    n_buckets, n, n_calls = (3, 60, 8) if lane == "cudasim" else (300, 6000, 40)
+    n_buckets, n, n_calls = {"cudasim": (3, 60, 8), "soft": (100, 2000, 24)}.get(lane, (300, 6000, 40))
     pair = Pair(device, 6, n_buckets, n)
     for call in range(n_calls):
         (pair.hold if call % 4 else pair.insert)()
@@ -420,7 +420,7 @@ def test_random_calls_match_oracle_in_any_order(lane, device, any_order):
 def test_long_random_calls_match_oracle(lane, device, any_order):
     if lane == "cpu":
         pytest.skip("lane cpu: no device")
-    n_buckets, n, n_calls = (2, 40, 60) if lane == "cudasim" else (40, 1500, 200)
+    n_buckets, n, n_calls = {"cudasim": (2, 40, 60), "soft": (20, 500, 100)}.get(lane, (40, 1500, 200))
     pair = Pair(device, 0, n_buckets, n, n_side=n // 5)
     calls = [pair.hold] * 5 + [pair.release] * 4 + [pair.insert, pair.mark, pair.mark, pair.clean, pair.drain]
     calls += [pair.age, pair.find, pair.metadata, pair.erase]

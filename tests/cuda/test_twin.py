@@ -574,7 +574,7 @@ def same(device, *pairs):
 def test_indexes_give_the_same_slots_victims_words_and_metadata(sides, lane):
     cuda, cpu = sides
     rng = np.random.default_rng(7)
-    n_buckets, n, n_calls = (2, 40, 14) if lane == "cudasim" else (200, 5000, 30)
+    n_buckets, n, n_calls = {"cudasim": (2, 40, 14), "soft": (60, 1500, 30)}.get(lane, (200, 5000, 30))
     size = n_buckets * cpu.index.bucket + 5, n, 6
     far, near = cuda.index(cuda.device, *size), cpu.index(cpu.device, *size)
     send = cuda.device.send
