@@ -490,7 +490,7 @@ def test_apply_refuses_what_does_not_fit(device):
             lines.apply(parts, np.arange(2), g, hyper)
     with pytest.raises(InvalidArgument, match="unknown optimizer rule 8"):
         lines.apply(8, np.arange(2), g, hyper)
-    for grads in (g.astype(np.float64), device.send(g.astype(np.float16)), device.send(np.tile(g, 2))[:, ::2]):
+    for grads in (g.astype(np.float64), device.send(g.astype(np.float16))):
         with pytest.raises(InvalidArgument, match="an array of"):
             lines.apply(1, device.send(np.arange(2)) if grads.dtype != np.float64 else np.arange(2), grads, hyper)
     with pytest.raises(Unsupported, match="in device memory"):

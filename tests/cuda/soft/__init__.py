@@ -106,9 +106,9 @@ class Driver:
         self.configure()
         self._patch_numba()
         if tiles:
-            from hbkit.cuda import index
+            from hbkit.cuda import tiles as scans
 
-            index.TILES = tiles
+            scans.TILES = tiles
 
     def configure(self, seed=None, memory=None, race_check=None):
         """From now on; what is left out is as the driver was loaded."""
