@@ -7,8 +7,12 @@ for a launch but that. `bind` is told where the driver's functions are: nothing 
 Calls that only begin something keep the interpreter's lock, which may take longer to come back than they take; those
 that wait, or move many bytes, give it up. Each call makes the device's primary context, which frameworks use too, the
 thread's current one where it is not, and leaves the thread with the one that it had.
+
+To free memory the driver waits for the device. So small pieces that only one stream has used are kept for its next
+arrays: what it begins comes after all that used them before.
 """
 
+cimport cython
 from cpython.buffer cimport (PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, Py_buffer, PyBuffer_FillInfo, PyBuffer_Release,
                              PyObject_GetBuffer)
 from cpython.number cimport PyNumber_Index
@@ -25,6 +29,9 @@ cdef enum:
     MOST_ARGS = 32
     MOST_PARAMS = 160
     STAGED = 1 << 16  # bytes of a fetch that go by pinned memory
+    LEAST_LOG = 8  # log2 of bytes of pieces that are kept
+    MOST_LOG = 20
+    SPARE = 8  # of each size
     NUMBER = -1  # instead of an array's dimensions
     OUT_OF_MEMORY = 2
     NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
@@ -118,6 +125,8 @@ cdef class Stream:
     cdef void *_context
     cdef void *_stream
     cdef list _staged  # pinned memory that no fetch uses
+    cdef uint64_t _spare[MOST_LOG + 1][SPARE]
+    cdef int _n_spare[MOST_LOG + 1]
 
     def __init__(self, str device, int number):
         cdef int ordinal
@@ -131,8 +140,12 @@ cdef class Stream:
         self._staged = []
 
     def __dealloc__(self):
+        cdef int log, i
         if self._stream:
             before = enter(self._context)
+            for log in range(LEAST_LOG, MOST_LOG + 1):
+                for i in range(self._n_spare[log]):
+                    cu.cuMemFree(self._spare[log][i])
             cu.cuStreamDestroy(self._stream)  # what is under way goes on to its end
             leave(self._context, before)
 
@@ -153,19 +166,28 @@ cdef class Stream:
         cdef Memory memory
         if array.size:
             memory = Memory.__new__(Memory)
-            memory.context = self._context
-            before = enter(self._context)
-            result = cu.cuMemAlloc(&memory.at, array.nbytes())
-            leave(self._context, before)
-            if result == OUT_OF_MEMORY:
-                raise BudgetExceeded(
-                    f"no {array.nbytes()} bytes are left in device memory",
-                    device=self.device,
-                    remedy="give a smaller cache_budget, or free what else is there (nvidia-smi shows it)",
-                )
-            check(result, self.device)
+            memory.stream, memory.log = self, LEAST_LOG
+            while memory.log <= MOST_LOG and (<size_t> 1 << memory.log) < array.nbytes():
+                memory.log += 1
+            if memory.log <= MOST_LOG and self._n_spare[memory.log]:
+                self._n_spare[memory.log] -= 1
+                memory.at = self._spare[memory.log][self._n_spare[memory.log]]
+            else:
+                self._allocate(memory, array.nbytes() if memory.log > MOST_LOG else <size_t> 1 << memory.log)
             array.ptr, array.owner = memory.at, memory
         return array
+
+    cdef int _allocate(self, Memory memory, size_t nbytes) except -1:
+        before = enter(self._context)
+        result = cu.cuMemAlloc(&memory.at, nbytes)
+        leave(self._context, before)
+        if result == OUT_OF_MEMORY:
+            raise BudgetExceeded(
+                f"no {nbytes} bytes are left in device memory",
+                device=self.device,
+                remedy="give a smaller cache_budget, or free what else is there (nvidia-smi shows it)",
+            )
+        return check(result, self.device)
 
     def of(self, owner):
         """The memory of anything with ``__cuda_array_interface__`` as an `Array`, which keeps it alive.
@@ -206,6 +228,8 @@ cdef class Stream:
         cdef bint up
         if isinstance(to, Array) and isinstance(source, Array):
             check_nbytes((<Array> to).nbytes(), (<Array> source).nbytes(), self.device)
+            share(to, self)
+            share(source, self)
             before = enter(self._context)
             result = cu.cuMemcpyDtoDAsync((<Array> to).ptr, (<Array> source).ptr, (<Array> to).nbytes(), self._stream)
             leave(self._context, before)
@@ -213,6 +237,7 @@ cdef class Stream:
             return
         up = isinstance(to, Array)
         far = to if up else source
+        share(far, self)
         PyObject_GetBuffer(source if up else to, &near, PyBUF_C_CONTIGUOUS | (0 if up else PyBUF_WRITABLE))
         try:
             check_nbytes(far.nbytes(), near.len, self.device)
@@ -302,6 +327,12 @@ cdef class Pinned:
         before = enter(self.context)
         result = cu.cuMemHostAlloc(&self.at, max(self.nbytes, 1), 0)
         leave(self.context, before)
+        if result == OUT_OF_MEMORY:
+            raise BudgetExceeded(
+                f"no {nbytes} bytes are left of the host's memory that can be pinned",
+                device=stream.device,
+                remedy="give a smaller cache_budget, or free what else is there",
+            )
         check(result, stream.device)
 
     def __dealloc__(self):
@@ -314,17 +345,32 @@ cdef class Pinned:
         PyBuffer_FillInfo(view, self, self.at, self.nbytes, 0, flags)
 
 
+@cython.no_gc  # it is in no circle; and with the collector its stream might go first
 cdef class Memory:
-    """Device memory of our own. It is freed once the device is done with all that was begun."""
+    """Device memory of our own. It is freed, or used again, once the device is done with all that was begun."""
 
-    cdef void *context
+    cdef Stream stream
     cdef uint64_t at
+    cdef int log  # of its bytes where it is small
+    cdef bint shared
 
     def __dealloc__(self):
-        if self.at:
-            before = enter(self.context)
-            cu.cuMemFree(self.at)
-            leave(self.context, before)
+        cdef Stream stream = self.stream
+        if not self.at:
+            return
+        if self.log <= MOST_LOG and not self.shared and stream._n_spare[self.log] < SPARE:
+            stream._spare[self.log][stream._n_spare[self.log]] = self.at
+            stream._n_spare[self.log] += 1
+            return
+        before = enter(stream._context)
+        cu.cuMemFree(self.at)
+        leave(stream._context, before)
+
+
+cdef void share(Array array, Stream stream) noexcept:
+    """An array is used by this stream, or by whom nobody knows: then its memory is not kept for its own stream."""
+    if array.stream is not stream and isinstance(array.owner, Memory):
+        (<Memory> array.owner).shared = True
 
 
 cdef class Event:
@@ -410,6 +456,7 @@ cdef class Array:
 
     @property
     def __cuda_array_interface__(self):
+        share(self, None)
         data = (self.ptr, False)
         return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "strides": None, "version": 3}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -120,9 +121,9 @@ class Device:
         BudgetExceeded
             The device has not so much memory left.
         """
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if self._allocate is None or nbytes == 0 or simulated():
+        if self._allocate is None or 0 in shape or simulated():
             return self._stream.empty(shape, dtype)
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             return self._stream.of(self._allocate(nbytes)).view(dtype).reshape(shape)
         except Exception as e:
@@ -135,7 +136,13 @@ class Device:
             ) from e
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes]."""
+        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes].
+
+        Raises
+        ------
+        BudgetExceeded
+            The host has not so much memory left that can be pinned.
+        """
         memory: npt.NDArray[np.uint8] = self._stream.pinned(nbytes)
         return memory
 

@@ -90,7 +90,7 @@ def test_parameters_are_those_that_numba_gives(real, launched, seed):
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name(real):
-    from hbkit.cuda.index import mark
+    from hbkit.cuda.buckets import mark
 
     def launch(*args):
         real.launch(mark, 3, *args)
@@ -189,12 +189,29 @@ def test_memory_lives_as_long_as_an_array_of_it(real, lane):
         pytest.skip(f"lane {lane}: others use the device's memory, too")
     from soft import driver
 
-    before = driver.used()
-    part = real.send(np.arange(1000)).reshape(10, 100)[3:4].view(np.int32)
+    before, n = driver.used(), 1 << 18
+    part = real.send(np.arange(n)).reshape(n // 8, 8)[3:4].view(np.int32)
     assert driver.used() > before
-    assert real.fetch(part).view(np.int64).tolist() == [list(range(300, 400))]
+    assert real.fetch(part).view(np.int64).tolist() == [list(range(24, 32))]
     del part
     assert driver.used() == before
+
+
+def test_small_memory_is_used_again_where_one_stream_used_it(real):
+    def one(use=lambda array: None):
+        array = real.send(np.arange(50))
+        use(array)
+        return array.ptr
+
+    def copies(array):
+        real.copy_in([(array, np.frombuffer(real.pinned(400), np.int64))], real.event())
+
+    at = one()
+    assert one() == one() == at
+    assert one(copies) == at and one(lambda array: array.__cuda_array_interface__) != at  # each of them is freed
+    kept = [real.send(np.full(50, i)) for i in range(20)]
+    assert len({array.ptr for array in kept}) == 20
+    assert [int(real.fetch(array)[49]) for array in kept] == list(range(20))
 
 
 def test_arrays_of_others_are_taken_where_they_are_contiguous(real):
@@ -307,7 +324,7 @@ def test_threads_may_wait_at_once(real):
 def test_a_kernel_is_compiled_once_for_all_tables(real):
     from hbkit.cuda.device import Device
     from hbkit.cuda.driver import compiled
-    from hbkit.cuda.index import age
+    from hbkit.cuda.buckets import age
 
     entries = real.send(np.zeros((4, 2), np.int64))
     real.launch(age, 4, entries)
@@ -324,9 +341,24 @@ def test_a_lost_device_is_named(real, lane):
     from soft import driver
 
     driver.fail("cuLaunchKernel", 1, 700)
-    from hbkit.cuda.index import age
+    from hbkit.cuda.buckets import age
 
     with pytest.raises(DeviceUnavailable, match=r"CUDA_ERROR_ILLEGAL_ADDRESS \(device cuda:0\)"):
         real.launch(age, 4, real.send(np.zeros((4, 2), np.int64)))
     driver.revive()
     real.sync()
+
+
+def test_memory_that_is_not_there_is_a_budget_error(real, lane):
+    if lane != "soft":
+        pytest.skip(f"lane {lane}: the host has more")
+    from soft import driver
+
+    for function, make, says in (
+        ("cuMemAlloc", lambda: real.empty((1 << 20,), np.int64), "no 8388608 bytes are left in device memory"),
+        ("cuMemHostAlloc", lambda: real.pinned(99), "no 99 bytes are left of the host's memory that can be pinned"),
+    ):
+        driver.fail(function, 1, 2)
+        with pytest.raises(BudgetExceeded, match=f"{says}.*cache_budget"):
+            make()
+        assert len(make())
