@@ -1,12 +1,14 @@
 """Kernels and the device tier on a CUDA device: what each must move, how long it takes, and what a step takes.
 
-``python bench/gpu.py [--report FILE] [--only kernels,step,ids,tier] [--device cuda:0] [--small] [--once NAMES]``; `make
-gpu` runs the tests before it. ``--device cpu``: ids and tier on the device's twin in host memory, the same code but for
-the kernels. ``--small``: every part in seconds, so that a test can run it, in Numba's simulator too.
+``python bench/gpu.py [--report FILE] [--only PART,...] [--device cuda:0] [--small] [--once NAMES]``; `make gpu` runs
+the tests before it. ``--device cpu``: ids and tier on the device's twin in host memory, the same code but for the kernels.
+``--small``: every part in seconds, so that a test can run it, in Numba's simulator too.
 
 The workload is that of dynamicemb's published benchmark: 10 tables of dim 128, Adam, 1,048,576 ids a step drawn by a
 Zipf law of 1.05, of which about 350,000 are distinct. All tables' lines are one array here, as the bytes are the same.
 
+- launches: microseconds of the host for a launch, a slice, small copies and waits, and for a step of a small batch of
+  resident rows, with and without its waits.
 - kernels: bytes that a kernel must move (each row that is named once in, once out), milliseconds by events around
   5 launches (the median of 9 rounds), GB/s, and the share of what a plain copy on the same device reaches. What a call
   waits for is left out.
@@ -39,7 +41,7 @@ import numpy as np
 
 from hbkit._ext.segment import segment_sum as c_segment_sum
 from hbkit._ext.slabs import Slabs
-from hbkit.cuda.batch import Room
+from hbkit.cuda.batch import Room, missing
 from hbkit.cuda.parts import open_parts
 from hbkit.embedding import Adam, Table
 from hbkit.store import device_cached, host_memory
@@ -115,6 +117,13 @@ def unwaited(device: Any) -> Iterator[None]:
         del device.fetch, device.sync
 
 
+def numba_and_stream(device: Any) -> tuple[Any, Any]:
+    """Numba CUDA, for events, and the stream of a device as its own."""
+    from numba import cuda
+
+    return cuda, 0 if SIMULATED else cuda.external_stream(device._stream.handle)
+
+
 class Bench:
     """A device, the workload on it, and the report."""
 
@@ -124,7 +133,7 @@ class Bench:
         self.parts, self.sizes, self.name = open_parts(device), sizes, device
         self.device = self.parts.device
         self.real = device != "cpu" and not SIMULATED
-        self.cuda = self.device._cuda if device != "cpu" else None
+        self.cuda, self.stream = numba_and_stream(self.device) if device != "cpu" else (None, 0)
         self.text: list[str] = []
         self.report = report
         self.copy_gbs = 0.0
@@ -146,15 +155,15 @@ class Bench:
                 f.write("\n".join(self.text) + "\n")
 
     def give(self, array: np.ndarray) -> Any:
-        """A copy in device memory: a tensor where PyTorch is at hand."""
-        if torch is None:
+        """A copy in device memory: a tensor where PyTorch is at hand, and can be there."""
+        if torch is None or (self.real and not torch.cuda.is_available()):
             return self.device.send(array)
         return torch.tensor(array, device="cuda" if self.real else "cpu")
 
     def wait(self) -> None:
         """Until the device is idle."""
         if self.real:
-            self.cuda.synchronize()
+            self.device._stream.synchronize()
 
     def ms(self, run: Callable[[], Any]) -> tuple[float, float]:
         """Median milliseconds of a call on the device, and of the host until it returns.
@@ -162,12 +171,11 @@ class Bench:
         By events around some calls. The device is given copies to do before, so that the host is ahead of it. In the
         simulator both are the host's.
         """
-        far, near = [], []
-        stream = self.device._stream
+        far, near, stream = [], [], self.stream
         for i in range(self.sizes.rounds + 1):
             a, b = self.cuda.event(), self.cuda.event()
             for _ in range(16 if self.real else 0):
-                self.busy[0].copy_to_device(self.busy[1], stream=stream)
+                self.device.write(*self.busy)
             a.record(stream)
             begin = time.perf_counter()
             with unwaited(self.device):
@@ -201,17 +209,108 @@ class Bench:
 
     def copies(self) -> None:
         """The speed of plain copies."""
-        n, (a, b), stream = self.sizes.n_bytes, self.busy, self.device._stream
-        self.copy_gbs = 2 * n / self.ms(lambda: b.copy_to_device(a, stream=stream))[0] / 1e6
+        n, (a, b), copy = self.sizes.n_bytes, self.busy, self.device._stream.copy
+        self.copy_gbs = 2 * n / self.ms(lambda: copy(b, a))[0] / 1e6
         pinned = self.device.pinned(n // 4)
         pinned[:] = 1
         part = a[: n // 4]
-        up = self.ms(lambda: part.copy_to_device(pinned, stream=stream))[0]
-        down = self.ms(lambda: part.copy_to_host(pinned, stream=stream))[0]
+        up, down = self.ms(lambda: copy(part, pinned))[0], self.ms(lambda: copy(pinned, part))[0]
         self.say(
             f"copies: {self.copy_gbs:,.0f} GB/s on the device (read and written), "
             f"{n / 4 / up / 1e6:.1f} GB/s from pinned memory, {n / 4 / down / 1e6:.1f} GB/s to it"
         )
+
+    # --- the host's part --------------------------------------------------------------------------------------
+
+    def launches(self) -> None:
+        """What the host does, in microseconds: medians of rounds, after each of which the device comes to an end."""
+        from hbkit.cuda.buckets import settle, stamp
+        from hbkit.cuda.rows import GATHER
+        from hbkit.cuda.rules import N_HYPER, RULES
+
+        device, send, n, dim = self.device, self.device.send, 256, 16
+        none, numbers = device.none(np.int64), np.full(n, -1)  # of no line
+        ints, pairs, rows = send(numbers), send(np.zeros((n, 2), np.int64)), send(np.zeros((n, dim), np.float32))
+        lines, scale, hyper = (send(np.zeros(shape, np.float32)) for shape in ((n, 3 * dim), (n,), (1, N_HYPER)))
+        gather, adam, fours = GATHER["float32", True], RULES["adam", "float32", True], (0, 0, dim, 2)
+        sums = rows, ints, scale, ints, ints, rows, ints, hyper
+        self.say("| call | of the host, µs |")
+        self.say("| --- | ---: |")
+        for name, call in (
+            ("launch of 2 arrays (settle)", lambda: device.launch(settle, n, pairs, ints)),
+            ("launch of 4 arrays and a number (stamp)", lambda: device.launch(stamp, n, pairs, ints, ints, ints, 1)),
+            (
+                "launch of 4 arrays and 4 numbers (gather)",
+                lambda: device.launch(gather, n, lines, ints, none, rows, *fours),
+            ),
+            (
+                "launch of 11 arrays and 6 numbers (Adam, sums on the way)",
+                lambda: device.launch(adam, n, lines, lines, ints, *sums, 1, 1, *fours),
+            ),
+            ("slice", lambda: ints[1:9]),
+            ("2 KB there", lambda: device.write(ints, numbers)),
+            ("2 KB there, into new memory", lambda: send(numbers)),
+            ("8 bytes here, with the wait", lambda: device.fetch(ints[:1])),
+            ("wait for nothing", device.sync),
+        ):
+            self.say(f"| {name} | {self.us(call):.2f} |")
+        for over in ("the device", "the host"):
+            whole, own = self.us_of_step(over == "the device")
+            self.say(
+                f"| a step of {self.small_ids} ids on {over}, rows resident | {whole:.0f}, {own:.0f} but for waits |"
+            )
+        self.say()
+
+    def us(self, call: Callable[[], Any]) -> float:
+        """Median microseconds of a call, without what it leaves to the device."""
+        took, times = [], 3 if SIMULATED else 100  # fewer than a device takes before it lets the host wait
+        for _ in range(10):
+            begin = time.perf_counter()
+            for _ in range(times):
+                call()
+            took.append((time.perf_counter() - begin) / times * 1e6)
+            self.device.sync()
+        return statistics.median(took[1:])
+
+    def us_of_step(self, there: bool) -> tuple[float, float]:
+        """Median microseconds of a step through a store's calls, and the same without what the host waits for."""
+        n, dim = self.small_ids, 16
+        table = Table("t", dim, optimizer=Adam(), store=device_cached(host_memory(), "1MiB", self.name))
+        store, ids = table.store, self.rng.integers(0, n, n)
+        lease = store.reserve_batch(ids)
+        store.create(lease, 1)
+        store.release(lease)
+        memory, hyper, waited = store.memory, table.optimizer.hyper(2), 0.0
+        out, grads = memory.empty((n, dim), np.float32), Summands(memory.send(np.ones((n, dim), np.float32)))
+        over, fetch, took = memory.send(ids) if there else ids, memory.fetch, []
+
+        def timed(*args: Any) -> Any:
+            nonlocal waited
+            begin = time.perf_counter()
+            found = fetch(*args)
+            waited += time.perf_counter() - begin
+            return found
+
+        memory.fetch = timed
+        for i in range(self.sizes.warm + self.sizes.steps):
+            memory.sync()
+            begin, waited = time.perf_counter(), 0.0
+            lease = store.reserve_batch(over)
+            store.wait(lease)
+            store.create(lease, i)
+            store.gather(lease, out, lease.inverse)
+            store.apply(lease, grads, table.optimizer, hyper, i)
+            store.release(lease)
+            whole = time.perf_counter() - begin
+            took.append((1e6 * whole, 1e6 * (whole - waited)))
+        table.close()
+        whole, own = (statistics.median(part) for part in zip(*took, strict=True))
+        return whole, own
+
+    @property
+    def small_ids(self) -> int:
+        """Ids of a small batch."""
+        return min(1024, self.sizes.n_ids)
 
     # --- kernels ----------------------------------------------------------------------------------------------
 
@@ -223,13 +322,9 @@ class Bench:
         """Lines of a table, with numbers in them."""
         n_lines, width = n_lines or self.sizes.n_lines, self.width(rule)
         lines = self.parts.lines(self.device, n_lines, width, 4096, self.sizes.dim, dtype)
-        if self.real:
-            with self.device._current():
-                self.cuda.cudadrv.driver.device_memset(lines.lines, 0x3C, lines.nbytes)  # 0.0115 of float32, bfloat16
-        else:
-            for first in range(0, n_lines, 4096):
-                at = np.arange(first, min(first + 4096, n_lines))
-                lines.scatter(at, np.full((len(at), width), 0.01, np.float32))
+        for first in range(0, n_lines, 4096):
+            at = np.arange(first, min(first + 4096, n_lines))
+            lines.scatter(at, np.full((len(at), width), 0.01, np.float32))
         return lines
 
     def cases(self) -> Any:
@@ -296,11 +391,11 @@ class Bench:
         index = self.parts.index(device, self.sizes.n_slots, u, 1024)
         dedupe(ids, room)
         keys, counts, one = room.keys[:u], room.counts[:u], np.ones(1, np.int64)
-        slots = index.hold(keys, one).slots
+        slots = device.empty((u,), np.int64)
         index.settle(index.insert(keys, one).slots)
 
         def hold() -> None:
-            index.hold(keys, counts, add=True, slots=slots)
+            missing(device, index.hold(keys, counts, add=True, slots=slots))
             index.settle(slots)
 
         def insert() -> None:
@@ -330,7 +425,7 @@ class Bench:
 
     def peers(self) -> None:
         """What PyTorch's own operations take for the same rows."""
-        if torch is None or not self.real:
+        if torch is None or not (self.real and torch.cuda.is_available()):
             return
         n, dim = self.sizes.n_ids, self.sizes.dim
         table = torch.full((self.sizes.n_lines, dim), 0.01, device="cuda")
@@ -429,13 +524,14 @@ class Bench:
         out = device.array(self.give(np.zeros((n, dim), np.float32)))
 
         def step(i: int) -> None:
-            found = dedupe(here[i % len(here)], room)
-            slots = index.hold(found.keys, one, slots=room.slots).slots
-            lines.gather(slots, out, found.inverse)
-            order(room, n, found.n_distinct)
-            of = room.order[:n], room.starts[: found.n_distinct + 1]
-            lines.apply_segments(code, slots, values, *of, hyper, found.keys, 1, i)
-            index.stamp(slots, i, found.counts)
+            dedupe.begin(here[i % len(here)], room)
+            held = index.hold(room.keys, one, room.counts, slots=room.slots, found=room.found, listed=room.listed)
+            u = missing(device, held).n_keys
+            slots, keys = room.slots[:u], room.keys[:u]
+            lines.gather(slots, out, room.inverse)
+            order(room, n, u)
+            lines.apply_segments(code, slots, values, room.order, room.starts[: u + 1], hyper, keys, 1, i)
+            index.stamp(slots, i, room.counts[:u])
             index.settle(slots)
 
         took = []
@@ -562,7 +658,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the parts that are asked for."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--report", help="also write what is printed to this file")
-    ap.add_argument("--only", help="of kernels, step, ids, tier")
+    ap.add_argument("--only", help="of launches, kernels, step, ids, tier")
     ap.add_argument("--device", default="cuda:0", help="cuda:N, or cpu: ids and tier on the twin")
     ap.add_argument("--small", action="store_true", help="seconds instead of minutes; no figure means anything")
     ap.add_argument("--once", help="run kernels of these names once, for a profiler")
@@ -572,7 +668,13 @@ def main(argv: list[str] | None = None) -> None:
         bench.once(a.once)
         return
     bench.machine()
-    parts = {"kernels": bench.kernels, "step": bench.step, "ids": bench.ids_, "tier": bench.tier}
+    parts = {
+        "launches": bench.launches,
+        "kernels": bench.kernels,
+        "step": bench.step,
+        "ids": bench.ids_,
+        "tier": bench.tier,
+    }
     for part in (a.only or ("ids,tier" if a.device == "cpu" else ",".join(parts))).split(","):
         parts[part]()
 

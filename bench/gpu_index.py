@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from hbkit.cuda.batch import Placement, Room
+from hbkit.cuda.batch import Placement, Room, missing
 from hbkit.cuda.parts import open_parts
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
@@ -75,6 +75,9 @@ def wait_ms(ms: Any, error: Any) -> None:
         cuda.nanosleep(1_000_000)
 
 
+wait_ms.signature = "void(int64, int32[::1])"
+
+
 @contextmanager
 def unwaited(device: Any) -> Iterator[None]:
     """Calls only launch: what they would wait for is 0."""
@@ -107,7 +110,7 @@ class Bench:
         self.device = self.parts.device
         self.on_device = device != "cpu"
         self.real = self.on_device and not SIMULATED
-        self.cuda = self.device._cuda if self.on_device else None
+        self.stream = cuda.external_stream(self.device._stream.handle) if self.real else 0
         self.index = self.parts.index(self.device, 1 << sizes.log_slots, self.n, 1024, False)
         self.rng = np.random.default_rng(0)
         self.filled, self.step = 0, 0
@@ -118,18 +121,17 @@ class Bench:
         """Median device time of a call without its waits; on the twin, and in the simulator, that of the wall clock."""
         if not self.on_device:
             return self.wall_ms(calls)
-        took = []
-        stream = self.device._stream
+        took, stream = [], self.stream
         for _ in range(self.sizes.rounds):
             if self.real:
                 self.device.launch(wait_ms, 1, 8 + len(calls))
-            begin, end = self.cuda.event(), self.cuda.event()
+            begin, end = cuda.event(), cuda.event()
             begin.record(stream)
             with unwaited(self.device):
                 ms = self.wall_once(calls)
             end.record(stream)
             self.device.sync()
-            took.append(self.cuda.event_elapsed_time(begin, end) / len(calls) if self.real else ms)
+            took.append(cuda.event_elapsed_time(begin, end) / len(calls) if self.real else ms)
         return float(np.median(took))
 
     def wall_ms(self, calls):
@@ -196,8 +198,7 @@ class Bench:
     def copy(self):
         """The card's copy bandwidth, GB/s read and written."""
         a, b = (self.device.empty((self.sizes.n_bytes // 4,), np.float32) for _ in range(2))
-        stream = self.device._stream
-        ms = self.device_ms([lambda: b.copy_to_device(a, stream=stream)])
+        ms = self.device_ms([lambda: self.device.write(b, a)])
         self.copy_gbs = self.figures["copy_GBps"] = 2 * self.sizes.n_bytes / ms / 1e6
         print(f"copy {self.copy_gbs:.0f} GB/s read and written")
 
@@ -228,7 +229,9 @@ class Bench:
         one = np.array([self.step])
 
         def hold(keys):
-            x.settle(x.hold(keys, one, slots=slots).slots)
+            held = x.hold(keys, one, slots=slots)
+            missing(self.device, held)
+            x.settle(held.slots)
 
         calls = [lambda k=k: hold(k) for k in self.resident(self.sizes.batches)]
         self.note(f"hold, all there, load {load}", n, self.device_ms(calls), self.wall_ms(calls), n * HOLD)
@@ -255,7 +258,7 @@ class Bench:
         def with_rows(keys, scores):
             slots = self.insert(keys, scores)
             if self.on_device:  # every victim's row, dirty or not
-                x.dirty_victims(Placement(x._flat, n, 0, 0, 0, n))
+                x.dirty_victims(Placement(x._placed, n, 0, 0, 0, n))
                 lines.gather(slots, rows)
                 lines._scatter(slots, rows, lines._parts(self.sizes.dim))
 
@@ -385,7 +388,7 @@ class Bench:
             absent = self.fresh()[0]
             device.sync()
             if profiled and self.real:
-                self.cuda.profile_start()
+                cuda.profile_start()
             self.index.find(there, slots)
             self.index.settle(self.index.hold(there, one, slots=slots).slots)
             self.insert(there, scores)
@@ -393,7 +396,7 @@ class Bench:
             order(room, n, run(mixed, room).n_distinct)
             device.sync()
         if self.real:
-            self.cuda.profile_stop()
+            cuda.profile_stop()
 
 
 def main(argv=None) -> None:
@@ -411,7 +414,7 @@ def main(argv=None) -> None:
     if args.profile:
         bench.profile()
         return
-    name = bench.cuda.get_current_device().name if bench.real else "no GPU"
+    name = cuda.get_current_device().name if bench.real else "no GPU"
     print(f"{name}; {sizes.n} keys a call, 2^{sizes.log_slots} slots")
     head = f"{'':44s} {'device ms':>9s} {'Gkey/s':>7s} {'MB':>7s} {'copy':>6s} {'wall ms':>9s} {'Gkey/s':>7s}"
     print(f"{head}\n  MB: that must move; copy: of a copy's speed")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -30,26 +31,48 @@ def shared():
     return find
 
 
+def run_again(command, env, file, marks, select, tmp_path):
+    """Run a test file in a process of its own, elsewhere than in the checkout, which would hide the installed package."""
+    if "NUMBA_ENABLE_CUDASIM" in os.environ or "soft" in sys.modules:
+        pytest.skip("this is such a process")
+    options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, "-k", select
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "pytest", *options, file],
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
 @pytest.fixture
 def in_simulator(tmp_path):
     """``in_simulator(__file__)``: run a test file in a process where Numba simulates CUDA, which must pass.
 
-    Of its tests those that `marks` selects, the short ones when left out.
-
-    The simulator has to be chosen before Numba is imported. The process starts elsewhere than in the checkout, which
-    would hide the installed package.
+    Of its tests those that `marks` selects, the short ones when left out. The simulator has to be chosen before Numba
+    is imported.
     """
     pytest.importorskip("numba")
 
     def run(file: str, marks: str = "not slow") -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, file],
-            cwd=tmp_path,
-            env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "passed" in done.stdout
+        run_again([], {"NUMBA_ENABLE_CUDASIM": "1"}, file, marks, "", tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def on_soft_devices(tmp_path):
+    """``on_soft_devices(__file__)``: run a test file's lane "soft" in a process with a CUDA driver in software.
+
+    Tests whose names have `select` in them, with `seed` of the order in which streams and threads run.
+    """
+    pytest.importorskip("numba_cuda")
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("no C compiler builds the driver here")
+
+    def run(file: str, marks: str = "not slow", select: str = "soft", seed: int = 1) -> None:
+        run_again([str(ROOT / "tests" / "cuda" / "soft")], {"SOFT_CUDA_SEED": str(seed), "SOFT_CUDA_TILES": "64"}, file, marks, select, tmp_path)
 
     return run

@@ -59,7 +59,7 @@ def fours(*multiples: int, arrays: tuple[Any, ...] = ()) -> bool:
     """Whether rows may be read and written four columns at a time: widths, strides and places are multiples of four."""
     if any(m % 4 for m in multiples):
         return False
-    return all(simulated() or a.size == 0 or a.device_ctypes_pointer.value % 16 == 0 for a in arrays)
+    return all(simulated() or a.size == 0 or a.ptr % 16 == 0 for a in arrays)
 
 
 if simulated():

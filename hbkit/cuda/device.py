@@ -6,10 +6,12 @@ writes a code there and goes on without touching memory it does not own, and `De
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +38,7 @@ ERRORS = {
 }
 
 
+@functools.cache
 def simulated() -> bool:
     """Whether kernels run in Numba's simulator."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
@@ -59,8 +62,10 @@ class Device:
 
     Notes
     -----
-    May be used from several threads, one at a time. Kernels run on a stream of their own and copies on another; both
-    are ordered with the legacy default stream, where frameworks work unless they are told otherwise.
+    Arrays are contiguous: `hbkit._ext.driver.Array`, in the simulator Numba's. Kernels run on a stream of their own and
+    copies on another; both are ordered with the legacy default stream, where frameworks work unless they are told
+    otherwise. May be used from several threads; whoever waits lets others launch meanwhile. What a kernel reports is
+    raised by the next wait, whoever's it is.
     """
 
     def __init__(self, name: str = "cuda:0", allocate: Callable[[int], Any] | None = None) -> None:
@@ -86,19 +91,17 @@ class Device:
                 raise DeviceUnavailable(
                     f"there are {len(cuda.gpus)} CUDA devices", device=name, remedy="name one of them, from cuda:0"
                 )
-            # Numba warns where a launch is too small to fill the device, as those of small batches are.
-            warnings.filterwarnings("ignore", ".*Grid size")
-            self._cuda = cuda
-            self._compiled: dict[Any, Any] = {}
-            with cuda.gpus[self._number]:
-                self._stream, self._copies = cuda.stream(), cuda.stream()
-                self._error = cuda.to_device(np.zeros(1, np.int32))
-            self._none = {dtype: self.empty((0,), dtype) for dtype in (np.int64, np.float32)}
-            self._none_by_two = self.empty((0, 0), np.float32)
+            self._driver = importlib.import_module(f"hbkit.cuda.{'simulator' if simulated() else 'driver'}")
+            self._stream, self._copies = (self._driver.open_stream(name, self._number) for _ in range(2))
+            self._word, self._error = self._driver.error_word(self._stream)
+        self._block, self._most_blocks = (SIMULATED_THREADS, SIMULATED_BLOCKS) if simulated() else (BLOCK, MAX_BLOCKS)
+        self._compiled: dict[Any, Callable[..., None]] = {}
+        self._none = {dtype: self.empty((0,), dtype) for dtype in (np.int64, np.float32)}
+        self._none_by_two = self.empty((0, 0), np.float32)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn the driver's errors into ours."""
+        """Turn Numba's errors into ours."""
         try:
             yield
         except HbkitError:
@@ -110,11 +113,6 @@ class Device:
                 f"the device failed: {e}", device=self.name, remedy="check nvidia-smi, or use another store"
             ) from e
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        with self._named(), self._cuda.gpus[self._number]:
-            yield
-
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """An uninitialised array in device memory.
 
@@ -123,12 +121,11 @@ class Device:
         BudgetExceeded
             The device has not so much memory left.
         """
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self._allocate is None or 0 in shape or simulated():
+            return self._stream.empty(shape, dtype)
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            with self._current():
-                if self._allocate is None or nbytes == 0 or simulated():
-                    return self._cuda.device_array(shape, dtype)
-                return self._cuda.as_cuda_array(self._allocate(nbytes)).view(dtype).reshape(shape)
+            return self._stream.of(self._allocate(nbytes)).view(dtype).reshape(shape)
         except Exception as e:
             if not (isinstance(e, MemoryError) or re.search("OUT_OF_MEMORY|out of memory", str(e))):
                 raise
@@ -139,41 +136,43 @@ class Device:
             ) from e
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes]."""
-        with self._current():
-            memory: npt.NDArray[np.uint8] = self._cuda.pinned_array(nbytes, np.uint8)
-            return memory
+        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes].
+
+        Raises
+        ------
+        BudgetExceeded
+            The host has not so much memory left that can be pinned.
+        """
+        memory: npt.NDArray[np.uint8] = self._stream.pinned(nbytes)
+        return memory
 
     def event(self) -> Any:
         """Something that streams record and wait for."""
-        with self._current():
-            return self._cuda.event() if simulated() else self._cuda.event(timing=False)
+        return self._stream.event()
 
     def copy_in(self, pairs: list[tuple[Any, npt.NDArray[Any]]], moved: Any) -> None:
         """Begin to copy pinned arrays into device memory; what is launched from now on comes after it."""
-        with self._current():
-            for far, near in pairs:
-                far.copy_to_device(near, stream=self._copies)
-            moved.record(self._copies)
-            moved.wait(self._stream)
+        for far, near in pairs:
+            self._copies.copy(far, near)
+        moved.record(self._copies)
+        moved.wait(self._stream)
 
     def copy_out(self, near: npt.NDArray[Any], far: Any, moved: Any, used: Any) -> None:
         """Begin to copy what was launched for into a pinned array; `used` is when it is there."""
-        with self._current():
-            moved.record(self._stream)
-            moved.wait(self._copies)
-            far.copy_to_host(near, stream=self._copies)
-            used.record(self._copies)
+        moved.record(self._stream)
+        moved.wait(self._copies)
+        self._copies.copy(near, far)
+        used.record(self._copies)
 
     def record(self, event: Any) -> None:
         """`event` is when all that was launched is done."""
-        with self._current():
-            event.record(self._stream)
+        event.record(self._stream)
 
     def send(self, array: npt.NDArray[Any]) -> Any:
-        """A copy of a contiguous array in device memory."""
-        with self._current():
-            return self._cuda.to_device(np.ascontiguousarray(array), stream=self._stream)
+        """A copy of an array in device memory."""
+        far = self.empty(array.shape, array.dtype)
+        self._stream.copy(far, np.ascontiguousarray(array))
+        return far
 
     def array(self, array: Any, dtype: Any = None) -> Any:
         """An array in device memory: a copy of what NumPy has, or what is there already, without a copy.
@@ -183,17 +182,15 @@ class Device:
         InvalidArgument
             It is not of `dtype`, or is there and not contiguous.
         """
-        far = array
-        if isinstance(array, np.ndarray):
+        if isinstance(array, self._driver.Array):
+            far = array
+        elif isinstance(array, np.ndarray):
             far = self.send(array)
-        elif not hasattr(array, "copy_to_host"):
-            with self._current():
-                far = self._cuda.as_cuda_array(array)
-        if not (far.is_c_contiguous() and dtype in (None, far.dtype)):
+        else:
+            far = self._stream.of(array)
+        if dtype is not None and far.dtype != dtype:
             raise InvalidArgument(
-                f"an array of {far.dtype} with strides of {far.strides} bytes for a shape of {far.shape}",
-                device=self.name,
-                remedy=f"give a contiguous one{'' if dtype is None else f' of {np.dtype(dtype)}'}",
+                f"an array of {far.dtype}{far.shape}", device=self.name, remedy=f"give one of {np.dtype(dtype)}"
             )
         return far
 
@@ -202,18 +199,16 @@ class Device:
         arrays = [a if isinstance(a, np.ndarray) else self.array(a) for a in arrays]
         n, one = sum(len(a) for a in arrays), arrays[0]
         to = self.empty((n, *one.shape[1:]), one.dtype) if out is None else self.array(out)
-        with self._current():
-            end = 0
-            for a in arrays:
-                begin, end = end, end + len(a)
-                if end > begin:
-                    to[begin:end].copy_to_device(a, stream=self._stream)
+        end = 0
+        for a in arrays:
+            begin, end = end, end + len(a)
+            if end > begin:
+                self._stream.copy(to[begin:end], a)
         return to
 
     def write(self, far: Any, array: npt.NDArray[Any]) -> None:
         """Copy a small contiguous array into device memory, after what was launched and before what will be."""
-        with self._current():
-            far.copy_to_device(array, stream=self._stream)
+        self._stream.copy(far, array)
 
     def none(self, dtype: Any, n_dim: int = 1) -> Any:
         """An argument that is left out: an array without elements."""
@@ -221,25 +216,26 @@ class Device:
 
     def fetch(self, array: Any, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Wait for what was launched, raise what it reported, and copy an array from device memory, into `out`."""
-        with self._current():
-            word = self._error.copy_to_host(stream=self._stream)
-            copy: npt.NDArray[Any] = array.copy_to_host(out, stream=self._stream)
-            self._stream.synchronize()
-            self._raise(int(word[0]))
-            return copy
+        copy: npt.NDArray[Any] = self._stream.fetch(array, out)
+        if self._word[0]:
+            self._raise()
+        return copy
 
     def launch(self, kernel: Callable[..., None], n: int, *args: Any) -> None:
-        """Run a kernel of grid-stride loops over `n` items; the error word goes last. Does not wait."""
+        """Run a kernel of grid-stride loops over `n` items; the error word goes last. Does not wait.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is not what the kernel's signature says.
+        """
         if n == 0:
             return
-        with self._current():
-            if kernel not in self._compiled:
-                # With its signature, Numba need not look at each argument's type: half of a launch's time.
-                signature = getattr(kernel, "signature", None)
-                self._compiled[kernel] = self._cuda.jit(signature)(kernel) if signature else self._cuda.jit(kernel)
-            block, most = (SIMULATED_THREADS, SIMULATED_BLOCKS) if simulated() else (BLOCK, MAX_BLOCKS)
-            grid = (min(-(-n // block), most), block)
-            self._compiled[kernel][(*grid, self._stream)](*args, self._error)
+        compiled = self._compiled.get(kernel)
+        if compiled is None:
+            with self._named():
+                compiled = self._compiled[kernel] = self._driver.compiled(kernel, self._number)
+        compiled(self._stream, min(-(-n // self._block), self._most_blocks), self._block, args, self._error)
 
     def sync(self) -> None:
         """Wait for all that was launched.
@@ -251,14 +247,12 @@ class Device:
         DeviceUnavailable
             The device was lost.
         """
-        with self._current():
-            word = self._error.copy_to_host(stream=self._stream)
-            self._stream.synchronize()
-            self._raise(int(word[0]))
+        self._stream.synchronize()
+        if self._word[0]:
+            self._raise()
 
-    def _raise(self, word: int) -> None:
-        if word:
-            self._error.copy_to_device(np.zeros(1, np.int32))
-            raise InvalidArgument(
-                ERRORS.get(word, f"kernel error {word}"), device=self.name, remedy="this is a precondition"
-            )
+    def _raise(self) -> None:
+        word, self._word[0] = int(self._word[0]), 0
+        raise InvalidArgument(
+            ERRORS.get(word, f"kernel error {word}"), device=self.name, remedy="this is a precondition"
+        )

@@ -1,7 +1,9 @@
-"""Lanes: tests of kernels that take `lane` run in the simulator here, and on a CUDA device where there is one.
+"""Lanes: tests of kernels that take `lane` run in two kinds of make-believe here, and on a CUDA device where there is one.
 
-The simulator is chosen before Numba is imported. So a file with lanes runs itself once more in a process of its own,
-by a test that calls `in_simulator(__file__)`; there its lane is "cudasim". The lane "cpu" checks the oracle alone.
+"cudasim" is Numba's simulator, which runs the Python of a kernel. "soft" is a CUDA driver in software (soft/): all is as
+on a GPU, Numba CUDA and what it compiles a kernel to, but for who runs that. Both are chosen before Numba is imported.
+So a file with lanes runs itself once more in processes of their own, by tests that call `in_simulator(__file__)` and
+`on_soft_devices(__file__)`; there its lane is theirs. The lane "cpu" checks the oracle alone.
 """
 
 import os
@@ -12,10 +14,15 @@ import numpy as np
 import pytest
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+SOFT = getattr(sys.modules.get("soft"), "driver", None)  # the software driver, where it is loaded
 
 
 def missing(lane):
     """Why a lane can't run in this process, or None."""
+    if SOFT:
+        return None if lane == "soft" else "devices are those of the software driver"
+    if lane == "soft":
+        return "the software driver has a process of its own"
     if lane == "cpu":
         return "the oracle needs no simulator" if SIMULATED else None
     if lane == "cudasim":
@@ -29,9 +36,9 @@ def missing(lane):
     return None if cuda.is_available() else "no CUDA device"
 
 
-@pytest.fixture(scope="module", params=["cpu", "cudasim", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "cudasim", "soft", "cuda"])
 def lane(request):
-    """The lane: "cpu", "cudasim" or "cuda"; skipped by name where it is not there."""
+    """The lane: "cpu", "cudasim", "soft" or "cuda"; skipped by name where it is not there."""
     why = missing(request.param)
     if why:
         pytest.skip(f"lane {request.param}: {why}")
@@ -50,9 +57,25 @@ def device(lane):
     return Device()
 
 
+@pytest.fixture(autouse=True)
+def well():
+    """A test that loses a software device does not lose it for others."""
+    yield
+    if SOFT and SOFT.report:
+        SOFT.revive()
+
+
 @pytest.fixture(params=[0, 1])
 def any_order(lane, request, monkeypatch):
-    """In the simulator, blocks and threads start in a random order, and threads change places often."""
+    """In the simulator, blocks and threads start in a random order, and threads change places often.
+
+    So they do on software devices always; here by two seeds.
+    """
+    if lane == "soft":
+        SOFT.configure(seed=SOFT.seed + 1000 * request.param)
+        yield
+        SOFT.configure()
+        return
     if lane != "cudasim":
         if request.param:
             pytest.skip(f"lane {lane}: the order of threads is not chosen")

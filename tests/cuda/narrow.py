@@ -1,6 +1,6 @@
 """A device in host memory that is as narrow as a real one.
 
-Its arrays do what those of Numba CUDA do and no more: no arithmetic, no comparisons, slices instead of fancy indices;
+Its arrays do what those of `hbkit._ext.driver` do and no more: no arithmetic, no comparisons, slices of the first axis;
 new memory holds garbage; kernels refuse what is not contiguous or of another type; NumPy's arrays are copied when they
 are given, as if they were sent. So what only runs by grace of NumPy, in the twin or the simulator, fails here.
 
@@ -32,31 +32,26 @@ class Far:
         for name in ("shape", "dtype", "size", "ndim", "strides")
     )
 
-    @property
-    def flags(self):
-        return {name: self._array.flags[name] for name in ("C_CONTIGUOUS", "F_CONTIGUOUS")}
-
     def __len__(self):
         return len(self._array)
 
     def __getitem__(self, item):
-        assert self.size, "Numba CUDA does not slice an array without elements"
-        for part in item if isinstance(item, tuple) else (item,):
-            assert isinstance(part, slice), f"a device array is sliced, not indexed by {item!r}"
+        assert isinstance(item, slice), f"a device array is sliced along its first axis, not indexed by {item!r}"
+        assert item.step is None, "a device array is sliced without steps"
         return Far(self._array[item])
 
     def reshape(self, *shape):
-        assert self._array.flags.c_contiguous
+        assert all(n >= 0 for n in (shape[0] if isinstance(shape[0], tuple) else shape)), "lengths are given"
         return Far(self._array.reshape(*shape))
 
     def view(self, dtype):
         return Far(self._array.view(dtype))
 
-    def copy_to_host(self, ary=None, stream=0):
-        if ary is None:
+    def copy_to_host(self, out=None):
+        if out is None:
             return self._array.copy()
-        ary[...] = self._array
-        return ary
+        out[...] = self._array
+        return out
 
     def refused(self, *_, **__):
         raise TypeError("a device array has no such operation")
