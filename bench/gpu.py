@@ -155,8 +155,8 @@ class Bench:
                 f.write("\n".join(self.text) + "\n")
 
     def give(self, array: np.ndarray) -> Any:
-        """A copy in device memory: a tensor where PyTorch is at hand."""
-        if torch is None:
+        """A copy in device memory: a tensor where PyTorch is at hand, and can be there."""
+        if torch is None or (self.real and not torch.cuda.is_available()):
             return self.device.send(array)
         return torch.tensor(array, device="cuda" if self.real else "cpu")
 
@@ -425,7 +425,7 @@ class Bench:
 
     def peers(self) -> None:
         """What PyTorch's own operations take for the same rows."""
-        if torch is None or not self.real:
+        if torch is None or not (self.real and torch.cuda.is_available()):
             return
         n, dim = self.sizes.n_ids, self.sizes.dim
         table = torch.full((self.sizes.n_lines, dim), 0.01, device="cuda")

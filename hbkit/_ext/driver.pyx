@@ -327,6 +327,12 @@ cdef class Pinned:
         before = enter(self.context)
         result = cu.cuMemHostAlloc(&self.at, max(self.nbytes, 1), 0)
         leave(self.context, before)
+        if result == OUT_OF_MEMORY:
+            raise BudgetExceeded(
+                f"no {nbytes} bytes are left of the host's memory that can be pinned",
+                device=stream.device,
+                remedy="give a smaller cache_budget, or free what else is there",
+            )
         check(result, stream.device)
 
     def __dealloc__(self):

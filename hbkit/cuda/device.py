@@ -136,7 +136,13 @@ class Device:
             ) from e
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes]."""
+        """Uninitialised host memory that the device reads and writes by itself: uint8[nbytes].
+
+        Raises
+        ------
+        BudgetExceeded
+            The host has not so much memory left that can be pinned.
+        """
         memory: npt.NDArray[np.uint8] = self._stream.pinned(nbytes)
         return memory
 

@@ -23,10 +23,19 @@ def test_index_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_index_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_index_in_the_simulator_for_long(in_simulator):
     in_simulator(__file__, "slow")
+
+
+@pytest.mark.slow
+def test_index_on_soft_devices_for_long(on_soft_devices):
+    on_soft_devices(__file__, "slow")
 
 
 def mixed(key):

@@ -347,3 +347,18 @@ def test_a_lost_device_is_named(real, lane):
         real.launch(age, 4, real.send(np.zeros((4, 2), np.int64)))
     driver.revive()
     real.sync()
+
+
+def test_memory_that_is_not_there_is_a_budget_error(real, lane):
+    if lane != "soft":
+        pytest.skip(f"lane {lane}: the host has more")
+    from soft import driver
+
+    for function, make, says in (
+        ("cuMemAlloc", lambda: real.empty((1 << 20,), np.int64), "no 8388608 bytes are left in device memory"),
+        ("cuMemHostAlloc", lambda: real.pinned(99), "no 99 bytes are left of the host's memory that can be pinned"),
+    ):
+        driver.fail(function, 1, 2)
+        with pytest.raises(BudgetExceeded, match=f"{says}.*cache_budget"):
+            make()
+        assert len(make())

@@ -45,6 +45,10 @@ def test_twin_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_twin_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 @here
 @pytest.mark.slow
 @pytest.mark.parametrize("room", ["store", "embedding"])

@@ -1,7 +1,8 @@
 """The device tier against host memory, bit for bit: its twin in host memory at real sizes, Numba's simulator at small
 ones, and a real device where there is one.
 
-The simulator is chosen before Numba is imported, so this file runs itself once more in a process of its own.
+The simulator is chosen before Numba is imported, so this file runs itself once more in a process of its own; and once
+more on devices of a driver in software, at real sizes.
 """
 
 import gc
@@ -49,13 +50,16 @@ from hbkit.store.device import Summands
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
     sys.setswitchinterval(1e-4)
-LANES = {"cpu": "cpu", "cudasim": "cuda:0", "cuda": "cuda:0"}
+SOFT = "soft" in sys.modules  # CUDA's driver is one in software
+LANES = {"cpu": "cpu", "cudasim": "cuda:0", "soft": "cuda:0", "cuda": "cuda:0"}
 
 
 def missing(lane):
     """Why a lane can't run in this process, or None."""
     if (lane == "cudasim") != SIMULATED:
         return "the simulator runs in a process of its own"
+    if (lane == "soft") != SOFT:
+        return "the software driver has a process of its own"
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed"
     if lane == "cuda":
@@ -79,7 +83,7 @@ def device(request):
     return lane_of(request)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "soft", "cuda"])
 def fast(request):
     """As `device`, without the simulator."""
     return lane_of(request)
@@ -93,6 +97,10 @@ on_twin = pytest.mark.skipif(missing("cpu") is not None, reason=f"lane cpu: {mis
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_device_tier_in_the_simulator(in_simulator):
     in_simulator(__file__)
+
+
+def test_device_tier_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
 
 
 def least(device, below=None, **settings):
@@ -1124,7 +1132,7 @@ def test_device_name_and_policy_are_checked(device, policy, what):
         Table("t", 4, store=device_cached(host_memory(), device=device, policy=policy))
 
 
-without = pytest.mark.skipif(missing("cudasim") is None or missing("cuda") is None, reason="there is a CUDA device")
+without = pytest.mark.skipif(None in map(missing, ("cudasim", "soft", "cuda")), reason="there is a CUDA device")
 
 
 @without

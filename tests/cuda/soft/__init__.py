@@ -128,6 +128,10 @@ class Driver:
         """
         self._library.soft_fail(name.encode(), kth, code)
 
+    def to_come(self):
+        """How many of the faults have not come yet."""
+        return self._library.soft_to_come()
+
     def revive(self):
         """Bring lost devices back, as a new process would; what was queued is dropped, memory stays."""
         self._library.soft_revive()
