@@ -378,8 +378,10 @@ class Resident:
                     self._begin(lease)
                 self._found(lease)
             lease.fetched = True
+            wanted = _NONE
             with self._open():
-                wanted = np.flatnonzero(lease.rest.slots == -1)
+                if lease.n_absent:
+                    wanted = np.flatnonzero(lease.rest.slots == -1)
             if len(wanted):
                 lease.n_brought = self._bring(lease, wanted)
                 lease.done = time.monotonic()
@@ -417,9 +419,10 @@ class Resident:
         with self._open():
             lease.cut(found.n_keys)
             lease.held, lease.n_skipped = None, found.n_skipped
-            counts = found.counts if lease.near_counts is None else lease.near_counts[found.at]
-            lease.rest.add(found.at, found.keys, counts)
-            lease.recount()
+            if len(found.at):
+                counts = found.counts if lease.near_counts is None else lease.near_counts[found.at]
+                lease.rest.add(found.at, found.keys, counts)
+                lease.recount()
             self._n_hits += lease.n_keys - len(found.at) - lease.n_skipped
             self._n_uses += lease.n_keys
             if self._by_use and self._n_uses > AGEING * self._n_lines:
