@@ -1,0 +1,68 @@
+"""Share: several threads for one call into the core. The essay is in share.h.
+
+The other extensions cimport `share`, so that there is one set of threads in a process. Results do not depend on how
+many there are: units write to different places, and what is added up is added up within one unit.
+"""
+
+import os
+
+from hbkit.errors import InvalidArgument
+
+cdef extern from "share.h" nogil:
+    void hb_share(Unit, void *, int64_t, int64_t)
+    void hb_forked()
+
+cdef extern from "pthread.h" nogil:
+    int pthread_atfork(void (*)(), void (*)(), void (*)())
+
+cdef int64_t MOST = 16     # threads, where nobody says how many: a socket's memory gives no more
+cdef int64_t LEAST = 128 << 10  # bytes a unit: waking a thread costs as much as moving some tens of KiB
+cdef int64_t EACH = 4      # units a thread: none waits long for another
+cdef int64_t _n_threads = 1
+
+
+cdef int64_t pieces(int64_t nbytes) noexcept nogil:
+    """Units to cut a pass over so many bytes into: 1 where other threads would not make it faster."""
+    return 1 if _n_threads == 1 else max(<int64_t>1, min(nbytes // LEAST, EACH * _n_threads))
+
+
+cdef int64_t seats(int64_t n_units) noexcept nogil:
+    """Threads that so many units are for."""
+    return min(n_units, _n_threads)
+
+
+cdef void share(Unit run, void *what, int64_t n_units, int64_t n_seats) noexcept nogil:
+    """Run units 0..n_units-1, whoever is free the next one, in n_seats threads at the most, the caller's among them.
+
+    A thread's seat is 0..n_seats-1, the caller's 0. Units run between `hb_fp_enter` and `hb_fp_leave`.
+    """
+    hb_share(run, what, n_units, n_seats)
+
+
+def n_threads():
+    """Threads that a call into the core may use, its own among them: int."""
+    return _n_threads
+
+
+def use(int64_t n):
+    """Let calls of this process use n threads; for tests and benchmarks."""
+    global _n_threads
+    _n_threads = n
+
+
+def _wanted():
+    """What HBKIT_THREADS or else OMP_NUM_THREADS says, else the CPUs that this process may run on."""
+    given = os.environ.get("HBKIT_THREADS")
+    if given:
+        if not given.isdecimal() or not 1 <= int(given) <= 1024:
+            raise InvalidArgument(f"HBKIT_THREADS is {given!r}", remedy="give a number of threads from 1 to 1024")
+        return int(given)
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # torchrun and others speak by it
+    if given.isdecimal() and int(given) > 0:
+        return min(int(given), 1024)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, MOST)
+
+
+use(_wanted())
+pthread_atfork(NULL, NULL, hb_forked)
