@@ -11,6 +11,7 @@ from hbkit.errors import InvalidArgument
 cdef extern from "share.h" nogil:
     void hb_share(Unit, void *, int64_t, int64_t)
     void hb_forked()
+    int HB_SEATS
 
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*)(), void (*)(), void (*)())
@@ -23,7 +24,8 @@ cdef int64_t _n_threads = 1
 
 cdef int64_t pieces(int64_t nbytes) noexcept nogil:
     """Units to cut a pass over so many bytes into: 1 where other threads would not make it faster."""
-    return 1 if _n_threads == 1 else max(<int64_t>1, min(nbytes // LEAST, EACH * _n_threads))
+    cdef int64_t n = 1 if _n_threads == 1 else max(<int64_t>1, min(nbytes // LEAST, EACH * _n_threads))
+    return n if n < _n_threads else n // _n_threads * _n_threads  # as many for each
 
 
 cdef int64_t seats(int64_t n_units) noexcept nogil:
@@ -32,9 +34,10 @@ cdef int64_t seats(int64_t n_units) noexcept nogil:
 
 
 cdef void share(Unit run, void *what, int64_t n_units, int64_t n_seats) noexcept nogil:
-    """Run units 0..n_units-1, whoever is free the next one, in n_seats threads at the most, the caller's among them.
+    """Run units 0..n_units-1 in n_seats threads at the most, the caller's among them.
 
-    A thread's seat is 0..n_seats-1, the caller's 0. Units run between `hb_fp_enter` and `hb_fp_leave`.
+    A thread's seat is 0..n_seats-1, the caller's 0: what it needs alone goes by that. Units run between `hb_fp_enter` and
+    `hb_fp_leave`.
     """
     hb_share(run, what, n_units, n_seats)
 
@@ -54,12 +57,12 @@ def _wanted():
     """What HBKIT_THREADS or else OMP_NUM_THREADS says, else the CPUs that this process may run on."""
     given = os.environ.get("HBKIT_THREADS")
     if given:
-        if not given.isdecimal() or not 1 <= int(given) <= 1024:
-            raise InvalidArgument(f"HBKIT_THREADS is {given!r}", remedy="give a number of threads from 1 to 1024")
+        if not given.isdecimal() or not 1 <= int(given) <= HB_SEATS:
+            raise InvalidArgument(f"HBKIT_THREADS is {given!r}", remedy=f"give a number of threads, 1 to {HB_SEATS}")
         return int(given)
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # torchrun and others speak by it
     if given.isdecimal() and int(given) > 0:
-        return min(int(given), 1024)
+        return min(int(given), HB_SEATS)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cpus, MOST)
 

@@ -6,8 +6,8 @@ gone through at random, rows and sums of the keys that a batch has many times, s
 
 Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size, so
 that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table or its sums, is of
-the piece in which the table begins. A key's numbers are computed by one thread, in the order in which one thread alone
-would, so they do not depend on the pieces.
+the piece in which the table begins. Pieces are the same in all passes, so what one thread has written it will read. A
+key's numbers are computed by one thread, in the order in which one thread alone would: they do not depend on the pieces.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -29,7 +29,10 @@ from hbkit._ext.slabs cimport Lines, New, Slabs, begin, tile
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
-cdef int64_t KEY_NBYTES = 64  # what a key is counted for: a cache line
+# What a key costs in a pass, as bytes that could be moved in the same time:
+cdef int64_t KEY_NBYTES = 64  # to find it, a cache line
+cdef int64_t STAMP_NBYTES = 16
+cdef int64_t NEW_NBYTES = 512
 
 cdef struct Part:  # one table
     const hb_index *index  # NULL where rows are given
@@ -48,7 +51,7 @@ cdef struct Part:  # one table
     const float *given  # rows
     hb_slabs *slabs
     Pair *pairs
-    bint taking_part
+    bint stamped
     const New *new
     int64_t n_new, n_slots
     int64_t *new_keys
@@ -68,7 +71,6 @@ cdef struct Place:  # of a feature, in the order of tables
 cdef struct Group:  # an array that features stand in, during a pass
     float *at
     int64_t stride, n_rows, dim
-    int64_t first, n  # of `features`
 
 
 cdef struct Pass:
@@ -76,8 +78,8 @@ cdef struct Pass:
     Place *places
     Group *groups
     hb_feature *features  # n_features for each seat
-    int64_t n_parts, n_features, n_groups
-    int64_t nbytes, n_units  # all that the units go through
+    int64_t n_parts, n_features, n_groups, n_keys
+    int64_t total, n_units  # keys that the units go through
     # What some passes need:
     int64_t step
     uint32_t *table  # of dedupe, for each seat
@@ -87,16 +89,19 @@ cdef struct Pass:
     int failed
 
 
-cdef void span(const Pass *p, int64_t unit, int64_t before, int64_t n, int64_t nbytes, int64_t *first,
-               int64_t *last) noexcept nogil:
-    """Which of n things, of `nbytes` each and with `before` bytes before them, a unit goes through."""
-    first[0] = min(max(p.nbytes * unit // p.n_units - before, <int64_t>0) // nbytes, n)
-    last[0] = min(max(p.nbytes * (unit + 1) // p.n_units - before, <int64_t>0) // nbytes, n)
-
-
 cdef bint begins(const Pass *p, int64_t unit, int64_t before) noexcept nogil:
-    """Whether what has `before` bytes before it begins in a unit."""
-    return p.nbytes * unit // p.n_units <= before < p.nbytes * (unit + 1) // p.n_units
+    """Whether a table with so many keys before it begins in a unit."""
+    return p.total * unit // p.n_units <= before < p.total * (unit + 1) // p.n_units
+
+
+cdef bint span(const Pass *p, int64_t unit, int64_t before, int64_t n_keys, int64_t n, int64_t *first,
+               int64_t *last) noexcept nogil:
+    """Which of n things, evenly spread over a table's keys, `before` before them, a unit goes through; any at all?"""
+    cdef int64_t begin = p.total * unit // p.n_units - before, end = p.total * (unit + 1) // p.n_units - before
+    if n == 0 or begin >= n_keys or end <= 0:
+        return False
+    first[0], last[0] = max(begin, <int64_t>0) * n // n_keys, min(end, n_keys) * n // n_keys
+    return first[0] < last[0]
 
 
 cdef _refuse(what):
@@ -144,10 +149,6 @@ cdef int64_t room(const Part *part) noexcept nogil:
     return odd(part.u * (2 * part.dim + 1), 16)
 
 
-cdef int64_t line_nbytes(const Part *part) noexcept nogil:
-    return (part.slabs.dim + part.slabs.n_state) * sizeof(float)
-
-
 cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Pass *p = <Pass *>what
     cdef int64_t i, k, before = 0
@@ -161,7 +162,7 @@ cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
                 memset(part.totals, 0, part.u * sizeof(int64_t))
                 for k in range(part.n):
                     part.totals[part.inverse[k]] += part.stands[k]
-        before += part.n * KEY_NBYTES
+        before += part.n
 
 
 cdef void find_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
@@ -170,24 +171,21 @@ cdef void find_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
-        span(p, unit, before, part.u, KEY_NBYTES, &first, &last)
-        before += part.u * KEY_NBYTES
-        if first >= last:
-            continue
-        if part.index != NULL:
-            kernels().index.find(part.index, part.unique + first, last - first, part.slots + first)
-        else:
-            memset(part.slots + first, 0xFF, (last - first) * sizeof(int64_t))
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            if part.index != NULL:
+                kernels().index.find(part.index, part.unique + first, last - first, part.slots + first)
+            else:
+                memset(part.slots + first, 0xFF, (last - first) * sizeof(int64_t))
+        before += part.n
 
 
 cdef void insert_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Pass *p = <Pass *>what
     cdef int64_t i, before = 0
     for i in range(p.n_parts):
-        if p.parts[i].taking_part and p.parts[i].n_new:
-            if begins(p, unit, before):
-                insert(&p.parts[i])
-            before += p.parts[i].n_new * KEY_NBYTES
+        if p.parts[i].n_new and begins(p, unit, before):
+            insert(&p.parts[i])
+        before += p.parts[i].n_new
 
 
 cdef void begin_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
@@ -197,19 +195,15 @@ cdef void begin_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
-        if not part.taking_part:
-            continue
-        span(p, unit, before, part.n_new, line_nbytes(part), &first, &last)
-        before += part.n_new * line_nbytes(part)
-        if first >= last:
-            continue
-        begin(part.new, part.slabs, part.new_slots + first, part.new_keys + first, last - first,
-              <float *>(p.scratch + seat * p.scratch_nbytes))
-        for j in range(first, last):
-            part.slots[part.new_at[j]] = part.new_slots[j]
-        if part.pairs != NULL:
+        if span(p, unit, before, part.n_new, part.n_new, &first, &last):
+            begin(part.new, part.slabs, part.new_slots + first, part.new_keys + first, last - first,
+                  <float *>(p.scratch + seat * p.scratch_nbytes))
             for j in range(first, last):
-                part.pairs[part.new_slots[j]] = Pair(0, 0)
+                part.slots[part.new_at[j]] = part.new_slots[j]
+            if part.pairs != NULL:
+                for j in range(first, last):
+                    part.pairs[part.new_slots[j]] = Pair(0, 0)
+        before += part.n_new
 
 
 cdef void stamp_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
@@ -218,12 +212,9 @@ cdef void stamp_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
-        if not part.taking_part:
-            continue
-        span(p, unit, before, part.u, KEY_NBYTES, &first, &last)
-        before += part.u * KEY_NBYTES
-        if first < last:
+        if part.stamped and span(p, unit, before, part.n, part.u, &first, &last):
             stamp(part.pairs, part.slots + first, last - first, p.step, part.totals + first)
+        before += part.n
 
 
 cdef void locate_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
@@ -232,55 +223,60 @@ cdef void locate_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
-        span(p, unit, before, part.u, KEY_NBYTES, &first, &last)
-        before += part.u * KEY_NBYTES
-        if part.index != NULL:
-            kernels().locate(part.slabs, part.slots + first, last - first, part.rows + first)
-        else:
-            for k in range(first, last):
-                part.rows[k] = part.given + k * part.dim
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            if part.index != NULL:
+                kernels().locate(part.slabs, part.slots + first, last - first, part.rows + first)
+            else:
+                for k in range(first, last):
+                    part.rows[k] = part.given + k * part.dim
+        before += part.n
+
+
+cdef void refer(const Pass *p, int64_t number, hb_feature *to) noexcept nogil:
+    """A feature as the kernels want it."""
+    cdef const Place *place = &p.places[number]
+    cdef const Part *part = &p.parts[place.part]
+    to.at, to.inverse, to.rows = place.at, part.inverse + place.number * part.n_rows, part.rows
+    to.sums, to.blocks = part.sums, part.sums + part.u * part.dim
+    to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
 
 
 cdef void gather_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    """Rows of some features: those that stand in one array together, row by row."""
     cdef Pass *p = <Pass *>what
-    cdef int64_t i, first, last, nbytes, before = 0
-    cdef Group *group
-    for i in range(p.n_groups):
-        group = &p.groups[i]
-        nbytes = group.n * group.dim * sizeof(float)
-        if nbytes == 0:
-            continue
-        span(p, unit, before, group.n_rows, nbytes, &first, &last)
-        before += group.n_rows * nbytes
-        if first < last:
-            kernels().gather_together(p.features + group.first, group.n, first, last, group.dim, group.at,
-                                      group.stride)
-
-
-cdef int64_t pick(const Pass *p, int64_t first, int64_t last, int64_t group, int64_t number,
-                  hb_feature *to) noexcept nogil:
-    """Those of features first..last - 1 that stand in a group's array and are their table's feature of that number."""
-    cdef int64_t i, n = 0
-    cdef const Place *place
-    cdef const Part *part
-    for i in range(first, last):
-        place = &p.places[i]
-        part = &p.parts[place.part]
-        if place.group == group and (number < 0 or place.number == number):
-            to[n].at, to[n].inverse = place.at, part.inverse + place.number * part.n_rows
-            to[n].rows = part.rows
-            to[n].sums, to[n].blocks = part.sums, part.sums + part.u * part.dim
-            to[n].seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
-            n += 1
-    return n
+    cdef int64_t i, n, n_rows, group, first = 0, last = 0, begin, end, before = 0
+    cdef int64_t at = 0, some, start  # the unit's first feature, one past its last, and keys before them
+    cdef hb_feature *features = p.features + seat * p.n_features
+    cdef const Group *to
+    while before + p.parts[p.places[at].part].n_rows <= p.total * unit // p.n_units:
+        before += p.parts[p.places[at].part].n_rows
+        at += 1
+    some, start = at, before
+    while some < p.n_features and before < p.total * (unit + 1) // p.n_units:
+        before += p.parts[p.places[some].part].n_rows
+        some += 1
+    for group in range(p.n_groups):
+        n, before, to = 0, start, &p.groups[group]
+        for i in range(at, some):
+            n_rows = p.parts[p.places[i].part].n_rows
+            if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &begin, &end):
+                if n and (begin != first or end != last):
+                    kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
+                    n = 0
+                first, last = begin, end
+                refer(p, i, &features[n])
+                n += 1
+            before += n_rows
+        if n:
+            kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
 
 
 cdef void sum_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     """Sums of some tables: a table's features one after the other, which is the batch's order."""
     cdef Pass *p = <Pass *>what
-    cdef int64_t i, n, number, first = -1, last = 0, most = 0, before = 0
+    cdef int64_t i, n, number, group, first = -1, last = 0, most = 0, before = 0
     cdef hb_feature *features = p.features + seat * p.n_features
-    cdef Group *group
+    cdef const Group *grads
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
@@ -288,12 +284,15 @@ cdef void sum_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
             memset(part.sums + 2 * part.u * part.dim, 0, part.u * sizeof(int32_t))
             first = part.feature if first < 0 else first
             last, most = part.feature + part.n_features, max(most, part.n_features)
-        before += part.n * part.dim * <int64_t>sizeof(float)
+        before += part.n
     for number in range(most):
-        for i in range(p.n_groups):
-            group = &p.groups[i]
-            n = pick(p, first, last, i, number, features)
-            if n and not kernels().sum_together(features, n, group.n_rows, group.dim, group.at, group.stride):
+        for group in range(p.n_groups):
+            n, grads = 0, &p.groups[group]
+            for i in range(first, last):
+                if p.places[i].group == group and p.places[i].number == number:
+                    refer(p, i, &features[n])
+                    n += 1
+            if n and not kernels().sum_together(features, n, grads.n_rows, grads.dim, grads.at, grads.stride):
                 HB_SET(&p.failed)
 
 
@@ -307,18 +306,16 @@ cdef void finish_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     memset(&feature, 0, sizeof(hb_feature))
     for i in range(p.n_parts):
         part = &p.parts[i]
-        span(p, unit, before, part.u, part.dim * sizeof(float), &first, &last)
-        before += part.u * part.dim * <int64_t>sizeof(float)
-        if first >= last:
-            continue
-        feature.sums, feature.blocks = part.sums + first * part.dim, part.sums + (part.u + first) * part.dim
-        kernels().finish_sums(&feature, part.counts + first, last - first, part.dim)
-        if p.scratch != NULL:
-            update = part.update
-            update.slots, update.keys = part.slots + first, part.unique + first
-            update.g.values, update.g.n_segments = feature.sums, last - first
-            update.scratch = p.scratch + seat * p.scratch_nbytes
-            kernels().apply(part.slabs, &update)
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            feature.sums, feature.blocks = part.sums + first * part.dim, part.sums + (part.u + first) * part.dim
+            kernels().finish_sums(&feature, part.counts + first, last - first, part.dim)
+            if p.scratch != NULL:
+                update = part.update
+                update.slots, update.keys = part.slots + first, part.unique + first
+                update.g.values, update.g.n_segments = feature.sums, last - first
+                update.scratch = p.scratch + seat * p.scratch_nbytes
+                kernels().apply(part.slabs, &update)
+        before += part.n
 
 
 cdef class Together:
@@ -377,6 +374,7 @@ cdef class Together:
             if part.n_rows < 1 or n == 0 or n % part.n_rows or n >= MOST or f + n // part.n_rows > p.n_features:
                 _refuse(f"{n} keys in {part.n_rows} rows")
             part.n, part.feature, part.n_features, part.keys = n, f, n // part.n_rows, &some[0]
+            p.n_keys += n
             if stands is not None:
                 some = stands[i]
                 if some.shape[0] != n:
@@ -422,7 +420,7 @@ cdef class Together:
             k += odd(columns * n + 1, 8)
 
     cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int bits):
-        cdef int64_t i, n_seats, nbytes = 0
+        cdef int64_t i
         cdef int64_t *at = &wide[0]
         cdef int32_t *inverse = &narrow[0]
         cdef uint32_t[::1] table
@@ -434,16 +432,11 @@ cdef class Together:
             part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
             at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
             inverse += odd(part.n, 16)
-            nbytes += part.n * KEY_NBYTES
-        n_seats = min(min(self.n_seats, self.p.n_parts), pieces(nbytes))
-        table = retained((n_seats << bits,), np.uint32)
+        table = retained((min(self.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
         self.p.table, self.p.bits = &table[0], bits
         with nogil:
-            self._pass(dedupe_unit, nbytes, n_seats)
-            nbytes = 0
-            for i in range(self.p.n_parts):
-                nbytes += self.p.parts[i].u * KEY_NBYTES
-            self._pass(find_unit, nbytes, self.n_seats)
+            self._pass(dedupe_unit, self.p.n_keys, KEY_NBYTES)
+            self._pass(find_unit, self.p.n_keys, KEY_NBYTES)
 
     def __dealloc__(self):
         free(self.p.parts)
@@ -451,10 +444,10 @@ cdef class Together:
         free(self.p.features)
         free(self.p.groups)
 
-    cdef void _pass(self, Unit unit, int64_t nbytes, int64_t n_seats) noexcept nogil:
-        """Go through all tables, which are of so many bytes to a unit."""
-        self.p.nbytes, self.p.n_units = nbytes, pieces(nbytes)
-        share(unit, &self.p, self.p.n_units, n_seats)
+    cdef void _pass(self, Unit unit, int64_t n_keys, int64_t nbytes) noexcept nogil:
+        """Go through so many keys of all tables, each of which takes about so many bytes."""
+        self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
+        share(unit, &self.p, self.p.n_units, self.n_seats)
 
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
@@ -492,14 +485,6 @@ cdef class Together:
             found.append(n)
         return found
 
-    cdef void _only(self, list numbers):
-        """The tables of these numbers take part in the next pass."""
-        cdef int64_t i
-        for i in range(self.p.n_parts):
-            self.p.parts[i].taking_part = False
-        for i in numbers:
-            self.p.parts[i].taking_part = True
-
     def make(self, list numbers):
         """Make rows of the absent keys of the tables of these numbers, as each has room for them.
 
@@ -510,7 +495,7 @@ cdef class Together:
         list of int64[m]
             Slots of each table's new rows.
         """
-        cdef int64_t i, total = 0, at = 0, nbytes = 0
+        cdef int64_t i, total = 0, at = 0
         cdef bint failed = False
         cdef Index index
         cdef Slabs slabs
@@ -532,6 +517,8 @@ cdef class Together:
         slots, fresh = &wide[0], &narrow[0]
         made = []
         p.scratch_nbytes = 0
+        for i in range(p.n_parts):
+            p.parts[i].n_new = 0
         for i in numbers:
             index, slabs, metadata, lines = self.tables[i]
             part = &p.parts[i]
@@ -543,21 +530,19 @@ cdef class Together:
             part.new_keys, part.new_at = slots + total + at, slots + 2 * total + at
             made.append(array[at:at + part.n_new])
             p.scratch_nbytes, at = max(p.scratch_nbytes, tile(&slabs.s) * <int64_t>sizeof(float)), at + part.n_new
-            nbytes += part.n_new * line_nbytes(part)
-        self._only(numbers)
         p.scratch = <char *>allocate(self.n_seats * p.scratch_nbytes)
         if p.scratch == NULL:
             raise MemoryError("no memory for new rows")
         with nogil:
-            self._pass(insert_unit, total * KEY_NBYTES, self.n_seats)
+            self._pass(insert_unit, total, KEY_NBYTES)
             for i in range(p.n_parts):
-                failed |= p.parts[i].taking_part and p.parts[i].failed
+                failed |= p.parts[i].n_new != 0 and p.parts[i].failed
             if not failed:
-                self._pass(begin_unit, nbytes, self.n_seats)
+                self._pass(begin_unit, total, NEW_NBYTES)
             else:
                 for i in range(p.n_parts):
                     part = &p.parts[i]
-                    if part.taking_part and part.n_new and not part.failed:
+                    if part.n_new and not part.failed:
                         kernels().index.take_back(<hb_index *>part.index, part.new_keys, part.n_new, part.is_new,
                                                   part.n_slots)
             free(p.scratch)
@@ -567,20 +552,20 @@ cdef class Together:
 
     def stamp(self, list numbers, int64_t step):
         """`Metadata.stamp` of the tables of these numbers: each key's count is added."""
-        cdef int64_t i, nbytes = 0
+        cdef int64_t i
         cdef Metadata metadata
         cdef Part *part
+        for i in range(self.p.n_parts):
+            self.p.parts[i].stamped = False
         for i in numbers:
             part, metadata = &self.p.parts[i], self.tables[i][2]
             if not within(part.slots, part.u, metadata.n):
                 _refuse("a slot is outside the metadata")
             metadata.stamped(step)
-            part.pairs = metadata.at if metadata.kept else NULL
-            nbytes += part.u * KEY_NBYTES
-        self._only(numbers)
+            part.pairs, part.stamped = metadata.at if metadata.kept else NULL, True
         self.p.step = step
         with nogil:
-            self._pass(stamp_unit, nbytes, self.n_seats)
+            self._pass(stamp_unit, self.p.n_keys, STAMP_NBYTES)
 
     cdef int _check(self, list arrays) except -1:
         """Whether arrays hold their features; `groups` are made of them but for where they lie."""
@@ -598,7 +583,7 @@ cdef class Together:
             if array.shape[0] != part.n_rows or place.at + part.dim > array.shape[1] or group.dim not in (0, part.dim):
                 _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {part.n_rows} rows of {part.dim}")
             group.at, group.stride = <float *>&array[0, 0], array.shape[1]
-            group.n_rows, group.dim, group.n = part.n_rows, part.dim, group.n + 1
+            group.n_rows, group.dim = part.n_rows, part.dim
         return 0
 
     def gather(self, list outs, list rows=None):
@@ -607,18 +592,16 @@ cdef class Together:
         rows : list of float32[u, dim]
             For each table, those of its distinct keys, where they are given.
         """
-        cdef int64_t i, n_keys = 0, nbytes = 0, n = 0
+        cdef int64_t i
         cdef float[:, ::1] out
         cdef const float[:, ::1] given
         cdef Slabs slabs
-        cdef Pass *p = &self.p
         cdef Part *part
         self._check(outs)
-        for i in range(p.n_groups):
-            out = outs[i]  # which is writable
-        for i in range(p.n_parts):
-            part = &p.parts[i]
-            n_keys += part.u
+        for out in outs:  # all of them are writable
+            pass
+        for i in range(self.p.n_parts):
+            part = &self.p.parts[i]
             if part.index == NULL:
                 given = rows[i]
                 if given.shape[0] != part.u or given.shape[1] != part.dim:
@@ -629,12 +612,15 @@ cdef class Together:
             if not within(part.slots, part.u, slabs.capacity):
                 _refuse("a slot is outside the lines")
         with nogil:
-            self._pass(locate_unit, n_keys * KEY_NBYTES, self.n_seats)
-            for i in range(p.n_groups):
-                p.groups[i].first = n
-                n += pick(p, 0, p.n_features, i, -1, p.features + n)
-                nbytes += p.groups[i].n_rows * p.groups[i].n * p.groups[i].dim * <int64_t>sizeof(float)
-            self._pass(gather_unit, nbytes, self.n_seats)
+            self._pass(locate_unit, self.p.n_keys, STAMP_NBYTES)
+            self._pass(gather_unit, self.p.n_keys, self._row_nbytes())
+
+    cdef int64_t _row_nbytes(self) noexcept nogil:
+        """Of the rows of all features' keys, on average."""
+        cdef int64_t i, nbytes = 0
+        for i in range(self.p.n_parts):
+            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
+        return nbytes // max(self.p.n_keys, <int64_t>1)
 
     def sum(self, list grads):
         """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply` or `sums`.
@@ -648,7 +634,7 @@ cdef class Together:
         -----
         The additions are those of `hbkit._ext.segment.segment_sum`.
         """
-        cdef int64_t i, total = 0, nbytes = 0
+        cdef int64_t i, total = 0
         cdef float[::1] sums
         cdef float *at
         cdef Part *part
@@ -662,10 +648,9 @@ cdef class Together:
             part = &self.p.parts[i]
             part.sums = at
             at += room(part)
-            nbytes += part.n * part.dim * <int64_t>sizeof(float)
         self.p.failed = False
         with nogil:
-            self._pass(sum_unit, nbytes, self.n_seats)
+            self._pass(sum_unit, self.p.n_keys, self._row_nbytes())
         return not self.p.failed
 
     def sums(self):
@@ -686,11 +671,9 @@ cdef class Together:
         return found
 
     cdef _finish(self):
-        cdef int64_t i, nbytes = 0
-        for i in range(self.p.n_parts):
-            nbytes += self.p.parts[i].u * self.p.parts[i].dim * <int64_t>sizeof(float)
+        cdef int64_t i
         with nogil:
-            self._pass(finish_unit, nbytes, self.n_seats)
+            self._pass(finish_unit, self.p.n_keys, self._row_nbytes())
         for i in range(self.p.n_parts):
             self.p.parts[i].sums = NULL
 
