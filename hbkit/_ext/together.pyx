@@ -80,6 +80,7 @@ cdef struct Pass:
     hb_feature *features  # n_features for each seat
     int64_t n_parts, n_features, n_groups, n_keys
     int64_t total, n_units  # keys that the units go through
+    int64_t n_cuts  # units that share the rows of some features
     # What some passes need:
     int64_t step
     uint32_t *table  # of dedupe, for each seat
@@ -241,9 +242,10 @@ cdef void refer(const Pass *p, int64_t number, hb_feature *to) noexcept nogil:
     to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
 
 
-cdef void gather_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
     """Rows of some features: those that stand in one array together, row by row."""
     cdef Pass *p = <Pass *>what
+    cdef int64_t unit = number // p.n_cuts, cut = number % p.n_cuts
     cdef int64_t i, n, n_rows, group, first = 0, last = 0, begin, end, before = 0
     cdef int64_t at = 0, some, start  # the unit's first feature, one past its last, and keys before them
     cdef hb_feature *features = p.features + seat * p.n_features
@@ -260,6 +262,7 @@ cdef void gather_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
         for i in range(at, some):
             n_rows = p.parts[p.places[i].part].n_rows
             if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &begin, &end):
+                begin, end = begin + (end - begin) * cut // p.n_cuts, begin + (end - begin) * (cut + 1) // p.n_cuts
                 if n and (begin != first or end != last):
                     kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
                     n = 0
@@ -449,6 +452,20 @@ cdef class Together:
         self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
         share(unit, &self.p, self.p.n_units, self.n_seats)
 
+    cdef void _pass_of_rows(self, Unit unit, bint cut) noexcept nogil:
+        """Go through the rows of all features. `cut`: where there are more units than features, they are cut too.
+
+        The CPU gets cache lines by twos, so that where rows are one line, features are gone through by twos at least.
+        """
+        cdef int64_t i, nbytes = 0, width = 0, n
+        for i in range(self.p.n_parts):
+            width += self.p.parts[i].n_features * self.p.parts[i].dim * <int64_t>sizeof(float)
+            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
+        n, self.p.total = pieces(nbytes), self.p.n_keys
+        self.p.n_units = max(min(n, width // 128), <int64_t>1)
+        self.p.n_cuts = n // self.p.n_units if cut else 1
+        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.n_seats)
+
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
         cdef Part *part = self._part(number)
@@ -613,14 +630,7 @@ cdef class Together:
                 _refuse("a slot is outside the lines")
         with nogil:
             self._pass(locate_unit, self.p.n_keys, STAMP_NBYTES)
-            self._pass(gather_unit, self.p.n_keys, self._row_nbytes())
-
-    cdef int64_t _row_nbytes(self) noexcept nogil:
-        """Of the rows of all features' keys, on average."""
-        cdef int64_t i, nbytes = 0
-        for i in range(self.p.n_parts):
-            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
-        return nbytes // max(self.p.n_keys, <int64_t>1)
+            self._pass_of_rows(gather_unit, True)
 
     def sum(self, list grads):
         """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply` or `sums`.
@@ -650,7 +660,7 @@ cdef class Together:
             at += room(part)
         self.p.failed = False
         with nogil:
-            self._pass(sum_unit, self.p.n_keys, self._row_nbytes())
+            self._pass_of_rows(sum_unit, False)
         return not self.p.failed
 
     def sums(self):
@@ -673,7 +683,7 @@ cdef class Together:
     cdef _finish(self):
         cdef int64_t i
         with nogil:
-            self._pass(finish_unit, self.p.n_keys, self._row_nbytes())
+            self._pass_of_rows(finish_unit, False)
         for i in range(self.p.n_parts):
             self.p.parts[i].sums = NULL
 
