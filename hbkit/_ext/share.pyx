@@ -19,12 +19,12 @@ cdef extern from "pthread.h" nogil:
 cdef int64_t MOST = 16     # threads, where nobody says how many: a socket's memory gives no more
 cdef int64_t LEAST = 128 << 10  # bytes a unit: waking a thread costs as much as moving some tens of KiB
 cdef int64_t EACH = 4      # units a thread: none waits long for another, and what a unit needs stays in the cache
-cdef int64_t _n_threads = 1
+cdef int64_t _n_threads = 1, _least = LEAST
 
 
 cdef int64_t pieces(int64_t nbytes) noexcept nogil:
     """Units to cut a pass over so many bytes into: 1 where other threads would not make it faster."""
-    cdef int64_t n = max(<int64_t>1, min(nbytes // LEAST, EACH * _n_threads))
+    cdef int64_t n = max(<int64_t>1, min(nbytes // _least, EACH * _n_threads))
     return n if n < _n_threads else n // _n_threads * _n_threads  # as many for each
 
 
@@ -47,10 +47,13 @@ def n_threads():
     return _n_threads
 
 
-def use(int64_t n):
-    """Let calls of this process use n threads; for tests and benchmarks."""
-    global _n_threads
-    _n_threads = n
+def use(int64_t n, int64_t nbytes=LEAST):
+    """Let later calls of this process use n threads, units being of `nbytes` bytes or more; for tests and benchmarks.
+
+    Nothing may be at work meanwhile.
+    """
+    global _n_threads, _least
+    _n_threads, _least = n, nbytes
 
 
 def _wanted():
