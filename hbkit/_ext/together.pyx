@@ -32,6 +32,7 @@ cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
 # What a key costs in a pass, as bytes that could be moved in the same time:
 cdef int64_t KEY_NBYTES = 64  # to find it, a cache line
 cdef int64_t STAMP_NBYTES = 16
+cdef int64_t LOCATE_NBYTES = 8
 cdef int64_t NEW_NBYTES = 512
 
 cdef struct Part:  # one table
@@ -551,7 +552,7 @@ cdef class Together:
         if p.scratch == NULL:
             raise MemoryError("no memory for new rows")
         with nogil:
-            self._pass(insert_unit, total, KEY_NBYTES)
+            self._pass(insert_unit, total, NEW_NBYTES)
             for i in range(p.n_parts):
                 failed |= p.parts[i].n_new != 0 and p.parts[i].failed
             if not failed:
@@ -629,7 +630,7 @@ cdef class Together:
             if not within(part.slots, part.u, slabs.capacity):
                 _refuse("a slot is outside the lines")
         with nogil:
-            self._pass(locate_unit, self.p.n_keys, STAMP_NBYTES)
+            self._pass(locate_unit, self.p.n_keys, LOCATE_NBYTES)
             self._pass_of_rows(gather_unit, True)
 
     def sum(self, list grads):
