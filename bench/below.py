@@ -23,10 +23,11 @@ from collections.abc import Callable
 import numpy as np
 
 from hbkit._ext.segment import retained
+from hbkit._ext.share import n_threads
 from hbkit.embedding import Adam, Table
+from hbkit.parquet.threads import Threads
 from hbkit.store import host_memory
 from hbkit.store.base import Chunk
-from hbkit.store.threads import shared
 
 PART_NBYTES = 2**24
 
@@ -52,6 +53,7 @@ def main() -> None:
     lines[:], other[:] = 1, 1
     freq, last_step = np.ones(n, np.int64), np.full(n, 2)
     at, part = np.arange(n), max(1, PART_NBYTES // (4 * width))
+    threads = Threads(n_threads())
     parts = [slice(first, min(n, first + part)) for first in range(0, n, part)]
 
     def leased() -> object:
@@ -60,7 +62,8 @@ def main() -> None:
     def copy() -> None:
         for p in parts:
             near, far = lines[p], other[p]
-            shared(lambda s, near=near, far=far: np.copyto(near[s], far[s]), len(near), 4 * width)
+            cuts = [slice(len(near) * i // 8, len(near) * (i + 1) // 8) for i in range(8)]
+            threads.each(lambda s, near=near, far=far: np.copyto(near[s], far[s]), cuts)
 
     def read() -> None:
         lease = leased()

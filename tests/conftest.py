@@ -48,6 +48,16 @@ def run_again(command, env, file, marks, select, tmp_path):
 
 
 @pytest.fixture
+def shared_by():
+    """``shared_by(n)``: let n threads share calls into the core from now on, however little they have to do."""
+    from hbkit._ext import share
+
+    before = share.n_threads()
+    yield lambda n: share.use(n, 1)
+    share.use(before)
+
+
+@pytest.fixture
 def in_simulator(tmp_path):
     """``in_simulator(__file__)``: run a test file in a process where Numba simulates CUDA, which must pass.
 

@@ -11,9 +11,24 @@ import numpy as np
 from hbkit._ext import pool
 from hbkit._ext.isa cimport HB_PAGE, hb_index, hb_mix64, kernels
 from hbkit._ext.pool cimport countdown
+from hbkit._ext.share cimport pieces, seats, share
 from hbkit.errors import InvalidArgument
 
 MAX_SLOTS = 0xFFFFFFFE
+cdef int64_t NBYTES = 64  # what a key that is looked for costs: a cache line
+
+cdef struct Finding:
+    const hb_index *index
+    const int64_t *keys
+    int64_t *slots
+    int64_t n, n_units
+
+
+cdef void find_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Finding *f = <Finding *>what
+    cdef int64_t first = f.n * unit // f.n_units, last = f.n * (unit + 1) // f.n_units
+    kernels().index.find(f.index, f.keys + first, last - first, f.slots + first)
+
 
 cdef _take(int64_t n, dtype):
     """An array of n elements from the shared pool, of any content."""
@@ -122,10 +137,12 @@ cdef class Index:
         """
         cdef int64_t n = keys.shape[0]
         out = _out(out, n, np.int64)
-        cdef int64_t *to = _int64s(out)
+        cdef Finding f
+        f.index, f.slots, f.n, f.n_units = &self.index, _int64s(out), n, pieces(n * NBYTES)
         if n:
+            f.keys = &keys[0]
             with nogil:
-                kernels().index.find(&self.index, &keys[0], n, to)
+                share(find_unit, &f, f.n_units, seats(f.n_units))
         return out
 
     def find_or_insert(self, const int64_t[::1] keys, out=None, is_new=None):

@@ -64,7 +64,9 @@ struct hb_region {
 
 static void *grab(hb_index *t, size_t align, size_t nbytes) {
     void *p;
-    if (t->countdown && *t->countdown > 0 && --*t->countdown == 0) return NULL;
+    if (t->countdown && __atomic_load_n(t->countdown, __ATOMIC_RELAXED) > 0 &&
+        __atomic_sub_fetch(t->countdown, 1, __ATOMIC_RELAXED) == 0)
+        return NULL;
     if (posix_memalign(&p, align, nbytes) != 0) return NULL;
     t->nbytes += (int64_t)nbytes;
     return p;

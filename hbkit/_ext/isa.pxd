@@ -153,7 +153,8 @@ cdef extern from "kernels.h" nogil:
         const hb_indexers *index
         const hb_wires *wire
         void (*locate)(const hb_slabs *, const int64_t *, int64_t, const float **) noexcept nogil
-        void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, float *, int64_t) noexcept nogil
+        void (*gather_together)(const hb_feature *, int64_t, int64_t, int64_t, int64_t, float *,
+                                int64_t) noexcept nogil
         int (*sum_together)(const hb_feature *, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
         void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil
         void (*read_lines)(const hb_slabs *, const int64_t *, int64_t, float *) noexcept nogil

@@ -103,14 +103,14 @@ INLINE void fetch_near(const void *p, int64_t nbytes) {
 INLINE int64_t rows_ahead(int64_t n_features) { return 1 + 24 / n_features; }
 
 /* Row after row, so that what is written comes in order; the tables' hot rows stay in the cache. */
-INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim,
+INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t first, int64_t last, int64_t dim,
                                float *restrict out, int64_t stride) {
     int64_t d = rows_ahead(n_features);
-    for (int64_t b = 0; b < n_rows; b++)
+    for (int64_t b = first; b < last; b++)
         for (int64_t k = 0; k < n_features; k++) {
             const float *row = f[k].rows[f[k].inverse[b]];
             float *to = out + b * stride + f[k].at;
-            if (b + d < n_rows) fetch_near(f[k].rows[f[k].inverse[b + d]], dim * 4); /* of NULL, it does nothing */
+            if (b + d < last) fetch_near(f[k].rows[f[k].inverse[b + d]], dim * 4); /* of NULL, it does nothing */
             if (row)
                 memcpy(to, row, (size_t)dim * sizeof(float));
             else
@@ -118,9 +118,9 @@ INLINE void gather_together_as(const hb_feature *f, int64_t n_features, int64_t 
         }
 }
 
-static void gather_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *restrict out,
-                            int64_t stride) {
-#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, n_rows, dim, out, stride); break
+static void gather_together(const hb_feature *f, int64_t n_features, int64_t first, int64_t last, int64_t dim,
+                            float *restrict out, int64_t stride) {
+#define GATHER_TOGETHER(dim) gather_together_as(f, n_features, first, last, dim, out, stride); break
     BY_DIM(dim, GATHER_TOGETHER)
 }
 

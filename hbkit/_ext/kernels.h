@@ -152,8 +152,8 @@ typedef struct {
     const hb_wires *wire;     /* of wire_kernel.c */
     /* Rows (float32) of slots, NULL where they are below 0. */
     void (*locate)(const hb_slabs *s, const int64_t *slots, int64_t n, const float **rows);
-    /* For rows b and features k: out[b * stride + f[k].at ...] = its row; zeros where there is none. */
-    void (*gather_together)(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, float *out,
+    /* For rows b in [first, last) and features k: out[b * stride + f[k].at ...] = its row; zeros where there is none. */
+    void (*gather_together)(const hb_feature *f, int64_t n_features, int64_t first, int64_t last, int64_t dim, float *out,
                             int64_t stride);
     /* The other way: grads[b * stride + f[k].at ...] is added to sum number f[k].inverse[b]. In the end `finish` takes
      * its blocks together. 0 where a value is not finite. */

@@ -10,6 +10,7 @@ from libc.stdlib cimport free, realloc
 import numpy as np
 
 from hbkit._ext.pool cimport fails
+from hbkit._ext.share cimport HB_ADD, Unit, pieces, seats, share
 from hbkit.errors import InvalidArgument
 
 cdef extern from *:
@@ -23,6 +24,7 @@ cdef extern from "sys/mman.h" nogil:
 
 cdef uint32_t MOST = 0xFFFFFFFF
 cdef int64_t AHEAD = 32
+cdef int64_t NBYTES = 16  # bytes that could be moved in the time that a slot takes
 cdef uintptr_t HUGE = 2 << 20
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
 
@@ -46,6 +48,47 @@ cdef int64_t stamp(Pair *at, const int64_t *slots, int64_t n, int64_t step, cons
                 pair.freq = _clip(pair.freq + counts[i])
             pair.last_step = now
     return absent
+
+
+cdef struct Call:  # what the units of a call need, each for slots n * unit // n_units and so on
+    Pair *at
+    const int64_t *slots
+    const int64_t *counts
+    int64_t *freq
+    int64_t *last_step
+    int64_t n, n_units, step, absent
+
+
+cdef void run(Unit unit, Call *c) noexcept nogil:
+    c.n_units = min(pieces(c.n * NBYTES), c.n)
+    share(unit, c, c.n_units, seats(c.n_units))
+
+
+cdef void stamp_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    HB_ADD(&c.absent, stamp(c.at, c.slots + first, last - first, c.step,
+                            c.counts + first if c.counts != NULL else NULL))
+
+
+cdef void put_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t i, last = c.n * (unit + 1) // c.n_units
+    for i in range(c.n * unit // c.n_units, last):
+        if c.slots[i] >= 0:
+            if i + AHEAD < last and c.slots[i + AHEAD] >= 0:
+                HB_PREFETCH(&c.at[c.slots[i + AHEAD]])
+            c.at[c.slots[i]] = Pair(_clip(c.freq[i]), _clip(c.last_step[i]))
+
+
+cdef void get_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t i, last = c.n * (unit + 1) // c.n_units
+    for i in range(c.n * unit // c.n_units, last):
+        if i + AHEAD < last:
+            HB_PREFETCH(&c.at[c.slots[i + AHEAD]])
+        c.freq[i] = c.at[c.slots[i]].freq
+        c.last_step[i] = c.at[c.slots[i]].last_step
 
 
 cdef class Metadata:
@@ -137,14 +180,17 @@ cdef class Metadata:
         int
             Slots that were -1.
         """
-        cdef int64_t n = slots.shape[0], absent = 0
+        cdef int64_t n = slots.shape[0]
+        cdef Call c
         self._check(slots, n if counts is None else counts.shape[0], -1)
         self.stamped(step)
-        if n:
-            with nogil:
-                absent = stamp(self.at if self.kept else NULL, &slots[0], n, step,
-                               NULL if counts is None else &counts[0])
-        return absent
+        if n == 0:
+            return 0
+        c.at, c.slots, c.n, c.step, c.absent = self.at if self.kept else NULL, &slots[0], n, step, 0
+        c.counts = NULL if counts is None else &counts[0]
+        with nogil:
+            run(stamp_unit, &c)
+        return c.absent
 
     cdef void stamped(self, int64_t step) noexcept:
         """Rows are being stamped with `step`."""
@@ -154,6 +200,7 @@ cdef class Metadata:
         """Write both numbers of slots, clipped to what is held; -1 is skipped."""
         cdef int64_t i, n = slots.shape[0]
         cdef uint32_t latest = self.latest_step
+        cdef Call c
         self._check(slots, freq.shape[0], -1)
         self._check(slots, last_step.shape[0], -1)
         with nogil:
@@ -161,10 +208,10 @@ cdef class Metadata:
                 if slots[i] < 0:
                     continue
                 latest = max(latest, _clip(last_step[i]))
-                if self.kept:
-                    if i + AHEAD < n and slots[i + AHEAD] >= 0:
-                        HB_PREFETCH(&self.at[slots[i + AHEAD]])
-                    self.at[slots[i]] = Pair(_clip(freq[i]), _clip(last_step[i]))
+        if n and self.kept:
+            c.at, c.slots, c.n, c.freq, c.last_step = self.at, &slots[0], n, <int64_t *>&freq[0], <int64_t *>&last_step[0]
+            with nogil:
+                run(put_unit, &c)
         self.latest_step = max(self.latest_step, latest)
 
     def stamped_after(self, int64_t step, uint64_t[::1] bits):
@@ -186,19 +233,16 @@ cdef class Metadata:
 
     def get(self, const int64_t[::1] slots, out=None):
         """Frequency and last step of slots (all >= 0): (int64[n], int64[n]), in the two arrays of `out` if given."""
-        cdef int64_t i, n = slots.shape[0]
+        cdef int64_t n = slots.shape[0]
         freq_, last_step_ = (np.empty(n, np.int64), np.empty(n, np.int64)) if out is None else out
         cdef int64_t[::1] freq = freq_, last_step = last_step_
+        cdef Call c
         self._check(slots, freq.shape[0], 0)
         self._check(slots, last_step.shape[0], 0)
-        with nogil:
-            for i in range(n):
-                if self.kept:
-                    if i + AHEAD < n:
-                        HB_PREFETCH(&self.at[slots[i + AHEAD]])
-                    freq[i] = self.at[slots[i]].freq
-                    last_step[i] = self.at[slots[i]].last_step
-                else:
-                    freq[i] = 0
-                    last_step[i] = self.latest_step
+        if n and self.kept:
+            c.at, c.slots, c.n, c.freq, c.last_step = self.at, &slots[0], n, &freq[0], &last_step[0]
+            with nogil:
+                run(get_unit, &c)
+        elif n:
+            freq[:], last_step[:] = 0, self.latest_step
         return freq_, last_step_

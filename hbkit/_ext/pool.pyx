@@ -31,8 +31,12 @@ cdef extern from *:
     #else
     #define HB_TRIM() 0
     #endif
+    /* Of the allocations of several threads, one fails. */
+    #define HB_FAILS(left) \
+        (__atomic_load_n(left, __ATOMIC_RELAXED) > 0 && __atomic_sub_fetch(left, 1, __ATOMIC_RELAXED) == 0)
     """
     int HB_TRIM() nogil
+    bint HB_FAILS(int64_t *left) nogil
 
 cdef int64_t _countdown = 0
 
@@ -49,11 +53,7 @@ cdef int64_t *countdown() noexcept nogil:
 
 cdef bint fails() noexcept nogil:
     """Whether the allocation that is about to be made is the one that a test wants to fail."""
-    global _countdown
-    if _countdown > 0:
-        _countdown -= 1
-        return _countdown == 0
-    return False
+    return HB_FAILS(&_countdown)
 
 
 cdef void *allocate(size_t nbytes) noexcept nogil:
@@ -70,7 +70,7 @@ def fail_allocation(int64_t nth):
         How many allocations the failure that was asked for before was still away; 0 if it has come.
     """
     global _countdown
-    left, _countdown = _countdown, nth
+    left, _countdown = max(_countdown, 0), nth
     return left
 
 

@@ -5,8 +5,10 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport hb_fp_enter, hb_fp_leave, hb_fp_state, kernels
+from hbkit._ext.isa cimport hb_gradients, kernels
 from hbkit._ext.pool import shared
+
+from hbkit._ext.share cimport pieces, seats, share
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # positions and segments: they are sorted as int32
@@ -49,6 +51,54 @@ def row_ids(const int64_t[::1] splits):
     return out
 
 
+cdef struct Call:  # what the units of a call need, each for rows n * unit // n_units and so on
+    const float *rows
+    const int64_t *index
+    const int64_t *splits
+    const float *weight
+    const float *row_scale
+    const hb_gradients *g
+    float *out
+    int64_t n, dim, n_units
+
+
+cdef void pool_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    kernels().pool(c.rows, c.index, c.splits + first, c.weight, c.row_scale + first if c.row_scale != NULL else NULL,
+                   last - first, c.dim, c.out + first * c.dim)
+
+
+cdef void expand_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    kernels().expand(c.rows, c.index + first, last - first, c.dim, c.out + first * c.dim)
+
+
+cdef void sum_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef hb_gradients g = c.g[0]
+    cdef int64_t first = first_of(&g, unit, c.n_units), last = first_of(&g, unit + 1, c.n_units)
+    g.starts += first
+    g.n_segments = last - first
+    kernels().segment_sum(&g, c.out + first * c.dim)
+
+
+cdef int64_t first_of(const hb_gradients *g, int64_t part, int64_t n_parts) noexcept nogil:
+    """The first segment of one of several parts, which have about as much to do as each other."""
+    cdef int64_t low = 0, high = g.n_segments, middle, before
+    if g.order == NULL:
+        return high * part // n_parts
+    before = g.starts[0] + (g.starts[high] - g.starts[0] + high) * part // n_parts  # a segment costs a term more
+    while low < high:
+        middle = (low + high) // 2
+        if g.starts[middle] + middle < before:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 def pool(const float[:, ::1] rows, const int64_t[::1] inverse, const int64_t[::1] splits, float[:, ::1] out,
          const float[::1] weight=None, const float[::1] row_scale=None):
     """Weighted sums of rows: ``out[b] = row_scale[b] * sum(weight[p] * rows[inverse[p]])`` over p in row b's splits.
@@ -63,7 +113,7 @@ def pool(const float[:, ::1] rows, const int64_t[::1] inverse, const int64_t[::1
     row_scale : float32[b] or None (all 1)  IN
     """
     cdef int64_t dim = rows.shape[1], n_out = splits.shape[0] - 1
-    cdef hb_fp_state fp
+    cdef Call c
     if out.shape[0] != n_out or out.shape[1] != dim:
         _refuse(f"out has shape {out.shape[0], out.shape[1]}, not {n_out, dim}")
     if weight is not None and weight.shape[0] != inverse.shape[0]:
@@ -74,12 +124,14 @@ def pool(const float[:, ::1] rows, const int64_t[::1] inverse, const int64_t[::1
         _refuse("splits or inverse reach outside their arrays")
     if n_out == 0 or dim == 0:
         return
+    c.rows = &rows[0, 0] if rows.shape[0] else NULL
+    c.index, c.splits = &inverse[0] if inverse.shape[0] else NULL, &splits[0]
+    c.weight = &weight[0] if weight is not None and weight.shape[0] else NULL
+    c.row_scale = &row_scale[0] if row_scale is not None else NULL
+    c.out, c.n, c.dim = &out[0, 0], n_out, dim
+    c.n_units = min(pieces(inverse.shape[0] * dim * sizeof(float)), n_out)
     with nogil:
-        fp = hb_fp_enter()
-        kernels().pool(&rows[0, 0] if rows.shape[0] else NULL, &inverse[0] if inverse.shape[0] else NULL, &splits[0],
-                       &weight[0] if weight is not None and weight.shape[0] else NULL,
-                       &row_scale[0] if row_scale is not None else NULL, n_out, dim, &out[0, 0])
-        hb_fp_leave(fp)
+        share(pool_unit, &c, c.n_units, seats(c.n_units))
 
 
 def retained(shape, dtype=np.float32):
@@ -99,11 +151,14 @@ def expand(const float[:, ::1] rows, const int64_t[::1] index, out=None):
     if out is None:
         out = retained((n, dim))
     cdef float[:, ::1] to = out
+    cdef Call c
     if to.shape[0] != n or to.shape[1] != dim or not in_range(index, rows.shape[0]):
         _refuse("index reaches outside the rows, or out has another shape than its rows")
     if n and dim:
+        c.rows, c.index, c.out, c.n, c.dim = &rows[0, 0], &index[0], &to[0, 0], n, dim
+        c.n_units = min(pieces(n * dim * sizeof(float)), n)
         with nogil:
-            kernels().expand(&rows[0, 0], &index[0], n, dim, &to[0, 0])
+            share(expand_unit, &c, c.n_units, seats(c.n_units))
     return out
 
 
@@ -195,6 +250,10 @@ cdef class Gradients:
         """Of the sums: (n_segments, dim)."""
         return self.g.n_segments, self.g.dim
 
+    cdef int64_t n_terms(self) noexcept:
+        """Gradients that are to be added up; 0 where there is one a segment as it stands."""
+        return 0 if self.g.order == NULL else self.g.starts[self.g.n_segments] - self.g.starts[0]
+
     def part(self, int64_t first, int64_t last):
         """`Gradients` of segments first..last - 1: what one of several threads sums or applies."""
         if not 0 <= first <= last <= self.g.n_segments:
@@ -210,7 +269,7 @@ cdef class Gradients:
 
     def sum(self, out=None):
         """The sums: float32[n_segments, dim], in `out` if it is given, in retained memory if not."""
-        cdef hb_fp_state fp
+        cdef Call c
         if out is None:
             out = retained(self.shape)
         cdef float[:, ::1] to = out
@@ -220,10 +279,10 @@ cdef class Gradients:
             if self.g.order == NULL:
                 memcpy(&to[0, 0], self.g.values, self.g.n_segments * self.g.dim * sizeof(float))
                 return out
+            c.g, c.out, c.dim = &self.g, &to[0, 0], self.g.dim
+            c.n_units = min(pieces((self.n_terms() + self.g.n_segments) * c.dim * sizeof(float)), self.g.n_segments)
             with nogil:
-                fp = hb_fp_enter()
-                kernels().segment_sum(&self.g, &to[0, 0])
-                hb_fp_leave(fp)
+                share(sum_unit, &c, c.n_units, seats(c.n_units))
         return out
 
 

@@ -22,9 +22,8 @@ cdef class Slabs:
 
     cdef int64_t _region_of(self, int64_t chunk) noexcept
     cdef int _add_region(self, size_t nbytes, int64_t n) except -1
-    cdef int _outside(self, const int64_t *slots, int64_t n, int64_t least) noexcept nogil
     cdef int _check(self, const int64_t[::1] slots, int64_t least) except -1
-    cdef int64_t _near(self) noexcept
+    cdef bint _pools(self) noexcept
 
 
 cdef int64_t tile(const hb_slabs *s) noexcept nogil

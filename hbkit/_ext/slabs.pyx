@@ -17,14 +17,14 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport (HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_part,
-                             hb_slabs, hb_update, kernels)
+from hbkit._ext.isa cimport HB_HYPER, HB_RULES, HB_SCRATCH, hb_draw, hb_index, hb_part, hb_slabs, hb_update, kernels
 from hbkit._ext.random import KINDS
 from hbkit._ext.segment import pool, retained
 
 from hbkit._ext.index cimport Index
 from hbkit._ext.pool cimport allocate, fails
-from hbkit._ext.segment cimport Gradients, in_range, splits_fit
+from hbkit._ext.segment cimport Gradients, first_of, in_range, splits_fit
+from hbkit._ext.share cimport HB_ADD, HB_SET, Unit, pieces, seats, share
 from hbkit.errors import InvalidArgument
 
 cdef extern from "kernels.h" nogil:
@@ -41,13 +41,160 @@ cdef size_t HUGE = 2 << 20
 cdef uintptr_t PAGE = 4096
 cdef int MADV_DONTNEED = 4
 cdef int MADV_HUGEPAGE = 14  # Linux; elsewhere refused, which does not matter
-cdef int64_t TILE = 64       # lines that are drawn at once
+cdef int64_t TILE = 64       # lines that are drawn, or written by row and state, at once
 cdef int64_t NEAR = 1 << 17  # bytes of rows whose keys are looked up at once
 cdef int64_t REGION = 16     # chunks of a region, once there are FEW
 cdef int64_t FEW = 4
+cdef int64_t NEW_NBYTES = 512  # bytes that could be moved in the time that a new line takes
 cdef int64_t APART = 4       # most bytes of state a line for which it lies apart from the rows
 ROW_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BAD = ("apply", "raise", "skip")
+
+
+cdef struct Call:  # what the units of a call need, each for lines n * unit // n_units and so on
+    const hb_slabs *s
+    const int64_t *slots
+    const int64_t *index
+    const int64_t *splits
+    const float *weight
+    const float *row_scale
+    const float *rows
+    const float *state
+    float *out
+    int64_t n, width, column, n_units
+    int failed
+    # Of keys:
+    const hb_index *by
+    const int64_t *keys
+    int64_t *found
+    int64_t lot, room  # keys that are looked up at once; lines there are
+    # Of new lines and updates:
+    const New *new
+    const hb_update *update
+    char *scratch
+    int64_t scratch_nbytes  # of each seat
+    int64_t skipped
+
+
+cdef Call call_of(Slabs slabs) noexcept:
+    cdef Call c
+    memset(&c, 0, sizeof(Call))
+    c.s, c.room, c.lot = &slabs.s, slabs.n_chunks << slabs.s.shift, max(NEAR // slabs.s.row_stride, 64)
+    return c
+
+
+cdef void run(Unit unit, Call *c, int64_t nbytes) noexcept nogil:
+    """Go through a call's n lines, 1 or more, which take so many bytes."""
+    c.n_units = min(pieces(nbytes), c.n)
+    share(unit, c, c.n_units, seats(c.n_units))
+
+
+cdef void gather_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    kernels().gather(c.s, c.slots if c.index != NULL else c.slots + first, c.index + first if c.index != NULL else NULL,
+                     last - first, c.width, c.out + first * c.width)
+
+
+cdef void pool_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    if first < last and kernels().pool_slots(c.s, c.slots, c.index, c.splits + first, c.weight,
+                                             c.row_scale + first if c.row_scale != NULL else NULL, last - first,
+                                             c.out + first * c.width) != 0:
+        HB_SET(&c.failed)
+
+
+cdef bint look_up(Call *c, int64_t i, int64_t n) noexcept nogil:
+    """Slots of keys i..i + n - 1; whether they have lines, as they should."""
+    kernels().index.find(c.by, c.keys + i, n, c.found + i)
+    if not outside(c.found + i, n, -1, c.room):
+        return True
+    HB_SET(&c.failed)
+    return False
+
+
+cdef void lookup_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t i = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units, some
+    while i < last:
+        some = min(c.lot, last - i)
+        if look_up(c, i, some):
+            kernels().gather(c.s, c.found + i, NULL, some, c.width, c.out + i * c.width)
+        i += some
+
+
+cdef void lookup_pooled_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t b = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units, i = c.splits[b], some, end
+    while b < last:
+        some = min(c.lot, c.splits[last] - i)
+        if some and not look_up(c, i, some):
+            return
+        i, end = i + some, b
+        while end < last and c.splits[end + 1] <= i:
+            end += 1
+        if end > b:
+            kernels().pool_slots(c.s, c.found, NULL, c.splits + b, c.weight,
+                                 c.row_scale + b if c.row_scale != NULL else NULL, end - b, c.out + b * c.width)
+            b = end
+
+
+cdef void scatter_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t i = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units, some
+    if c.state == NULL:
+        kernels().scatter(c.s, c.slots + i, last - i, c.column, c.width, c.rows + i * c.width, c.width)
+        return
+    while i < last:  # by tiles, so that a line is written while it is in the cache
+        some = min(TILE, last - i)
+        kernels().scatter(c.s, c.slots + i, some, 0, c.s.dim, c.rows + i * c.s.dim, c.s.dim)
+        kernels().scatter(c.s, c.slots + i, some, c.s.dim, c.s.n_state, c.state + i * c.s.n_state, c.s.n_state)
+        i += some
+
+
+cdef void read_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    kernels().read_lines(c.s, c.slots + first, last - first, c.out + first * c.width)
+
+
+cdef void write_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    kernels().write_lines(c.s, c.slots + first, last - first, c.rows + first * c.width)
+
+
+cdef void fill_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef int64_t first = c.n * unit // c.n_units, last = c.n * (unit + 1) // c.n_units
+    begin(c.new, c.s, c.slots + first, c.keys + first, last - first,
+          <float *>(c.scratch + seat * c.scratch_nbytes))
+
+
+cdef void apply_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Call *c = <Call *>what
+    cdef hb_update u = c.update[0]
+    cdef int64_t first = first_of(&u.g, unit, c.n_units), last = first_of(&u.g, unit + 1, c.n_units)
+    u.g.n_segments = last - first
+    if u.g.order == NULL:
+        u.g.values += first * u.g.dim
+    else:
+        u.g.starts += first
+    u.slots += first
+    u.keys = u.keys + first if u.keys != NULL else NULL
+    u.scratch = c.scratch + seat * c.scratch_nbytes
+    if first < last:
+        HB_ADD(&c.skipped, kernels().apply(c.s, &u))
+
+
+cdef bint outside(const int64_t *slots, int64_t n, int64_t least, int64_t room) noexcept nogil:
+    """Whether a slot is not one of least..room - 1."""
+    cdef int64_t i
+    cdef uint64_t most = 0  # no branch a slot; what is below `least` is large
+    for i in range(n):
+        most = most if most > <uint64_t>(slots[i] - least) else <uint64_t>(slots[i] - least)
+    return n and most >= <uint64_t>(room - least)
 
 
 cdef int64_t tile(const hb_slabs *s) noexcept nogil:
@@ -214,13 +361,6 @@ cdef class Slabs:
         self.left = self.n_last = n
         return 0
 
-    cdef int _outside(self, const int64_t *slots, int64_t n, int64_t least) noexcept nogil:
-        cdef int64_t i
-        cdef uint64_t most = 0  # no branch a slot; what is below `least` is large
-        for i in range(n):
-            most = most if most > <uint64_t>(slots[i] - least) else <uint64_t>(slots[i] - least)
-        return n and most >= <uint64_t>((self.n_chunks << self.s.shift) - least)
-
     def trim(self, int64_t n_lines):
         """Let go of the chunks that only hold slots from n_lines on, and of the regions that have no others."""
         cdef size_t nbytes = self.line_nbytes << self.s.shift
@@ -243,7 +383,7 @@ cdef class Slabs:
         cdef int bad = 0
         if slots.shape[0]:
             with nogil:
-                bad = self._outside(&slots[0], slots.shape[0], least)
+                bad = outside(&slots[0], slots.shape[0], least, self.n_chunks << self.s.shift)
         if bad:
             raise InvalidArgument(f"a slot is outside the {self.capacity} lines", remedy="reserve lines first")
         return 0
@@ -254,7 +394,7 @@ cdef class Slabs:
         With `index`, ``out[i]`` is of ``slots[index[i]]``: a row a key of a batch, straight from the slots of its
         distinct keys.
         """
-        cdef hb_fp_state fp
+        cdef Call c = call_of(self)
         cdef int64_t n = slots.shape[0] if index is None else index.shape[0]
         if out.shape[0] != n or out.shape[1] > self.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} slots",
@@ -263,11 +403,10 @@ cdef class Slabs:
         if index is not None and not in_range(index, slots.shape[0]):
             raise InvalidArgument(f"index reaches outside {slots.shape[0]} slots", remedy="this is a precondition")
         if n and out.shape[1]:
+            c.slots, c.index, c.n = &slots[0], &index[0] if index is not None else NULL, n
+            c.out, c.width = &out[0, 0], out.shape[1]
             with nogil:
-                fp = hb_fp_enter()
-                kernels().gather(&self.s, &slots[0], &index[0] if index is not None else NULL, n, out.shape[1],
-                                 &out[0, 0])
-                hb_fp_leave(fp)
+                run(gather_unit, &c, n * c.width * sizeof(float))
 
     def pool(self, const int64_t[::1] slots, const int64_t[::1] inverse, const int64_t[::1] splits,
              float[:, ::1] out, const float[::1] weight=None, const float[::1] row_scale=None):
@@ -275,134 +414,129 @@ cdef class Slabs:
 
         out : float32[b, dim]; the other arguments as there, `inverse` into `slots`.
         """
-        cdef hb_fp_state fp
+        cdef Call c = call_of(self)
         cdef int64_t n = inverse.shape[0], n_out = splits.shape[0] - 1
-        cdef int done = -1
         self._check(slots, -1)
         fits = out.shape[0] == n_out and out.shape[1] == self.s.dim and in_range(inverse, slots.shape[0])
         fits = fits and splits_fit(splits, n) and (weight is None or weight.shape[0] == n)
         if not (fits and (row_scale is None or row_scale.shape[0] == n_out)):
             raise InvalidArgument(f"{n} values in {n_out} rows do not fit an out of {out.shape[0], out.shape[1]} or "
                                   f"{slots.shape[0]} slots", remedy="this is a precondition of the segment sums")
+        c.failed = True
         if n and n_out:
+            c.slots, c.index, c.splits, c.n, c.failed = &slots[0], &inverse[0], &splits[0], n_out, False
+            c.weight = &weight[0] if weight is not None else NULL
+            c.row_scale = &row_scale[0] if row_scale is not None else NULL
+            c.out, c.width = &out[0, 0], self.s.dim
             with nogil:
-                fp = hb_fp_enter()
-                done = kernels().pool_slots(&self.s, &slots[0], &inverse[0], &splits[0],
-                                            &weight[0] if weight is not None else NULL,
-                                            &row_scale[0] if row_scale is not None else NULL, n_out, &out[0, 0])
-                hb_fp_leave(fp)
-        if done != 0:
+                run(pool_unit, &c, n * c.width * sizeof(float))
+        if c.failed:
             rows = retained((slots.shape[0], self.s.dim))
             self.gather(slots, rows)
             pool(rows, inverse, splits, out, weight, row_scale)
-
-    cdef int64_t _near(self) noexcept:
-        return max(NEAR // self.s.row_stride, 64)
 
     def lookup(self, Index index, const int64_t[::1] keys, float[:, ::1] out):
         """``out[i]`` = the row of ``keys[i]`` by `index`, zeros where it has none: `gather` of what is found.
 
         Keys may repeat; nothing is deduplicated. They are taken by lots, so that slots are still in the cache.
         """
-        cdef hb_fp_state fp
-        cdef int64_t n = keys.shape[0], i = 0, some, lot = self._near()
+        cdef Call c = call_of(self)
+        cdef int64_t n = keys.shape[0]
         if out.shape[0] != n or out.shape[1] != self.s.dim:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} keys",
                                   remedy=f"give one row a key, {self.s.dim} wide")
         if n == 0:
             return
         cdef int64_t[::1] slots = retained((n,), np.int64)
-        cdef int bad = 0
+        c.by, c.keys, c.found, c.n = &index.index, &keys[0], &slots[0], n
+        c.out, c.width = &out[0, 0], self.s.dim
         with nogil:
-            fp = hb_fp_enter()
-            while i < n and not bad:
-                some = lot if n - i > lot else n - i
-                kernels().index.find(&index.index, &keys[i], some, &slots[i])
-                bad = self._outside(&slots[i], some, -1)
-                if not bad:
-                    kernels().gather(&self.s, &slots[i], NULL, some, self.s.dim, &out[i, 0])
-                i += some
-            hb_fp_leave(fp)
-        if bad:
-            self._check(slots[:i], -1)  # raises
+            run(lookup_unit, &c, n * c.width * sizeof(float))
+        if c.failed:
+            self._check(index.find(keys), -1)  # raises
 
     def lookup_pooled(self, Index index, const int64_t[::1] keys, const int64_t[::1] splits, float[:, ::1] out,
                       const float[::1] weight=None, const float[::1] row_scale=None):
         """`pool` of the rows of keys by `index`: ``out[b]`` sums those of ``keys[splits[b]:splits[b + 1]]``."""
-        cdef hb_fp_state fp
-        cdef int64_t n = keys.shape[0], n_out = splits.shape[0] - 1, i = 0, some, lot = self._near(), b = 0, last
-        cdef int bad = 0, done = -1
+        cdef Call c = call_of(self)
+        cdef int64_t n = keys.shape[0], n_out = splits.shape[0] - 1
         cdef int64_t[::1] slots = retained((n,), np.int64)
         if not (splits_fit(splits, n) and out.shape[0] == n_out and out.shape[1] == self.s.dim and
                 (weight is None or weight.shape[0] == n) and (row_scale is None or row_scale.shape[0] == n_out)):
             raise InvalidArgument(f"{n} values in {n_out} rows do not fit an out of {out.shape[0], out.shape[1]}",
                                   remedy="this is a precondition of the segment sums")
-        if n and n_out:
-            with nogil:
-                fp = hb_fp_enter()
-                done = 0
-                while done == 0 and not bad and b < n_out:
-                    some = lot if n - i > lot else n - i
-                    if some:
-                        kernels().index.find(&index.index, &keys[i], some, &slots[i])
-                        bad = self._outside(&slots[i], some, -1)
-                    i += some
-                    last = b
-                    while last < n_out and splits[last + 1] <= i:
-                        last += 1
-                    if not bad and last > b:
-                        done = kernels().pool_slots(&self.s, &slots[0], NULL, &splits[b],
-                                                    &weight[0] if weight is not None else NULL,
-                                                    &row_scale[b] if row_scale is not None else NULL, last - b,
-                                                    &out[b, 0])
-                        b = last
-                hb_fp_leave(fp)
-        if bad:
-            self._check(slots[:i], -1)  # raises
-        if done != 0:
+        if n == 0 or n_out == 0 or not self._pools():
             self.pool(index.find(keys), np.arange(n), splits, out, weight, row_scale)
+            return
+        c.by, c.keys, c.found, c.splits, c.n = &index.index, &keys[0], &slots[0], &splits[0], n_out
+        c.weight = &weight[0] if weight is not None else NULL
+        c.row_scale = &row_scale[0] if row_scale is not None else NULL
+        c.out, c.width = &out[0, 0], self.s.dim
+        with nogil:
+            run(lookup_pooled_unit, &c, n * c.width * sizeof(float))
+        if c.failed:
+            self._check(index.find(keys), -1)  # raises
+
+    cdef bint _pools(self) noexcept:
+        """Whether `pool_slots` knows such rows."""
+        cdef int64_t splits[1]
+        splits[0] = 0
+        return kernels().pool_slots(&self.s, NULL, NULL, splits, NULL, NULL, 0, NULL) == 0
 
     def scatter(self, const int64_t[::1] slots, const float[:, ::1] lines, int64_t column=0):
-        """Write ``lines[i]`` into line ``slots[i]`` from float `column` on; slots must be >= 0."""
-        cdef hb_fp_state fp
-        cdef int64_t w = lines.shape[1]
-        if lines.shape[0] != slots.shape[0] or column < 0 or column + w > self.width:
-            raise InvalidArgument(f"lines of shape {lines.shape[0], w} do not fit {slots.shape[0]} slots at {column}",
+        """Write ``lines[i]`` into line ``slots[i]`` from float `column` on; slots must be >= 0, and distinct."""
+        cdef Call c = call_of(self)
+        cdef int64_t n = slots.shape[0], w = lines.shape[1]
+        if lines.shape[0] != n or column < 0 or column + w > self.width:
+            raise InvalidArgument(f"lines of shape {lines.shape[0], w} do not fit {n} slots at {column}",
                                   remedy=f"a line has {self.width} floats")
         self._check(slots, 0)
-        if slots.shape[0] and w:
+        if n and w:
+            c.slots, c.rows, c.n, c.width, c.column = &slots[0], &lines[0, 0], n, w, column
             with nogil:
-                fp = hb_fp_enter()
-                kernels().scatter(&self.s, &slots[0], slots.shape[0], column, w, &lines[0, 0], w)
-                hb_fp_leave(fp)
+                run(scatter_unit, &c, n * w * sizeof(float))
+
+    def put(self, const int64_t[::1] slots, const float[:, ::1] rows, const float[:, ::1] state):
+        """`scatter` of lines that are given as ``rows[n, dim]`` and ``state[n, width - dim]``."""
+        cdef Call c = call_of(self)
+        cdef int64_t n = slots.shape[0]
+        if rows.shape[0] != n or state.shape[0] != n or rows.shape[1] != self.s.dim or state.shape[1] != self.s.n_state:
+            raise InvalidArgument(f"rows of {rows.shape[1]} and states of {state.shape[1]} floats for {n} slots",
+                                  remedy=f"a line has {self.s.dim} and {self.s.n_state}")
+        if self.s.n_state == 0:
+            self.scatter(slots, rows)
+            return
+        self._check(slots, 0)
+        if n:
+            c.slots, c.rows, c.state, c.n = &slots[0], &rows[0, 0], &state[0, 0], n
+            with nogil:
+                run(scatter_unit, &c, n * self.width * sizeof(float))
 
     def read(self, const int64_t[::1] slots, float[:, ::1] out):
         """As `gather`, of whole lines that the CPU will not ask for."""
-        cdef hb_fp_state fp
+        cdef Call c = call_of(self)
         cdef int64_t n = slots.shape[0]
         if out.shape[0] != n or out.shape[1] != self.width:
             raise InvalidArgument(f"out has shape {out.shape[0], out.shape[1]} for {n} slots",
                                   remedy=f"give one row a slot, {self.width} wide")
         self._check(slots, -1)
         if n:
+            c.slots, c.out, c.n, c.width = &slots[0], &out[0, 0], n, self.width
             with nogil:
-                fp = hb_fp_enter()
-                kernels().read_lines(&self.s, &slots[0], n, &out[0, 0])
-                hb_fp_leave(fp)
+                run(read_unit, &c, n * self.width * sizeof(float))
 
     def write(self, const int64_t[::1] slots, const float[:, ::1] lines):
         """As `scatter`, of whole lines that the CPU will not ask for; where the slot is -1, nothing is written."""
-        cdef hb_fp_state fp
+        cdef Call c = call_of(self)
         cdef int64_t n = slots.shape[0]
         if lines.shape[0] != n or lines.shape[1] != self.width:
             raise InvalidArgument(f"lines of shape {lines.shape[0], lines.shape[1]} do not fit {n} slots",
                                   remedy=f"a line has {self.width} floats")
         self._check(slots, -1)
         if n:
+            c.slots, c.rows, c.n, c.width = &slots[0], &lines[0, 0], n, self.width
             with nogil:
-                fp = hb_fp_enter()
-                kernels().write_lines(&self.s, &slots[0], n, &lines[0, 0])
-                hb_fp_leave(fp)
+                run(write_unit, &c, n * self.width * sizeof(float))
 
     def pack(self, const int64_t[::1] slots):
         """Lines as they lie in memory, row then state: uint8[n, line_nbytes]. Slots must be >= 0."""
@@ -443,21 +577,21 @@ cdef class Slabs:
         state : float32[width - dim]
         """
         cdef int64_t n = slots.shape[0]
-        cdef hb_fp_state fp
+        cdef Call c = call_of(self)
         cdef Lines new = Lines(self, draws, state)
-        cdef float *room
         if keys.shape[0] != n:
             raise InvalidArgument(f"{keys.shape[0]} keys for {n} slots", remedy="give one a slot")
         self._check(slots, 0)
-        room = <float *>allocate(tile(&self.s) * sizeof(float))
-        if room == NULL:
+        c.scratch_nbytes = tile(&self.s) * sizeof(float)
+        if n == 0:
+            return
+        c.scratch = <char *>allocate(seats(n) * c.scratch_nbytes)
+        if c.scratch == NULL:
             raise MemoryError("no memory for new lines")
-        if n:
-            with nogil:
-                fp = hb_fp_enter()
-                begin(&new.lines, &self.s, &slots[0], &keys[0], n, room)
-                hb_fp_leave(fp)
-        free(room)
+        c.new, c.slots, c.keys, c.n = &new.lines, &slots[0], &keys[0], n
+        with nogil:
+            run(fill_unit, &c, n * NEW_NBYTES)
+        free(c.scratch)
 
     def apply(self, rule, const int64_t[::1] slots, grads, hyper, const int64_t[::1] keys=None, uint64_t seed=0,
               step=0, str bad="apply"):
@@ -485,6 +619,7 @@ cdef class Slabs:
             Lines that "skip" left out.
         """
         cdef hb_slabs s = self.s
+        cdef Call c = call_of(self)
         cdef hb_update u
         cdef hb_part *parts
         cdef float *h
@@ -492,8 +627,7 @@ cdef class Slabs:
         cdef const float[:, ::1] whole
         cdef const float[:, ::1] packed
         cdef Gradients by_segment
-        cdef hb_fp_state fp
-        cdef int64_t dim = grads.shape[1], n = slots.shape[0], k, result = 0
+        cdef int64_t dim = grads.shape[1], n = slots.shape[0], n_terms = 0, k, result = 0
         if not self.divided:  # the state lies behind as many columns as there are
             s.dim, s.n_state, s.state_at, s.state_stride = dim, self.width - dim, dim * 4, s.row_stride
         slices = [(rule, 0, dim, 0)] if isinstance(rule, (int, np.integer)) else list(rule)
@@ -530,7 +664,7 @@ cdef class Slabs:
                                       remedy="lower the learning rate or clip, or let such rows be skipped")
         if isinstance(grads, Gradients):
             by_segment = grads
-            u.g = by_segment.g
+            u.g, n_terms = by_segment.g, by_segment.n_terms()
         else:
             whole = grads
             u.g.values, u.g.dim, u.g.n_segments = &whole[0, 0], dim, n
@@ -542,22 +676,21 @@ cdef class Slabs:
         u.seed, u.step = seed, <uint32_t>(<uint64_t>step)
         parts = <hb_part *>allocate((len(slices) + 1) * sizeof(hb_part))
         h = <float *>allocate((len(slices) + 1) * HB_HYPER * sizeof(float))
-        u.scratch = allocate(HB_SCRATCH(dim))
+        c.scratch_nbytes = (<int64_t>HB_SCRATCH(dim) + 63) // 64 * 64
+        c.scratch = <char *>allocate(seats(n) * c.scratch_nbytes)
         try:
-            if parts == NULL or h == NULL or u.scratch == NULL:
+            if parts == NULL or h == NULL or c.scratch == NULL:
                 raise MemoryError("no memory for an update")
             wanted = <float[:len(slices) + 1, :HB_HYPER]>h
             wanted[:, :] = 0
             wanted[:len(slices), :packed.shape[1]] = packed
             for k, (code, column, count, state) in enumerate(slices):
                 parts[k] = hb_part(code, column, count, state, h + k * HB_HYPER)
-            u.parts = parts
+            u.parts, c.s, c.update, c.n = parts, &s, &u, n
             with nogil:
-                fp = hb_fp_enter()
-                result = kernels().apply(&s, &u)
-                hb_fp_leave(fp)
+                run(apply_unit, &c, (n + n_terms) * dim * sizeof(float))
         finally:
             free(parts)
             free(h)
-            free(u.scratch)
-        return result
+            free(c.scratch)
+        return c.skipped

@@ -3,6 +3,11 @@
 What a table costs beside its keys is then some pointers, not a dozen calls, and the GIL is let go of once a pass. Rows
 and gradients of features that stand side by side are gone through row by row: what is long lies in order, and what is
 gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
+
+Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size, so
+that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table or its sums, is of
+the piece in which the table begins. Pieces are the same in all passes, so what one thread has written it will read. A
+key's numbers are computed by one thread, in the order in which one thread alone would: they do not depend on the pieces.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -11,8 +16,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from hbkit._ext.isa cimport (HB_HYPER, HB_SCRATCH, hb_feature, hb_fp_enter, hb_fp_leave, hb_fp_state, hb_index, hb_part,
-                             hb_slabs, hb_update, kernels)
+from hbkit._ext.isa cimport HB_HYPER, HB_SCRATCH, hb_feature, hb_index, hb_part, hb_slabs, hb_update, kernels
 from hbkit._ext.segment import retained
 from hbkit._ext.slabs import n_state
 
@@ -20,10 +24,16 @@ from hbkit._ext.index cimport Index
 from hbkit._ext.metadata cimport Metadata, Pair, stamp
 from hbkit._ext.pool cimport allocate, fails
 from hbkit._ext.segment cimport in_range
+from hbkit._ext.share cimport HB_SET, Unit, pieces, seats, share
 from hbkit._ext.slabs cimport Lines, New, Slabs, begin, tile
 from hbkit.errors import InvalidArgument
 
 cdef int64_t MOST = 0x7FFFFFFF  # keys of a table
+# What a key costs in a pass, as bytes that could be moved in the same time:
+cdef int64_t KEY_NBYTES = 64  # to find it, a cache line
+cdef int64_t STAMP_NBYTES = 16
+cdef int64_t LOCATE_NBYTES = 8
+cdef int64_t NEW_NBYTES = 512
 
 cdef struct Part:  # one table
     const hb_index *index  # NULL where rows are given
@@ -36,9 +46,10 @@ cdef struct Part:  # one table
     int64_t *slots
     const float **rows
     int32_t *inverse
-    int64_t n_features
+    int64_t feature, n_features  # the first one, and how many
     float *sums
     # During a pass:
+    const float *given  # rows
     hb_slabs *slabs
     Pair *pairs
     bint stamped
@@ -46,7 +57,9 @@ cdef struct Part:  # one table
     int64_t n_new, n_slots
     int64_t *new_keys
     int64_t *new_slots
+    int64_t *new_at  # which of the distinct keys they are
     uint8_t *is_new
+    bint failed
     hb_part rule
     hb_update update
 
@@ -54,6 +67,43 @@ cdef struct Part:  # one table
 cdef struct Place:  # of a feature, in the order of tables
     int64_t part, number  # table, and which of its features
     int64_t group, at  # array that its rows stand in, and its place there, in floats
+
+
+cdef struct Group:  # an array that features stand in, during a pass
+    float *at
+    int64_t stride, n_rows, dim
+
+
+cdef struct Pass:
+    Part *parts
+    Place *places
+    Group *groups
+    hb_feature *features  # n_features for each seat
+    int64_t n_parts, n_features, n_groups, n_keys
+    int64_t total, n_units  # keys that the units go through
+    int64_t n_cuts  # units that share the rows of some features
+    # What some passes need:
+    int64_t step
+    uint32_t *table  # of dedupe, for each seat
+    int bits
+    char *scratch
+    int64_t scratch_nbytes  # of each seat
+    int failed
+
+
+cdef bint begins(const Pass *p, int64_t unit, int64_t before) noexcept nogil:
+    """Whether a table with so many keys before it begins in a unit."""
+    return p.total * unit // p.n_units <= before < p.total * (unit + 1) // p.n_units
+
+
+cdef bint span(const Pass *p, int64_t unit, int64_t before, int64_t n_keys, int64_t n, int64_t *first,
+               int64_t *last) noexcept nogil:
+    """Which of n things, evenly spread over a table's keys, `before` before them, a unit goes through; any at all?"""
+    cdef int64_t begin = p.total * unit // p.n_units - before, end = p.total * (unit + 1) // p.n_units - before
+    if n == 0 or begin >= n_keys or end <= 0:
+        return False
+    first[0], last[0] = max(begin, <int64_t>0) * n // n_keys, min(end, n_keys) * n // n_keys
+    return first[0] < last[0]
 
 
 cdef _refuse(what):
@@ -85,30 +135,191 @@ cdef void permute(int64_t *numbers, const int64_t *order, int64_t n, int64_t *be
         numbers[i] = before[order[i]]
 
 
-cdef int insert(Part *part) noexcept nogil:
-    """Put the absent keys into the index; not 0 without memory, and then it is as it was."""
+cdef void insert(Part *part) noexcept nogil:
+    """Put the absent keys into the index; without memory it is as it was, and the part has failed."""
     cdef int64_t k, n = 0
     for k in range(part.u):
         if part.slots[k] < 0:
             part.new_keys[n] = part.unique[k]
+            part.new_at[n] = k
             n += 1
-    return kernels().index.insert(<hb_index *>part.index, part.new_keys, n, part.new_slots, part.is_new)
-
-
-cdef void taken(Part *part) noexcept nogil:
-    """Slots of the keys that were absent are those of the new rows, which nobody has used yet."""
-    cdef int64_t k, n = 0
-    for k in range(part.u):
-        if part.slots[k] < 0:
-            part.slots[k] = part.new_slots[n]
-            n += 1
-            if part.pairs != NULL:
-                part.pairs[part.slots[k]] = Pair(0, 0)
+    part.failed = kernels().index.insert(<hb_index *>part.index, part.new_keys, n, part.new_slots, part.is_new) != 0
 
 
 cdef int64_t room(const Part *part) noexcept nogil:
     """Floats of sums[u, dim], blocks[u, dim], seen[u]."""
     return odd(part.u * (2 * part.dim + 1), 16)
+
+
+cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, k, before = 0
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if begins(p, unit, before):
+            part.u = kernels().index.dedupe(part.keys, part.n, p.table + (seat << p.bits), p.bits, part.unique - 1,
+                                            part.inverse, 0, part.counts)
+            if part.stands != NULL:
+                memset(part.totals, 0, part.u * sizeof(int64_t))
+                for k in range(part.n):
+                    part.totals[part.inverse[k]] += part.stands[k]
+        before += part.n
+
+
+cdef void find_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, first, last, before = 0
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            if part.index != NULL:
+                kernels().index.find(part.index, part.unique + first, last - first, part.slots + first)
+            else:
+                memset(part.slots + first, 0xFF, (last - first) * sizeof(int64_t))
+        before += part.n
+
+
+cdef void insert_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, before = 0
+    for i in range(p.n_parts):
+        if p.parts[i].n_new and begins(p, unit, before):
+            insert(&p.parts[i])
+        before += p.parts[i].n_new
+
+
+cdef void begin_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    """Rows of new keys, whose slots nobody has used yet."""
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, j, first, last, before = 0
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if span(p, unit, before, part.n_new, part.n_new, &first, &last):
+            begin(part.new, part.slabs, part.new_slots + first, part.new_keys + first, last - first,
+                  <float *>(p.scratch + seat * p.scratch_nbytes))
+            for j in range(first, last):
+                part.slots[part.new_at[j]] = part.new_slots[j]
+            if part.pairs != NULL:
+                for j in range(first, last):
+                    part.pairs[part.new_slots[j]] = Pair(0, 0)
+        before += part.n_new
+
+
+cdef void stamp_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, first, last, before = 0
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if part.stamped and span(p, unit, before, part.n, part.u, &first, &last):
+            stamp(part.pairs, part.slots + first, last - first, p.step, part.totals + first)
+        before += part.n
+
+
+cdef void locate_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, k, first, last, before = 0
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            if part.index != NULL:
+                kernels().locate(part.slabs, part.slots + first, last - first, part.rows + first)
+            else:
+                for k in range(first, last):
+                    part.rows[k] = part.given + k * part.dim
+        before += part.n
+
+
+cdef void refer(const Pass *p, int64_t number, hb_feature *to) noexcept nogil:
+    """A feature as the kernels want it."""
+    cdef const Place *place = &p.places[number]
+    cdef const Part *part = &p.parts[place.part]
+    to.at, to.inverse, to.rows = place.at, part.inverse + place.number * part.n_rows, part.rows
+    to.sums, to.blocks = part.sums, part.sums + part.u * part.dim
+    to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
+
+
+cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
+    """Rows of some features: those that stand in one array together, row by row."""
+    cdef Pass *p = <Pass *>what
+    cdef int64_t unit = number // p.n_cuts, cut = number % p.n_cuts
+    cdef int64_t i, n, n_rows, group, first = 0, last = 0, begin, end, before = 0
+    cdef int64_t at = 0, some, start  # the unit's first feature, one past its last, and keys before them
+    cdef hb_feature *features = p.features + seat * p.n_features
+    cdef const Group *to
+    while before + p.parts[p.places[at].part].n_rows <= p.total * unit // p.n_units:
+        before += p.parts[p.places[at].part].n_rows
+        at += 1
+    some, start = at, before
+    while some < p.n_features and before < p.total * (unit + 1) // p.n_units:
+        before += p.parts[p.places[some].part].n_rows
+        some += 1
+    for group in range(p.n_groups):
+        n, before, to = 0, start, &p.groups[group]
+        for i in range(at, some):
+            n_rows = p.parts[p.places[i].part].n_rows
+            if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &begin, &end):
+                begin, end = begin + (end - begin) * cut // p.n_cuts, begin + (end - begin) * (cut + 1) // p.n_cuts
+                if n and (begin != first or end != last):
+                    kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
+                    n = 0
+                first, last = begin, end
+                refer(p, i, &features[n])
+                n += 1
+            before += n_rows
+        if n:
+            kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
+
+
+cdef void sum_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    """Sums of some tables: a table's features one after the other, which is the batch's order."""
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, n, number, group, first = -1, last = 0, most = 0, before = 0
+    cdef hb_feature *features = p.features + seat * p.n_features
+    cdef const Group *grads
+    cdef Part *part
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if begins(p, unit, before):
+            memset(part.sums + 2 * part.u * part.dim, 0, part.u * sizeof(int32_t))
+            first = part.feature if first < 0 else first
+            last, most = part.feature + part.n_features, max(most, part.n_features)
+        before += part.n
+    for number in range(most):
+        for group in range(p.n_groups):
+            n, grads = 0, &p.groups[group]
+            for i in range(first, last):
+                if p.places[i].group == group and p.places[i].number == number:
+                    refer(p, i, &features[n])
+                    n += 1
+            if n and not kernels().sum_together(features, n, grads.n_rows, grads.dim, grads.at, grads.stride):
+                HB_SET(&p.failed)
+
+
+cdef void finish_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    """The end of sums, and where tables have a rule, one step of it."""
+    cdef Pass *p = <Pass *>what
+    cdef int64_t i, first, last, before = 0
+    cdef hb_feature feature
+    cdef hb_update update
+    cdef Part *part
+    memset(&feature, 0, sizeof(hb_feature))
+    for i in range(p.n_parts):
+        part = &p.parts[i]
+        if span(p, unit, before, part.n, part.u, &first, &last):
+            feature.sums, feature.blocks = part.sums + first * part.dim, part.sums + (part.u + first) * part.dim
+            kernels().finish_sums(&feature, part.counts + first, last - first, part.dim)
+            if p.scratch != NULL:
+                update = part.update
+                update.slots, update.keys = part.slots + first, part.unique + first
+                update.g.values, update.g.n_segments = feature.sums, last - first
+                update.scratch = p.scratch + seat * p.scratch_nbytes
+                kernels().apply(part.slabs, &update)
+        before += part.n
 
 
 cdef class Together:
@@ -138,11 +349,8 @@ cdef class Together:
     The GIL is released inside. Callers order writes, and see to it that slots are up to date.
     """
 
-    cdef Part *parts
-    cdef Place *places
-    cdef hb_feature *features
-    cdef int64_t n_parts, n_features, n_groups
-    cdef int64_t dim, n_rows  # of `features`
+    cdef Pass p
+    cdef int64_t n_seats
     cdef list tables
     cdef object memory, given
     cdef readonly list keys, counts, slots
@@ -153,22 +361,24 @@ cdef class Together:
         cdef const int64_t[::1] some
         cdef Index index
         cdef Slabs slabs
+        cdef Pass *p = &self.p
         cdef Part *part
-        self.tables, self.given, self.n_parts = tables, (keys, stands), len(tables)
-        self.n_features = len(places)
-        self.parts = NULL if fails() else <Part *>calloc(self.n_parts + 1, sizeof(Part))
-        self.places = NULL if fails() else <Place *>calloc(self.n_features + 1, sizeof(Place))
-        self.features = NULL if fails() else <hb_feature *>calloc(self.n_features + 1, sizeof(hb_feature))
-        if self.parts == NULL or self.places == NULL or self.features == NULL:
+        self.tables, self.given, p.n_parts = tables, (keys, stands), len(tables)
+        self.n_seats, p.n_features = seats(MOST), len(places)
+        p.parts = NULL if fails() else <Part *>calloc(p.n_parts + 1, sizeof(Part))
+        p.places = NULL if fails() else <Place *>calloc(p.n_features + 1, sizeof(Place))
+        p.features = NULL if fails() else <hb_feature *>calloc(self.n_seats * (p.n_features + 1), sizeof(hb_feature))
+        if p.parts == NULL or p.places == NULL or p.features == NULL:
             raise MemoryError("no memory for a batch")
-        if not len(keys) == len(n_rows) == self.n_parts or len(keys if stands is None else stands) != self.n_parts:
-            _refuse(f"{len(keys)} arrays for {self.n_parts} tables")
-        for i in range(self.n_parts):
-            part, some = &self.parts[i], keys[i]
+        if not len(keys) == len(n_rows) == p.n_parts or len(keys if stands is None else stands) != p.n_parts:
+            _refuse(f"{len(keys)} arrays for {p.n_parts} tables")
+        for i in range(p.n_parts):
+            part, some = &p.parts[i], keys[i]
             n, part.n_rows = some.shape[0], n_rows[i]
-            if part.n_rows < 1 or n == 0 or n % part.n_rows or n >= MOST or f + n // part.n_rows > self.n_features:
+            if part.n_rows < 1 or n == 0 or n % part.n_rows or n >= MOST or f + n // part.n_rows > p.n_features:
                 _refuse(f"{n} keys in {part.n_rows} rows")
-            part.n, part.n_features, part.keys = n, n // part.n_rows, &some[0]
+            part.n, part.feature, part.n_features, part.keys = n, f, n // part.n_rows, &some[0]
+            p.n_keys += n
             if stands is not None:
                 some = stands[i]
                 if some.shape[0] != n:
@@ -186,58 +396,76 @@ cdef class Together:
                 group, at = places[f]
                 if group < 0 or at < 0:
                     _refuse(f"a place of {group, at}")
-                self.places[f] = Place(i, k, group, at)
-                self.n_groups = max(self.n_groups, self.places[f].group + 1)
+                p.places[f] = Place(i, k, group, at)
+                p.n_groups = max(p.n_groups, p.places[f].group + 1)
                 f += 1
-        if f != self.n_features:
-            _refuse(f"{self.n_features} places for {f} features")
+        if f != p.n_features:
+            _refuse(f"{p.n_features} places for {f} features")
+        p.groups = NULL if fails() else <Group *>calloc(p.n_groups + 1, sizeof(Group))
+        if p.groups == NULL:
+            raise MemoryError("no memory for a batch")
         while bits < 32 and (<int64_t>1 << bits) < 6 * most:
             bits += 1
         # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning, and totals[n] where
         # keys stand for some number; and inverse[n].
-        for i in range(self.n_parts):
-            n_wide += odd(columns * self.parts[i].n + 1, 8)
-            n_narrow += odd(self.parts[i].n, 16)
+        for i in range(p.n_parts):
+            n_wide += odd(columns * p.parts[i].n + 1, 8)
+            n_narrow += odd(p.parts[i].n, 16)
         wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
         self.memory = wide, narrow
-        self._find(wide, narrow, retained((1 << bits,), np.uint32), bits)
+        self._find(wide, narrow, bits)
         self.keys, self.counts, self.slots = [], [], []
         k = 1
-        for i in range(self.n_parts):
-            n, total = self.parts[i].n, self.parts[i].u
+        for i in range(p.n_parts):
+            n, total = p.parts[i].n, p.parts[i].u
             self.keys.append(wide[k:k + total])
             self.counts.append(wide[k + (n if stands is None else 4 * n):][:total])
             self.slots.append(wide[k + 2 * n:k + 2 * n + total])
             k += odd(columns * n + 1, 8)
 
-    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, uint32_t[::1] table, int bits):
-        cdef int64_t i, k
+    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int bits):
+        cdef int64_t i
         cdef int64_t *at = &wide[0]
         cdef int32_t *inverse = &narrow[0]
+        cdef uint32_t[::1] table
         cdef Part *part
+        for i in range(self.p.n_parts):
+            part = &self.p.parts[i]
+            part.unique, part.counts, part.slots = at + 1, at + 1 + part.n, at + 1 + 2 * part.n
+            part.rows, part.inverse = <const float **>(at + 1 + 3 * part.n), inverse
+            part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
+            at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
+            inverse += odd(part.n, 16)
+        table = retained((min(self.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
+        self.p.table, self.p.bits = &table[0], bits
         with nogil:
-            for i in range(self.n_parts):
-                part = &self.parts[i]
-                part.unique, part.counts, part.slots = at + 1, at + 1 + part.n, at + 1 + 2 * part.n
-                part.rows, part.inverse = <const float **>(at + 1 + 3 * part.n), inverse
-                part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
-                at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
-                inverse += odd(part.n, 16)
-                part.u = kernels().index.dedupe(part.keys, part.n, &table[0], bits, part.unique - 1, part.inverse, 0,
-                                                part.counts)
-                if part.index != NULL:
-                    kernels().index.find(part.index, part.unique, part.u, part.slots)
-                else:
-                    memset(part.slots, 0xFF, part.u * sizeof(int64_t))
-                if part.stands != NULL:
-                    memset(part.totals, 0, part.u * sizeof(int64_t))
-                    for k in range(part.n):
-                        part.totals[part.inverse[k]] += part.stands[k]
+            self._pass(dedupe_unit, self.p.n_keys, KEY_NBYTES)
+            self._pass(find_unit, self.p.n_keys, KEY_NBYTES)
 
     def __dealloc__(self):
-        free(self.parts)
-        free(self.places)
-        free(self.features)
+        free(self.p.parts)
+        free(self.p.places)
+        free(self.p.features)
+        free(self.p.groups)
+
+    cdef void _pass(self, Unit unit, int64_t n_keys, int64_t nbytes) noexcept nogil:
+        """Go through so many keys of all tables, each of which takes about so many bytes."""
+        self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
+        share(unit, &self.p, self.p.n_units, self.n_seats)
+
+    cdef void _pass_of_rows(self, Unit unit, bint cut) noexcept nogil:
+        """Go through the rows of all features. `cut`: where there are more units than features, they are cut too.
+
+        The CPU gets cache lines by twos, so that where rows are one line, features are gone through by twos at least.
+        """
+        cdef int64_t i, nbytes = 0, width = 0, n
+        for i in range(self.p.n_parts):
+            width += self.p.parts[i].n_features * self.p.parts[i].dim * <int64_t>sizeof(float)
+            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
+        n, self.p.total = pieces(nbytes), self.p.n_keys
+        self.p.n_units = max(min(n, width // 128), <int64_t>1)
+        self.p.n_cuts = n // self.p.n_units if cut else 1
+        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.n_seats)
 
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
@@ -245,9 +473,9 @@ cdef class Together:
         return np.array(<int32_t[:part.n]>part.inverse, np.int64)
 
     cdef Part *_part(self, int64_t number) except NULL:
-        if not 0 <= number < self.n_parts:
-            _refuse(f"table {number} of {self.n_parts}")
-        return &self.parts[number]
+        if not 0 <= number < self.p.n_parts:
+            _refuse(f"table {number} of {self.p.n_parts}")
+        return &self.p.parts[number]
 
     def reorder(self, int64_t number, const int64_t[::1] order, const int64_t[::1] place):
         """Let key number ``order[k]`` of a table's distinct keys, whose rows are given, be number k: `place` of it."""
@@ -268,10 +496,10 @@ cdef class Together:
         """How many keys are absent, of each table: list of int."""
         cdef int64_t i, k, n
         found = []
-        for i in range(self.n_parts):
+        for i in range(self.p.n_parts):
             n = 0
-            for k in range(self.parts[i].u):
-                n += self.parts[i].slots[k] < 0
+            for k in range(self.p.parts[i].u):
+                n += self.p.parts[i].slots[k] < 0
             found.append(n)
         return found
 
@@ -285,117 +513,95 @@ cdef class Together:
         list of int64[m]
             Slots of each table's new rows.
         """
-        cdef int64_t i, total = 0, most = 0, n_made = 0, n = len(numbers), at = 0
-        cdef int failed = 0
+        cdef int64_t i, total = 0, at = 0
+        cdef bint failed = False
         cdef Index index
         cdef Slabs slabs
         cdef Metadata metadata
         cdef Lines lines
+        cdef Pass *p = &self.p
         cdef Part *part
         cdef int64_t[::1] wide
         cdef uint8_t[::1] narrow
         cdef int64_t *slots
-        cdef int64_t *which
         cdef uint8_t *fresh
-        cdef float *scratch
-        cdef hb_fp_state fp
         n_absent = self.n_absent()
         for i in numbers:
             total += <int64_t>n_absent[i]
         if total == 0:
             return [np.empty(0, np.int64) for _ in numbers]
-        wide = array = retained((2 * total + n,), np.int64)  # slots, keys; numbers
+        wide = array = retained((3 * total,), np.int64)  # slots, keys, places
         narrow = retained((total,), np.uint8)
-        slots, which, fresh = &wide[0], &wide[2 * total], &narrow[0]
+        slots, fresh = &wide[0], &narrow[0]
         made = []
+        p.scratch_nbytes = 0
+        for i in range(p.n_parts):
+            p.parts[i].n_new = 0
         for i in numbers:
             index, slabs, metadata, lines = self.tables[i]
-            part = &self.parts[i]
-            part.n_new, part.n_slots = n_absent[i], index.index.next_slot
+            part = &p.parts[i]
+            part.n_new, part.n_slots, part.failed = n_absent[i], index.index.next_slot, False
             if lines is None or part.n_slots + part.n_new > min(<int64_t>slabs.capacity, metadata.n):
                 _refuse("a table has no room for new rows, or does not say how they begin")
             part.new, part.pairs = &lines.lines, metadata.at if metadata.kept else NULL
-            part.new_slots, part.new_keys, part.is_new = slots + at, slots + total + at, fresh + at  # maybe none
+            part.new_slots, part.is_new = slots + at, fresh + at  # maybe none
+            part.new_keys, part.new_at = slots + total + at, slots + 2 * total + at
             made.append(array[at:at + part.n_new])
-            most, at = max(most, tile(&slabs.s)), at + part.n_new
-            which[n_made] = i
-            n_made += 1
-        scratch = <float *>allocate(most * sizeof(float))
-        if scratch == NULL:
+            p.scratch_nbytes, at = max(p.scratch_nbytes, tile(&slabs.s) * <int64_t>sizeof(float)), at + part.n_new
+        p.scratch = <char *>allocate(self.n_seats * p.scratch_nbytes)
+        if p.scratch == NULL:
             raise MemoryError("no memory for new rows")
-        n_made = 0
         with nogil:
-            fp = hb_fp_enter()
-            while n_made < n and not failed:
-                part = &self.parts[which[n_made]]
-                failed = part.n_new and insert(part)
-                n_made += not failed
-            for i in range(n_made):
-                part = &self.parts[which[i]]
-                if failed:
-                    kernels().index.take_back(<hb_index *>part.index, part.new_keys, part.n_new, part.is_new,
-                                              part.n_slots)
-                elif part.n_new:
-                    begin(part.new, part.slabs, part.new_slots, part.new_keys, part.n_new, scratch)
-                    taken(part)
-            hb_fp_leave(fp)
-            free(scratch)
+            self._pass(insert_unit, total, NEW_NBYTES)
+            for i in range(p.n_parts):
+                failed |= p.parts[i].n_new != 0 and p.parts[i].failed
+            if not failed:
+                self._pass(begin_unit, total, NEW_NBYTES)
+            else:
+                for i in range(p.n_parts):
+                    part = &p.parts[i]
+                    if part.n_new and not part.failed:
+                        kernels().index.take_back(<hb_index *>part.index, part.new_keys, part.n_new, part.is_new,
+                                                  part.n_slots)
+            free(p.scratch)
         if failed:
             raise MemoryError("no memory for the index of new rows")
         return made
 
     def stamp(self, list numbers, int64_t step):
         """`Metadata.stamp` of the tables of these numbers: each key's count is added."""
-        cdef int64_t i, k
+        cdef int64_t i
         cdef Metadata metadata
         cdef Part *part
+        for i in range(self.p.n_parts):
+            self.p.parts[i].stamped = False
         for i in numbers:
-            part, metadata = &self.parts[i], self.tables[i][2]
+            part, metadata = &self.p.parts[i], self.tables[i][2]
             if not within(part.slots, part.u, metadata.n):
                 _refuse("a slot is outside the metadata")
             metadata.stamped(step)
             part.pairs, part.stamped = metadata.at if metadata.kept else NULL, True
+        self.p.step = step
         with nogil:
-            for k in range(self.n_parts):
-                part = &self.parts[k]
-                if part.stamped:
-                    stamp(part.pairs, part.slots, part.u, step, part.totals)
-                part.stamped = False
-
-    cdef int64_t _dim(self, int64_t feature) noexcept nogil:
-        return self.parts[self.places[feature].part].dim
-
-    cdef int64_t _round(self, int64_t group, int64_t number) noexcept nogil:
-        """Make `features` of an array's: those that are their table's feature of that number, or all where it is -1."""
-        cdef int64_t i, n = 0
-        cdef Place *place
-        cdef Part *part
-        for i in range(self.n_features):
-            place = &self.places[i]
-            part = &self.parts[place.part]
-            if place.group == group and (number < 0 or place.number == number):
-                self.n_rows, self.dim = part.n_rows, part.dim
-                self.features[n].at, self.features[n].inverse = place.at, part.inverse + place.number * part.n_rows
-                self.features[n].rows = part.rows
-                self.features[n].sums, self.features[n].blocks = part.sums, part.sums + part.u * part.dim
-                self.features[n].seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
-                n += 1
-        return n
+            self._pass(stamp_unit, self.p.n_keys, STAMP_NBYTES)
 
     cdef int _check(self, list arrays) except -1:
-        """Whether arrays hold their features."""
+        """Whether arrays hold their features; `groups` are made of them but for where they lie."""
         cdef int64_t i
         cdef const float[:, ::1] array
-        cdef list dims = [-1] * self.n_groups
-        if len(arrays) != self.n_groups:
-            _refuse(f"{len(arrays)} arrays for {self.n_groups}")
-        for i in range(self.n_features):
-            array = arrays[self.places[i].group]
-            dim, known = self._dim(i), dims[self.places[i].group]
-            n_rows = self.parts[self.places[i].part].n_rows
-            if array.shape[0] != n_rows or self.places[i].at + dim > array.shape[1] or known not in (-1, dim):
-                _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {n_rows} rows of {dim}")
-            dims[self.places[i].group] = dim
+        cdef const Place *place
+        cdef const Part *part
+        cdef Group *group
+        if len(arrays) != self.p.n_groups:
+            _refuse(f"{len(arrays)} arrays for {self.p.n_groups}")
+        memset(self.p.groups, 0, self.p.n_groups * sizeof(Group))
+        for i in range(self.p.n_features):
+            place = &self.p.places[i]
+            part, group, array = &self.p.parts[place.part], &self.p.groups[place.group], arrays[place.group]
+            if array.shape[0] != part.n_rows or place.at + part.dim > array.shape[1] or group.dim not in (0, part.dim):
+                _refuse(f"an array of shape {array.shape[0], array.shape[1]} for {part.n_rows} rows of {part.dim}")
+            group.at, group.stride = <float *>&array[0, 0], array.shape[1]
+            group.n_rows, group.dim = part.n_rows, part.dim
         return 0
 
     def gather(self, list outs, list rows=None):
@@ -404,32 +610,28 @@ cdef class Together:
         rows : list of float32[u, dim]
             For each table, those of its distinct keys, where they are given.
         """
-        cdef int64_t i, k, group, n
+        cdef int64_t i
         cdef float[:, ::1] out
         cdef const float[:, ::1] given
         cdef Slabs slabs
-        cdef hb_fp_state fp
+        cdef Part *part
         self._check(outs)
-        for i in range(self.n_parts):
-            if self.parts[i].index == NULL:
+        for out in outs:  # all of them are writable
+            pass
+        for i in range(self.p.n_parts):
+            part = &self.p.parts[i]
+            if part.index == NULL:
                 given = rows[i]
-                if given.shape[0] != self.parts[i].u or given.shape[1] != self.parts[i].dim:
-                    _refuse(f"{given.shape[0]} rows for {self.parts[i].u} keys")
-                for k in range(self.parts[i].u):
-                    self.parts[i].rows[k] = &given[k, 0]
+                if given.shape[0] != part.u or given.shape[1] != part.dim:
+                    _refuse(f"{given.shape[0]} rows for {part.u} keys")
+                part.given = &given[0, 0]
                 continue
             slabs = self.tables[i][1]
-            if not within(self.parts[i].slots, self.parts[i].u, slabs.capacity):
+            if not within(part.slots, part.u, slabs.capacity):
                 _refuse("a slot is outside the lines")
-            kernels().locate(self.parts[i].slabs, self.parts[i].slots, self.parts[i].u, self.parts[i].rows)
-        for group in range(self.n_groups):
-            out = outs[group]
-            with nogil:
-                n = self._round(group, -1)
-                fp = hb_fp_enter()
-                if n:
-                    kernels().gather_together(self.features, n, self.n_rows, self.dim, &out[0, 0], out.shape[1])
-                hb_fp_leave(fp)
+        with nogil:
+            self._pass(locate_unit, self.p.n_keys, LOCATE_NBYTES)
+            self._pass_of_rows(gather_unit, True)
 
     def sum(self, list grads):
         """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply` or `sums`.
@@ -443,60 +645,48 @@ cdef class Together:
         -----
         The additions are those of `hbkit._ext.segment.segment_sum`.
         """
-        cdef int64_t i, group, number, n, total = 0, most = 1
-        cdef int finite = 1
-        cdef const float[:, ::1] values
+        cdef int64_t i, total = 0
         cdef float[::1] sums
         cdef float *at
         cdef Part *part
-        cdef hb_fp_state fp
         self._check(grads)
-        for i in range(self.n_parts):
-            total += room(&self.parts[i])
-            most = max(most, self.parts[i].n_features)
+        for i in range(self.p.n_parts):
+            total += room(&self.p.parts[i])
         sums = array = retained((total,))
         self.memory = *self.memory[:2], array
         at = &sums[0]
-        for i in range(self.n_parts):
-            part = &self.parts[i]
+        for i in range(self.p.n_parts):
+            part = &self.p.parts[i]
             part.sums = at
-            memset(at + 2 * part.u * part.dim, 0, part.u * sizeof(int32_t))
             at += room(part)
-        for number in range(most):  # a table's features one after the other: this is the batch's order
-            for group in range(self.n_groups):
-                values = grads[group]
-                with nogil:
-                    n = self._round(group, number)
-                    fp = hb_fp_enter()
-                    if n:
-                        finite &= kernels().sum_together(self.features, n, self.n_rows, self.dim, &values[0, 0],
-                                                         values.shape[1])
-                    hb_fp_leave(fp)
-        return bool(finite)
+        self.p.failed = False
+        with nogil:
+            self._pass_of_rows(sum_unit, False)
+        return not self.p.failed
 
     def sums(self):
         """What was summed: for each table float32[u, dim], of its distinct keys."""
         cdef int64_t i, at = 0
         cdef Part *part
-        cdef hb_feature feature
-        cdef hb_fp_state fp
-        memset(&feature, 0, sizeof(hb_feature))
         if len(self.memory) < 3:
             _refuse("gradients were not summed")
         array, found = self.memory[2], []
-        for i in range(self.n_parts):
-            part = &self.parts[i]
+        for i in range(self.p.n_parts):
+            part = &self.p.parts[i]
             if part.sums == NULL:
                 _refuse("gradients were not summed")
-            feature.sums, feature.blocks = part.sums, part.sums + part.u * part.dim
-            with nogil:
-                fp = hb_fp_enter()
-                kernels().finish_sums(&feature, part.counts, part.u, part.dim)
-                hb_fp_leave(fp)
-            part.sums = NULL
             found.append(array[at:at + part.u * part.dim].reshape(part.u, part.dim))
             at += room(part)
+        self.p.scratch = NULL
+        self._finish()
         return found
+
+    cdef _finish(self):
+        cdef int64_t i
+        with nogil:
+            self._pass_of_rows(finish_unit, False)
+        for i in range(self.p.n_parts):
+            self.p.parts[i].sums = NULL
 
     def apply(self, list rules, list hypers, list seeds, int64_t step):
         """One optimizer step of every table by what was summed.
@@ -517,12 +707,8 @@ cdef class Together:
         cdef const float[::1] hyper
         cdef Slabs slabs
         cdef Part *part
-        cdef hb_feature feature
-        cdef void *scratch = NULL
-        cdef hb_fp_state fp
-        memset(&feature, 0, sizeof(hb_feature))
-        for i in range(self.n_parts):
-            part, slabs, hyper = &self.parts[i], self.tables[i][1], hypers[i]
+        for i in range(self.p.n_parts):
+            part, slabs, hyper = &self.p.parts[i], self.tables[i][1], hypers[i]
             dim = slabs.s.dim
             if not (part.sums != NULL and hyper.shape[0] == HB_HYPER and slabs.divided and
                     n_state(rules[i], dim, hyper[1] != 0) <= slabs.s.n_state):
@@ -531,24 +717,13 @@ cdef class Together:
                 _refuse("a slot is outside the lines")
             memset(&part.update, 0, sizeof(hb_update))
             part.rule = hb_part(rules[i], 0, dim, 0, &hyper[0])
-            part.update.slots, part.update.keys = part.slots, part.unique
-            part.update.parts, part.update.n_parts = &part.rule, 1
-            part.update.g.values, part.update.g.dim, part.update.g.n_segments = part.sums, dim, part.u
+            part.update.parts, part.update.n_parts, part.update.g.dim = &part.rule, 1, dim
             part.update.seed, part.update.step = seeds[i], <uint32_t>(<uint64_t>step)
             most = max(most, dim)
-        scratch = allocate(HB_SCRATCH(most))
-        if scratch == NULL:
+        self.p.scratch_nbytes = (<int64_t>HB_SCRATCH(most) + 63) // 64 * 64
+        self.p.scratch = <char *>allocate(self.n_seats * self.p.scratch_nbytes)
+        if self.p.scratch == NULL:
             raise MemoryError("no memory for an update")
-        with nogil:
-            fp = hb_fp_enter()
-            for i in range(self.n_parts):
-                part = &self.parts[i]
-                dim = part.slabs.dim
-                part.update.scratch = scratch
-                feature.sums, feature.blocks = part.sums, part.sums + part.u * dim
-                kernels().finish_sums(&feature, part.counts, part.u, dim)
-                kernels().apply(part.slabs, &part.update)
-                part.sums = NULL
-            hb_fp_leave(fp)
-            free(scratch)
+        self._finish()
+        free(self.p.scratch)
         return self.n_absent()

@@ -36,7 +36,6 @@ from hbkit.store.base import (
 from hbkit.store.changes import Changes
 from hbkit.store.locks import SharedLock
 from hbkit.store.point import READ_ROWS, InPlace, Point
-from hbkit.store.threads import shared
 
 
 @dataclass(frozen=True)
@@ -254,12 +253,8 @@ class HostStore:
             lease.refresh(self._index, self.version)
             slots = lease.slots[at]
             check_rows(self.layout, slots)
-
-            def read(some: slice) -> None:
-                self._slabs.read(slots[some], lines[some])
-                self._metadata.get(slots[some], (freq[some], last_step[some]))
-
-            shared(read, len(at), 4 * self.layout.width)
+            self._slabs.read(slots, lines)
+            self._metadata.get(slots, (freq, last_step))
 
     def write(self, keys: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
         """Take back lines and metadata of distinct rows that a tier above had. MemoryError leaves all as it was.
@@ -288,12 +283,8 @@ class HostStore:
 
     def _write(self, slots: Int64s, lines: Float32s, freq: Int64s, last_step: Int64s) -> None:
         """Whole lines and metadata of slots; what has slot -1 is left out."""
-
-        def write(some: slice) -> None:
-            self._slabs.write(slots[some], lines[some])
-            self._metadata.put(slots[some], freq[some], last_step[some])
-
-        shared(write, len(slots), 4 * self.layout.width)
+        self._slabs.write(slots, lines)
+        self._metadata.put(slots, freq, last_step)
 
     def erase(self, keys: Int64s) -> int:
         """Remove keys with their state; how many were there."""
@@ -363,16 +354,8 @@ class HostStore:
         with self.lock.exclusive:
             with self._inserted(keys) as slots:
                 self._metadata.put(slots, freq, last_step)
-                shared(
-                    lambda some: self._scatter(slots[some], row[some], state[some]), len(keys), 4 * self.layout.width
-                )
+                self._slabs.put(slots, row, state)
             self.changes.note(keys, len(self._index))
-
-    def _scatter(self, slots: Int64s, row: Float32s, state: Float32s) -> None:
-        for i in range(0, len(slots), NEAR_ROWS):  # so that a line is written while it is in the cache
-            some = slice(i, i + NEAR_ROWS)
-            self._slabs.scatter(slots[some], row[some])
-            self._slabs.scatter(slots[some], state[some], self.layout.dim)
 
     # --- points -----------------------------------------------------------------------------------------------
 
@@ -506,5 +489,4 @@ class _HostPoint(Point):
 
 
 _NONE = np.zeros(0, np.int64)
-NEAR_ROWS = 1024
 PIECE_ROWS = 1 << 18  # keys that are sorted at once

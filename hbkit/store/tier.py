@@ -58,7 +58,6 @@ from hbkit.store.cache import Cache, Window
 from hbkit.store.changes import Changes, Since
 from hbkit.store.point import InPlace, Point
 from hbkit.store.policy import Policy
-from hbkit.store.threads import shared
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[Any]  # int64 or uint32
@@ -634,7 +633,7 @@ class TieredStore(ABC):
             near, _ = self._ready(lease)
             keys, near = lease.keys[at], near[at]
             check_rows(self.layout, lease.slots[at])
-            shared(lambda some: self._lines.read(near[some], lines[some]), len(at), 4 * self.layout.width)
+            self._lines.read(near, lines)
             freq[:], last_step[:] = self._metadata_of(keys, near)
             for some, _, _, held in self._stream(keys, np.flatnonzero(near < 0)):
                 rows = np.empty((len(some), self.layout.width), np.float32)
@@ -663,7 +662,7 @@ class TieredStore(ABC):
         for part in _parts(len(away), self._scratch_lines):
             some = away[part]
             self._home_lines(keys[some], lines[some], freq[some], last_step[some])
-        shared(lambda some: self._lines.write(slots[some], lines[some]), len(keys), 4 * self.layout.width)
+        self._lines.write(slots, lines)
         self._metadata.put(slots, freq, last_step)
         set_at(self._cache.dirty.view(np.uint8), slots)
 

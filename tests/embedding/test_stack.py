@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hbkit._ext import share
 from hbkit._ext.together import Together
 from hbkit.embedding import (
     SGD,
@@ -24,6 +25,15 @@ from hbkit.errors import InvalidArgument, UnknownColumn
 from hbkit.ragged import Ragged
 
 FEATURES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module", autouse=True, params=[1, 3])
+def n_threads(request):
+    """All that is here holds for one thread, and for several however little they have to do."""
+    before = share.n_threads()
+    share.use(request.param, 1)
+    yield
+    share.use(before)
 
 
 def make(dim=16, joinable=True, stack=None, optimizer=None, tables=None, **options):

@@ -11,7 +11,7 @@ from hbkit import errors
 from hbkit._ext import segment
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import Adam, Table
-from hbkit.store import cached_ssd, device_cached, host_memory, threads
+from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store.base import Chunk
 
 DIM = 4
@@ -200,8 +200,8 @@ def test_below_a_full_disk_may_be_tried_again(tmp_path):
     table.commit()
 
 
-def test_below_readers_see_whole_rows_while_some_are_written(monkeypatch):
-    monkeypatch.setattr(threads, "LEAST_NBYTES", 1000)  # several threads share a few lines
+def test_below_readers_see_whole_rows_while_some_are_written(shared_by):
+    shared_by(3)
     store, done, wrong = Table("t", 16, optimizer=Adam(), store=host_memory()).store, threading.Event(), []
     keys, ones = np.arange(1000), np.ones(1000, np.int64)
 
