@@ -227,6 +227,12 @@ static void wait_turn(struct thread *t)
         change(t, next);
 }
 
+static void give_way(struct thread *t)
+{
+    make_ready(t);
+    wait_turn(t);
+}
+
 /* ---- what went wrong ---- */
 
 static const char *text_of(const struct code *code, int line)
@@ -593,8 +599,7 @@ __attribute__((noinline)) static void burnt(struct thread *t, int line)
     if (!(++m->n_changes & 0x3fff) && mean < 4096) /* a long launch has seen enough of them */
         m->interval *= 2;
     m->fuse = (int32_t)(m->launch->seed ? 1 + draw(m) % (2 * mean) : mean);
-    make_ready(t);
-    wait_turn(t);
+    give_way(t);
 }
 
 static void check_aligned(struct thread *t, uint64_t at, uint32_t n, int line)
