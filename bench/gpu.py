@@ -41,7 +41,7 @@ import numpy as np
 
 from hbkit._ext.segment import segment_sum as c_segment_sum
 from hbkit._ext.slabs import Slabs
-from hbkit.cuda.batch import Room
+from hbkit.cuda.batch import Room, missing
 from hbkit.cuda.parts import open_parts
 from hbkit.embedding import Adam, Table
 from hbkit.store import device_cached, host_memory
@@ -155,8 +155,8 @@ class Bench:
                 f.write("\n".join(self.text) + "\n")
 
     def give(self, array: np.ndarray) -> Any:
-        """A copy in device memory: a tensor where PyTorch is at hand."""
-        if torch is None:
+        """A copy in device memory: a tensor where PyTorch is at hand, and can be there."""
+        if torch is None or (self.real and not torch.cuda.is_available()):
             return self.device.send(array)
         return torch.tensor(array, device="cuda" if self.real else "cpu")
 
@@ -224,7 +224,7 @@ class Bench:
 
     def launches(self) -> None:
         """What the host does, in microseconds: medians of rounds, after each of which the device comes to an end."""
-        from hbkit.cuda.index import settle, stamp
+        from hbkit.cuda.buckets import settle, stamp
         from hbkit.cuda.rows import GATHER
         from hbkit.cuda.rules import N_HYPER, RULES
 
@@ -391,11 +391,11 @@ class Bench:
         index = self.parts.index(device, self.sizes.n_slots, u, 1024)
         dedupe(ids, room)
         keys, counts, one = room.keys[:u], room.counts[:u], np.ones(1, np.int64)
-        slots = index.hold(keys, one).slots
+        slots = device.empty((u,), np.int64)
         index.settle(index.insert(keys, one).slots)
 
         def hold() -> None:
-            index.hold(keys, counts, add=True, slots=slots)
+            missing(device, index.hold(keys, counts, add=True, slots=slots))
             index.settle(slots)
 
         def insert() -> None:
@@ -425,7 +425,7 @@ class Bench:
 
     def peers(self) -> None:
         """What PyTorch's own operations take for the same rows."""
-        if torch is None or not self.real:
+        if torch is None or not (self.real and torch.cuda.is_available()):
             return
         n, dim = self.sizes.n_ids, self.sizes.dim
         table = torch.full((self.sizes.n_lines, dim), 0.01, device="cuda")
@@ -524,13 +524,14 @@ class Bench:
         out = device.array(self.give(np.zeros((n, dim), np.float32)))
 
         def step(i: int) -> None:
-            found = dedupe(here[i % len(here)], room)
-            slots = index.hold(found.keys, one, slots=room.slots).slots
-            lines.gather(slots, out, found.inverse)
-            order(room, n, found.n_distinct)
-            of = room.order[:n], room.starts[: found.n_distinct + 1]
-            lines.apply_segments(code, slots, values, *of, hyper, found.keys, 1, i)
-            index.stamp(slots, i, found.counts)
+            dedupe.begin(here[i % len(here)], room)
+            held = index.hold(room.keys, one, room.counts, slots=room.slots, found=room.found, listed=room.listed)
+            u = missing(device, held).n_keys
+            slots, keys = room.slots[:u], room.keys[:u]
+            lines.gather(slots, out, room.inverse)
+            order(room, n, u)
+            lines.apply_segments(code, slots, values, room.order, room.starts[: u + 1], hyper, keys, 1, i)
+            index.stamp(slots, i, room.counts[:u])
             index.settle(slots)
 
         took = []

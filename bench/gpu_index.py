@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from hbkit.cuda.batch import Placement, Room
+from hbkit.cuda.batch import Placement, Room, missing
 from hbkit.cuda.parts import open_parts
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
@@ -229,7 +229,9 @@ class Bench:
         one = np.array([self.step])
 
         def hold(keys):
-            x.settle(x.hold(keys, one, slots=slots).slots)
+            held = x.hold(keys, one, slots=slots)
+            missing(self.device, held)
+            x.settle(held.slots)
 
         calls = [lambda k=k: hold(k) for k in self.resident(self.sizes.batches)]
         self.note(f"hold, all there, load {load}", n, self.device_ms(calls), self.wall_ms(calls), n * HOLD)
@@ -256,7 +258,7 @@ class Bench:
         def with_rows(keys, scores):
             slots = self.insert(keys, scores)
             if self.on_device:  # every victim's row, dirty or not
-                x.dirty_victims(Placement(x._flat, n, 0, 0, 0, n))
+                x.dirty_victims(Placement(x._placed, n, 0, 0, 0, n))
                 lines.gather(slots, rows)
                 lines._scatter(slots, rows, lines._parts(self.sizes.dim))
 

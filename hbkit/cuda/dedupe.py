@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from hbkit.cuda.arith import cuda
-from hbkit.cuda.batch import Distinct, Room
+from hbkit.cuda.batch import N_KEYS, N_MISSING, N_SKIPPED, Distinct, Room
+from hbkit.cuda.buckets import mix
 from hbkit.cuda.device import Device
-from hbkit.cuda.index import TILES, mix, sum_before, tile_length
+from hbkit.cuda.tiles import TILES, sum_before, tile_length
 from hbkit.cuda.warp import WARP, ballot, first, inline, lane, matching, ones, shared, word, word_of
 from hbkit.errors import InvalidArgument
 
@@ -75,9 +76,9 @@ def first_of(n: Any, table: Any, cells: Any, firsts: Any, counts: Any, totals: A
 
 
 def number(
-    keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, error: Any
+    keys: Any, table: Any, cells: Any, firsts: Any, totals: Any, numbers: Any, distinct: Any, found: Any, error: Any
 ) -> None:
-    """Number the first positions in order, list their keys, and free their cells; the number of keys goes last."""
+    """Number the first positions in order, list their keys, and free their cells; say in `found` how many there are."""
     n = keys.shape[0]
     length = tile_length(n)
     for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
@@ -96,7 +97,9 @@ def number(
                 table[cell] = FREE
             at += ones(beginners)
         if tile == TILES - 1 and lane() == 0:
-            totals[TILES] = at
+            found[N_KEYS] = at
+            found[N_MISSING] = 0
+            found[N_SKIPPED] = 0
 
 
 def spread(n: Any, firsts: Any, numbers: Any, inverse: Any, counts: Any, error: Any) -> None:
@@ -131,7 +134,7 @@ _A64, _A32 = "int64[::1]", "int32[::1]"
 SIGNATURES = {
     claim: f"void({_A64}, {_A32}, {_A32}, {_A32})",
     first_of: f"void(int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A32})",
-    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32})",
+    number: f"void({_A64}, {_A32}, {_A32}, {_A32}, {_A32}, {_A32}, {_A64}, {_A32}, {_A32})",
     spread: f"void(int64, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
 }
 
@@ -159,8 +162,7 @@ class Dedupe:
         self._device, self.max_keys = device, max_keys
         self._table = device.send(np.full(1 << (2 * max_keys - 1).bit_length(), FREE, np.int32))
         self._cells, self._firsts, self._numbers = (device.empty((max_keys,), np.int32) for _ in range(3))
-        self._totals = device.empty((TILES + 1,), np.int32)
-        self._n_distinct = self._totals[TILES:]
+        self._totals = device.empty((TILES,), np.int32)
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +171,11 @@ class Dedupe:
 
     def __call__(self, keys: Any, room: Room) -> Distinct:
         """The distinct keys of int64[n], in host or device memory; one wait, for how many they are."""
+        n = self.begin(keys, room)
+        return Distinct(room, n, int(self._device.fetch(room.found)[N_KEYS]) if n else 0)
+
+    def begin(self, keys: Any, room: Room) -> int:
+        """Find the distinct keys without waiting, and have their number in `room.found`; how many keys were given."""
         device, most = self._device, min(self.max_keys, room.max_ids)
         keys = keys if isinstance(keys, np.ndarray) else device.array(keys)  # then dtypes are NumPy's
         if keys.dtype != np.int64 or keys.ndim != 1 or keys.shape[0] > most:
@@ -177,19 +184,16 @@ class Dedupe:
                 device=device.name,
                 remedy="give int64[n], and fewer of them or a larger one",
             )
-        n = keys.shape[0]
+        n = int(keys.shape[0])
         if n == 0:
-            return Distinct(room, 0, 0)
+            return 0
         if isinstance(keys, np.ndarray):
-            near, keys = np.ascontiguousarray(keys), room.order[:n]  # which nobody needs until they are ordered
+            near, keys = np.ascontiguousarray(keys), room.listed[:n]  # which nobody needs until keys are looked for
             device.write(keys, near)
-        self._launch(keys, room)
-        return Distinct(room, n, int(device.fetch(self._n_distinct)[0]))
-
-    def _launch(self, keys: Any, room: Room) -> None:
-        n, device = keys.shape[0], self._device
         cells, firsts, numbers, totals = self._cells, self._firsts, self._numbers, self._totals
         device.launch(claim, n, keys, self._table, cells)
         device.launch(first_of, TILES * WARP, n, self._table, cells, firsts, room.counts, totals)
-        device.launch(number, TILES * WARP, keys, self._table, cells, firsts, totals, numbers, room.keys)
+        some = (keys, self._table, cells, firsts, totals, numbers, room.keys, room.found)
+        device.launch(number, TILES * WARP, *some)
         device.launch(spread, min(n, SPREADERS), n, firsts, numbers, room.inverse, room.counts)
+        return n

@@ -1,41 +1,4 @@
-"""DeviceIndex: which line of device memory holds a key; buckets of a warp's width, each owned by one warp in a launch.
-
-A key may be in two buckets of `BUCKET` slots, and a slot is the number of its line. Of a slot there is a digest (a
-byte; 0 where it is free) and an entry of 16 bytes: the key, and its word
-
-    pins << 48 | soon << 40 | score << 1 | dirty
-
-so that one comparison finds a bucket's victim: the least word is an unpinned one if there is any; of those one that no
-announced batch wants (`soon` is 0, or says how soon one does), of the least score, clean before dirty where scores are
-equal. The caller chooses the policy by the scores it gives: the step (LRU), or a count that is added (LFU). A free
-slot's word is 0. Beside the entries there are, where they are asked for, 8 bytes a slot of metadata: how often the key
-was updated, and in which step last.
-
-A step that finds all its keys is one launch of `hold`, a thread a key: each reads its bucket's digests (32 bytes, one
-sector) and the entry of each match, and pins and scores the entry. Keys are distinct, so only its own thread touches an
-entry. How many are missing is counted by tile, by additions, whose order leaves no trace; their positions are listed by
-a second launch, only where there are any.
-
-New keys are inserted in two launches, in both of which no two threads write one place:
-
-- `probe`: a thread a key, as `hold`. A key that is not there goes to its first bucket, or to the second if the first is
-  `CROWDED` and the second has more free slots; so nearly all keys are in their first bucket, where they are found at
-  once, and buckets fill evenly even so. It is pushed on its bucket's list by an atomic exchange, and whoever pushes
-  first puts the bucket on the list of work. Free slots are what they were before the call: nobody takes any meanwhile.
-- `place`: a warp a bucket of that list. It reads the list of new keys, whose order came of the threads' race, and keeps
-  the `BUCKET` least positions in order, one a lane: so the race leaves no trace. One after the other they take the free
-  slots from the lowest lane on, then the slots of least words. The batch's own keys are pinned, so none evicts another.
-  Nobody else reads or writes the bucket in this launch.
-
-What found all of its bucket pinned tries the other one: `again` lists it there, and `place` runs once more.
-
-All other calls are given distinct slots, or distinct keys, whose threads change their own entries alone; or they change
-each entry by its own thread (`age`); or they list by a scan over tiles, which keeps the order.
-
-So slots, victims and their order are a function of the calls alone. What finds both buckets pinned goes to the
-side list, whose lines come after those of the buckets: every search goes through it after the buckets, `drain` empties
-it when pins are gone, and what finds it full too gets the slot -1 and is counted. No key is dropped unseen.
-"""
+"""DeviceIndex: which line of device memory holds a key. Its memory and its kernels: `hbkit.cuda.buckets`."""
 
 from __future__ import annotations
 
@@ -45,676 +8,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbkit.cuda.arith import cuda
-from hbkit.cuda.batch import (
-    EVICTED_CLEAN,
-    EVICTED_DIRTY,
-    FOUND,
-    MAX_SCORE,
-    MOST_PINS,
-    MOST_SOON,
-    MOST_STAMP,
-    NEW,
-    PIN,
-    REFUSED,
-    SLOT,
-    SOON,
-    STATUS,
-    VICTIM,
-    Held,
-    Placement,
-    Victims,
+from hbkit.cuda import buckets
+from hbkit.cuda.batch import EVICTED_DIRTY, MOST_SOON, MOST_STAMP, PIN, REFUSED, Held, Placement, Victims
+from hbkit.cuda.buckets import (
+    AT,
+    BUCKET,
+    COUNTERS,
+    HOLE,
+    KEY,
+    N_DIRTY,
+    N_EVICTED,
+    N_NEW,
+    N_REFUSED,
+    PLACERS,
+    POSITION,
+    SCORED,
+    WORD,
 )
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, BAD_SLOT, Device, simulated
-from hbkit.cuda.warp import ALL64, WARP, ballot, first, inline, lane, ones, shuffle, up, word, word_of, xor
+from hbkit.cuda.device import Device
+from hbkit.cuda.tiles import TILES
+from hbkit.cuda.warp import WARP
 from hbkit.errors import InvalidArgument
 
 Int64s = npt.NDArray[np.int64]
 
-BUCKET = WARP  # slots a bucket
-CROWDED = BUCKET // 4  # as few free slots
-OTHER = -2  # a slot that says that the first bucket is still to be tried
-KEY, WORD = 0, 1  # of an entry
-MOST_PINNED = MOST_PINS * PIN
-SOONS, SCORED = MOST_SOON * SOON, 2 * MAX_SCORE  # bits of a word
-HOLE = -1  # the word of a free place of the side list
-VICTIM_NOTE = 3  # a row of `placed`, after those of a `Placement`
-POSITION, AT, KEY_AT, FREQ_AT, LAST_AT = range(5)  # rows of `listed`
-N_WORK, N_NEW, N_EVICTED, N_DIRTY, N_REFUSED = range(5)  # counters; there are two sets, which calls take in turns
-COUNTERS = 16
-PLACERS = 8192  # warps of `place` at the most: about as many as a device runs at once, since each adds to the counters
-NO_POSITION = 2**31 - 1
-TILES = 8 if simulated() else 4096  # warps that share a scan
-
-BYTES, LOWS = word_of(0x0101_0101_0101_0101), word_of(0x7F7F_7F7F_7F7F_7F7F)
-TO_TOP_BYTE = word_of(0x0102_0408_1020_4080)
-MIX1, MIX2 = word_of(0x9FB2_1C65_1E98_DF25), word_of(0xD6E8_FEB8_6659_FD93)
-S32, S7, S56, LOW32, LOW8 = map(word_of, (32, 7, 56, 0xFFFF_FFFF, 0xFF))
-
-
-@inline
-def mix(key: Any) -> Any:
-    """64 bits of a key, unlike those of `hbkit._ext.mix`, which ranks share."""
-    x = (word(key) * MIX1) & ALL64
-    x ^= x >> S32
-    x = (x * MIX2) & ALL64
-    return x ^ (x >> S32)
-
-
-@inline
-def bucket_of(mixed: Any, n_buckets: Any) -> Any:
-    """First bucket of a mixed key, from its low 32 bits."""
-    return np.int64(((mixed & LOW32) * word(n_buckets)) >> S32)
-
-
-@inline
-def second_of(mixed: Any, n_buckets: Any) -> Any:
-    """Second bucket of a mixed key, from its high 32 bits; it may be the first."""
-    return np.int64(((mixed >> S32) * word(n_buckets)) >> S32)
-
-
-@inline
-def digest_of(mixed: Any) -> Any:
-    """Digest of a mixed key: 1 to 255."""
-    return max(np.int64((mixed >> S32) & LOW8), np.int64(1))
-
-
-@inline
-def zeros(x: Any) -> Any:
-    """The high bit of each byte that is 0."""
-    return ALL64 ^ (((x & LOWS) + LOWS) | x | LOWS)
-
-
-@inline
-def matches(digests: Any, bucket: Any, digest: Any) -> Any:
-    """A bit for each slot of a bucket whose digest is this."""
-    pattern = word(digest) * BYTES
-    found = np.int64(0)
-    for i in range(BUCKET // 8):
-        zero = zeros(word(digests[bucket * (BUCKET // 8) + i]) ^ pattern)
-        found |= np.int64((((zero >> S7) * TO_TOP_BYTE) & ALL64) >> S56) << (8 * i)
-    return found
-
-
-@inline
-def n_free(digests: Any, bucket: Any) -> Any:
-    """Free slots of a bucket."""
-    n = np.int64(0)
-    for i in range(BUCKET // 8):
-        n += ones(zeros(word(digests[bucket * (BUCKET // 8) + i])))
-    return n
-
-
-@inline
-def slot_in(digests: Any, entries: Any, key: Any, bucket: Any, digest: Any) -> Any:
-    """Slot of a key in a bucket, or -1."""
-    found = matches(digests, bucket, digest)
-    while found != 0:
-        slot = bucket * BUCKET + first(found)
-        if entries[slot, KEY] == key:
-            return slot
-        found &= found - 1
-    return np.int64(-1)
-
-
-@inline
-def look(digests: Any, entries: Any, key: Any) -> Any:
-    """Slot of a key, or -1."""
-    mixed = mix(key)
-    n_slots = digests.shape[0] * 8
-    n_buckets = n_slots // BUCKET
-    slot = slot_in(digests, entries, key, bucket_of(mixed, n_buckets), digest_of(mixed))
-    if slot < 0:
-        slot = slot_in(digests, entries, key, second_of(mixed, n_buckets), digest_of(mixed))
-    if slot < 0:
-        for side in range(n_slots, entries.shape[0]):
-            if entries[side, KEY] == key and entries[side, WORD] != HOLE:
-                slot = np.int64(side)
-    return slot
-
-
-@inline
-def push(pushed: Any, bucket: Any, i: Any, n: Any, n_buckets: Any, lists: Any, turn: Any) -> None:
-    """Put the key at i of n on a bucket's list; all lanes of a warp come, those with a key to push.
-
-    ``lists``: int32, `COUNTERS` of them, of which this call's begin at `turn`; a head for each bucket, a link for each
-    key, then the buckets that have work, as many as keys. Heads are -1 before the call, and after `place`.
-    """
-    links = COUNTERS + n_buckets
-    begins = False
-    if pushed:
-        below = cuda.atomic.exch(lists, COUNTERS + bucket, i)
-        lists[links + i] = below
-        begins = below < 0
-    # One addition a warp: a million to one place would take longer than all the rest.
-    beginners = ballot(begins)
-    if beginners != 0:
-        at = np.int32(0)
-        if lane() == first(beginners):
-            at = cuda.atomic.add(lists, turn + N_WORK, ones(beginners))
-        at = shuffle(at, first(beginners))
-        if begins:
-            before = beginners & ((1 << lane()) - 1)
-            lists[links + n + at + ones(before)] = bucket
-
-
-@inline
-def given_score(scores: Any, score: Any, i: Any) -> Any:
-    """Score of the key at i: of one for each, or one for all, which is `score` where there are no `scores`."""
-    if scores.shape[0] > 0:
-        score = scores[min(i, scores.shape[0] - 1)]
-    return max(min(score, MAX_SCORE), 0)
-
-
-@inline
-def pin(entries: Any, slot: Any, score: Any, add: Any, error: Any) -> Any:
-    """Pin an entry and score it; nobody waits for it any more. Its slot, or -1 where there are too many pins."""
-    old = entries[slot, WORD]
-    if old >= MOST_PINNED:
-        error[0] = BAD_HOLD
-        return np.int64(-1)
-    score = min(score + add * ((old & SCORED) >> 1), MAX_SCORE)
-    entries[slot, WORD] = (old & ~(PIN - 2)) + PIN + (score << 1)
-    return slot
-
-
-@inline
-def note_of(freq: Any, last_step: Any) -> Any:
-    """A slot's metadata as one number, of 32 bits each."""
-    return np.int64(last_step) << 32 | np.int64(freq)
-
-
-@inline
-def freq_of(note: Any) -> Any:
-    """How often a slot's line was updated."""
-    return note & MOST_STAMP
-
-
-@inline
-def last_step_of(note: Any) -> Any:
-    """In which step it was last."""
-    return note >> 32 & MOST_STAMP
-
-
-@inline
-def within(slot: Any, entries: Any, error: Any) -> Any:
-    """Whether a slot is one, and not left out."""
-    if slot >= entries.shape[0]:
-        error[0] = BAD_SLOT
-    return 0 <= slot < entries.shape[0]
-
-
-def find(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None:
-    """``slots[i]`` = slot of ``keys[i]``, or -1. Nothing is written but that; keys may repeat."""
-    for i in range(cuda.grid(1), keys.shape[0], cuda.gridsize(1)):
-        slots[i] = look(digests, entries, keys[i])
-
-
-def hold(
-    digests: Any,
-    entries: Any,
-    keys: Any,
-    scores: Any,
-    score: Any,
-    add: Any,
-    skip: Any,
-    skips: Any,
-    slots: Any,
-    totals: Any,
-    turn: Any,
-    error: Any,
-) -> None:
-    """Pin and score the keys that are there: ``slots[i]`` as `find` has it. Keys are distinct.
-
-    The key `skip` is not looked for where `skips` is not 0. ``totals``: two sets of `TILES` + 1, of which this call's
-    begins at `turn` and is 0: how many of a tile are missing, and of all tiles.
-    """
-    n = keys.shape[0]
-    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
-        i = base + lane()
-        missed = False
-        if i < n:
-            slot = np.int64(-1)
-            if skips == 0 or keys[i] != skip:
-                slot = look(digests, entries, keys[i])
-                missed = slot < 0
-                if slot >= 0:
-                    slot = pin(entries, slot, given_score(scores, score, i), add, error)
-            slots[i] = slot
-        missing = ballot(missed)
-        if missing != 0 and lane() == 0:
-            cuda.atomic.add(totals, turn + base // tile_length(n), ones(missing))
-            cuda.atomic.add(totals, turn + TILES, ones(missing))
-
-
-def list_missing(
-    keys: Any, skip: Any, skips: Any, slots: Any, totals: Any, others: Any, missing: Any, error: Any
-) -> None:
-    """List the positions that `hold` counted, in order. A warp sums the totals before its tile for itself.
-
-    The other set of totals is set to 0, for the next `hold`.
-    """
-    n = keys.shape[0]
-    length = tile_length(n)
-    for i in range(cuda.grid(1), TILES + 1, cuda.gridsize(1)):
-        others[i] = 0
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        at = sum_before(totals, tile)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            i = base + lane()
-            mine = i < n and slots[min(i, n - 1)] < 0 and (skips == 0 or keys[min(i, n - 1)] != skip)
-            chosen = ballot(mine)
-            if mine:
-                missing[at + ones(chosen & ((1 << lane()) - 1))] = i
-            at += ones(chosen)
-
-
-def probe(
-    digests: Any,
-    entries: Any,
-    keys: Any,
-    scores: Any,
-    score: Any,
-    add: Any,
-    placed: Any,
-    lists: Any,
-    turn: Any,
-    error: Any,
-) -> None:
-    """Pin and score the keys that are there, and list the others by bucket. Keys are distinct.
-
-    A score is set, or added where `add` is not 0.
-    """
-    n = keys.shape[0]
-    n_buckets = digests.shape[0] * 8 // BUCKET
-    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
-        i = base + lane()
-        bucket = np.int64(0)
-        missed = False
-        if i < n:
-            slot = look(digests, entries, keys[i])
-            missed = slot < 0
-            if missed:
-                mixed = mix(keys[i])
-                bucket = bucket_of(mixed, n_buckets)
-                free = n_free(digests, bucket)
-                if free <= CROWDED and n_free(digests, second_of(mixed, n_buckets)) > free:
-                    bucket = second_of(mixed, n_buckets)
-                    slot = np.int64(OTHER)
-                placed[STATUS, i] = REFUSED
-            else:
-                slot = pin(entries, slot, given_score(scores, score, i), add, error)
-                placed[STATUS, i] = FOUND
-            placed[SLOT, i] = slot
-        push(missed, bucket, i, n, n_buckets, lists, turn)
-
-
-def again(keys: Any, n_buckets: Any, placed: Any, lists: Any, turn: Any, error: Any) -> None:
-    """List the keys that `place` refused by their other bucket."""
-    n = keys.shape[0]
-    for base in range(cuda.grid(1) - lane(), n, cuda.gridsize(1)):
-        i = base + lane()
-        bucket = np.int64(0)
-        refused = i < n and placed[STATUS, min(i, n - 1)] == REFUSED
-        if refused:
-            mixed = mix(keys[i])
-            bucket = bucket_of(mixed, n_buckets) if placed[SLOT, i] == OTHER else second_of(mixed, n_buckets)
-            placed[SLOT, i] = -1
-        push(refused, bucket, i, n, n_buckets, lists, turn)
-
-
-def place(
-    digests: Any,
-    entries: Any,
-    notes: Any,
-    keys: Any,
-    scores: Any,
-    score: Any,
-    evict: Any,
-    placed: Any,
-    lists: Any,
-    turn: Any,
-    error: Any,
-) -> None:
-    """Give the keys that are listed a slot of their bucket, the first ones first; evict where `evict` is not 0.
-
-    Here ``digests`` is the same memory by bytes. A victim's key, metadata and whether it was dirty are noted at the
-    position of the key that took its slot; its line is still as it was. The next call's counters are set to 0.
-    """
-    n = keys.shape[0]
-    n_buckets = digests.shape[0] // BUCKET
-    links = COUNTERS + n_buckets
-    n_new = np.int64(0)
-    n_evicted = np.int64(0)
-    n_dirty = np.int64(0)
-    n_refused = np.int64(0)
-    me = lane()
-    work = np.int64(lists[turn + N_WORK])
-    warps = cuda.gridsize(1) // WARP
-    begin = cuda.grid(1) // WARP
-    if me == 0:
-        for i in range(begin, COUNTERS // 2, warps):
-            lists[COUNTERS // 2 - turn + i] = 0
-    if work == 0:
-        return
-    works = links + n
-    following = lists[works + min(begin, work - 1)]  # read a bucket ahead, since a warp waits for each read
-    for at in range(begin, work, warps):
-        bucket = np.int64(following)
-        following = lists[works + min(at + warps, work - 1)]
-        mine = bucket * BUCKET + me
-        digest = np.int64(digests[mine])
-        value = entries[mine, WORD]
-        i = lists[COUNTERS + bucket]
-        position = np.int32(NO_POSITION)
-        n_listed = np.int64(0)
-        while i >= 0:  # the least positions, ascending by lane
-            rank = ones(ballot(position < i))
-            from_below = up(position)
-            if me == rank:
-                position = i
-            elif me > rank:
-                position = from_below
-            n_listed += 1
-            i = lists[links + i]
-        if me == 0:
-            lists[COUNTERS + bucket] = -1  # every lane has read it: there was a vote since
-        n_placed = np.int64(0)
-        while n_placed < n_listed and n_placed < BUCKET:
-            i = shuffle(position, n_placed)
-            free = ballot(digest == 0)
-            chosen = np.int64(0)
-            if free != 0:
-                chosen = np.int64(first(free))
-                n_new += 1
-            else:
-                if evict == 0:
-                    break
-                least = np.int64((min(value, PIN) << 5) | me)  # a slot's word and lane as one number
-                step = BUCKET // 2
-                while step > 0:
-                    other = xor(least, step)
-                    if other < least:
-                        least = other
-                    step //= 2
-                if least >> 5 >= PIN:
-                    break
-                chosen = np.int64(least & 31)
-                n_evicted += 1
-                n_dirty += (least >> 5) & 1
-            if me == chosen:
-                status = np.int64(NEW)
-                if digest != 0:
-                    placed[VICTIM, i] = entries[mine, KEY]
-                    status = EVICTED_CLEAN + (value & 1)
-                placed[VICTIM_NOTE, i] = 0
-                if notes.shape[0] > 0:
-                    placed[VICTIM_NOTE, i] = notes[mine]
-                    notes[mine] = 0
-                value = PIN + (given_score(scores, score, i) << 1)
-                entries[mine, KEY] = keys[i]
-                entries[mine, WORD] = value
-                digest = digest_of(mix(keys[i]))
-                digests[mine] = digest
-                placed[SLOT, i] = mine
-                placed[STATUS, i] = status
-            n_placed += 1
-        n_refused += n_listed - n_placed
-    if me == 0:
-        if n_new > 0:
-            cuda.atomic.add(lists, turn + N_NEW, n_new)
-        if n_evicted > 0:
-            cuda.atomic.add(lists, turn + N_EVICTED, n_evicted)
-        if n_dirty > 0:
-            cuda.atomic.add(lists, turn + N_DIRTY, n_dirty)
-        if n_refused > 0:
-            cuda.atomic.add(lists, turn + N_REFUSED, n_refused)
-
-
-def mark(digests: Any, entries: Any, keys: Any, soon: Any, error: Any) -> None:
-    """Raise how soon a key comes to `soon`, or take it away where that is 0. Keys are distinct."""
-    for i in range(cuda.grid(1), keys.shape[0], cuda.gridsize(1)):
-        slot = look(digests, entries, keys[i])
-        if slot >= 0:
-            old = entries[slot, WORD]
-            rest = old & ~SOONS
-            if soon > 0:
-                soonest = max(soon * SOON, old & SOONS)
-                entries[slot, WORD] = rest | soonest
-            else:
-                entries[slot, WORD] = rest
-
-
-def age(entries: Any, error: Any) -> None:
-    """Halve every score."""
-    for slot in range(cuda.grid(1), entries.shape[0], cuda.gridsize(1)):
-        old = entries[slot, WORD]
-        if old != HOLE:
-            entries[slot, WORD] = (old & ~SCORED) | (((old & SCORED) >> 1) & SCORED)
-
-
-def settle(entries: Any, slots: Any, error: Any) -> None:
-    """Take one pin from each slot. Slots are distinct; -1 is left out."""
-    for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
-        slot = slots[i]
-        if within(slot, entries, error):
-            if entries[slot, WORD] >= PIN:
-                entries[slot, WORD] -= PIN
-            else:
-                error[0] = BAD_RELEASE
-
-
-def clean(entries: Any, slots: Any, error: Any) -> None:
-    """Take the dirty bit from each slot. Slots are distinct; -1 is left out."""
-    for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
-        slot = slots[i]
-        if within(slot, entries, error):
-            entries[slot, WORD] &= ~1
-
-
-def stamp(entries: Any, notes: Any, slots: Any, counts: Any, step: Any, error: Any) -> None:
-    """Note that the slots' lines were changed in a step, `counts` times each where given. Distinct; -1 is left out."""
-    for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
-        slot = slots[i]
-        if within(slot, entries, error):
-            entries[slot, WORD] |= 1
-            if notes.shape[0] > 0:
-                freq = freq_of(notes[slot])
-                if counts.shape[0] > 0:
-                    freq = min(freq + counts[i], MOST_STAMP)
-                notes[slot] = note_of(freq, step)
-
-
-def recall(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
-    """Read slots' metadata; 0 of -1, and where none is kept."""
-    for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
-        slot = slots[i]
-        freq[i] = 0
-        last_step[i] = 0
-        if within(slot, entries, error) and notes.shape[0] > 0:
-            freq[i] = freq_of(notes[slot])
-            last_step[i] = last_step_of(notes[slot])
-
-
-def note(entries: Any, notes: Any, slots: Any, freq: Any, last_step: Any, error: Any) -> None:
-    """Write slots' metadata. Slots are distinct; -1 is left out."""
-    for i in range(cuda.grid(1), slots.shape[0], cuda.gridsize(1)):
-        slot = slots[i]
-        if within(slot, entries, error):
-            notes[slot] = note_of(min(freq[i], MOST_STAMP), min(last_step[i], MOST_STAMP))
-
-
-def erase(digests: Any, entries: Any, keys: Any, slots: Any, error: Any) -> None:
-    """Forget keys: ``slots[i]`` is where the key was, or -1. Keys are distinct. A pinned one stays, as an error.
-
-    Two keys of a bucket may share eight digests, so a digest goes by an atomic operation on its bits alone.
-    """
-    n_slots = digests.shape[0] * 8
-    for i in range(cuda.grid(1), keys.shape[0], cuda.gridsize(1)):
-        slot = look(digests, entries, keys[i])
-        if slot >= 0 and entries[slot, WORD] >= PIN:
-            error[0] = BAD_ERASE
-            slot = np.int64(-1)
-        elif slot >= n_slots:
-            entries[slot, WORD] = HOLE
-        elif slot >= 0:
-            entries[slot, WORD] = 0
-            cuda.atomic.and_(digests, slot // 8, ~(np.int64(0xFF) << (8 * (slot % 8))))
-        slots[i] = slot
-
-
-def count(placed: Any, n: Any, least: Any, most: Any, totals: Any, error: Any) -> None:
-    """``totals[t]`` = how many of the n keys, in tile t, have a status from `least` to `most`; a warp a tile."""
-    length = tile_length(n)
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        total = np.int64(0)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            i = base + lane()
-            total += ones(ballot(i < n and least <= placed[STATUS, min(i, n - 1)] <= most))
-        if lane() == 0:
-            totals[tile] = total
-
-
-def select(placed: Any, n: Any, least: Any, most: Any, totals: Any, listed: Any, error: Any) -> None:
-    """List the positions that `count` counted, in order, and what `placed` has there."""
-    length = tile_length(n)
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        at = sum_before(totals, tile)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            i = base + lane()
-            mine = i < n and least <= placed[STATUS, min(i, n - 1)] <= most
-            chosen = ballot(mine)
-            if mine:
-                to = at + ones(chosen & ((1 << lane()) - 1))
-                listed[POSITION, to] = i
-                listed[AT, to] = placed[SLOT, i]
-                listed[KEY_AT, to] = placed[VICTIM, i]
-                listed[FREQ_AT, to] = freq_of(placed[VICTIM_NOTE, i])
-                listed[LAST_AT, to] = last_step_of(placed[VICTIM_NOTE, i])
-            at += ones(chosen)
-
-
-def count_dirty(entries: Any, totals: Any, error: Any) -> None:
-    """``totals[t]`` = how many of tile t are dirty; a warp a tile."""
-    n = entries.shape[0]
-    length = tile_length(n)
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        total = np.int64(0)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            slot = base + lane()
-            total += ones(ballot(slot < n and is_dirty(entries[min(slot, n - 1), WORD])))
-        if lane() == 0:
-            totals[tile] = total
-
-
-def list_dirty(entries: Any, totals: Any, keys: Any, slots: Any, error: Any) -> None:
-    """List the keys and slots that `count_dirty` counted, in order, as many as there is room for."""
-    n = entries.shape[0]
-    length = tile_length(n)
-    for tile in range(cuda.grid(1) // WARP, TILES, cuda.gridsize(1) // WARP):
-        at = sum_before(totals, tile)
-        for base in range(tile * length, min((tile + 1) * length, n), WARP):
-            slot = base + lane()
-            mine = slot < n and is_dirty(entries[min(slot, n - 1), WORD])
-            chosen = ballot(mine)
-            to = at + ones(chosen & ((1 << lane()) - 1))
-            if mine and to < slots.shape[0]:
-                keys[to] = entries[slot, KEY]
-                slots[to] = slot
-            at += ones(chosen)
-
-
-@inline
-def is_dirty(value: Any) -> Any:
-    """Whether this is the word of a dirty slot."""
-    return value != HOLE and value & 1 != 0
-
-
-@inline
-def tile_length(n: Any) -> Any:
-    """Items a tile: n over the tiles, a multiple of the warp."""
-    return (n + TILES * WARP - 1) // (TILES * WARP) * WARP
-
-
-@inline
-def sum_before(totals: Any, tile: Any) -> Any:
-    """Sum of ``totals[:tile]``, in every lane; four reads at a time are on their way."""
-    total = np.int64(0)
-    for i in range(lane(), tile, 4 * WARP):
-        total += totals[i]
-        for j in range(1, 4):
-            total += totals[min(i + j * WARP, TILES - 1)] * (i + j * WARP < tile)
-    step = WARP // 2
-    while step > 0:
-        total += xor(total, step)
-        step //= 2
-    return total
-
-
-def spill(
-    entries: Any,
-    notes: Any,
-    keys: Any,
-    scores: Any,
-    score: Any,
-    positions: Any,
-    sides: Any,
-    placed: Any,
-    error: Any,
-) -> None:
-    """Write the keys at these positions to places of the side list, pinned; places are distinct."""
-    for i in range(cuda.grid(1), sides.shape[0], cuda.gridsize(1)):
-        p = positions[i]
-        side = sides[i]
-        entries[side, KEY] = keys[p]
-        entries[side, WORD] = PIN + (given_score(scores, score, p) << 1)
-        if notes.shape[0] > 0:
-            notes[side] = 0
-        placed[SLOT, p] = side
-        placed[STATUS, p] = NEW
-
-
-def rehouse(entries: Any, notes: Any, old: Any, new: Any, error: Any) -> None:
-    """Give new slots the words and metadata of places of the side list, which are free then; -1 stays where it is."""
-    for i in range(cuda.grid(1), old.shape[0], cuda.gridsize(1)):
-        if new[i] >= 0:
-            entries[new[i], WORD] = entries[old[i], WORD]
-            entries[old[i], WORD] = HOLE
-            if notes.shape[0] > 0:
-                notes[new[i]] = notes[old[i]]
-
-
-_A64, _A32, _E64 = "int64[::1]", "int32[::1]", "int64[:,::1]"
-_SCORED = f"{_A64}, {_A64}, int64"  # keys, scores, score
-SIGNATURES = {
-    find: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    hold: f"void({_A64}, {_E64}, {_SCORED}, int64, int64, int64, {_A64}, {_A32}, int64, {_A32})",
-    list_missing: f"void({_A64}, int64, int64, {_A64}, {_A32}, {_A32}, {_A64}, {_A32})",
-    probe: f"void({_A64}, {_E64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
-    place: f"void(uint8[::1], {_E64}, {_A64}, {_SCORED}, int64, {_E64}, {_A32}, int64, {_A32})",
-    again: f"void({_A64}, int64, {_E64}, {_A32}, int64, {_A32})",
-    mark: f"void({_A64}, {_E64}, {_A64}, int64, {_A32})",
-    age: f"void({_E64}, {_A32})",
-    settle: f"void({_E64}, {_A64}, {_A32})",
-    clean: f"void({_E64}, {_A64}, {_A32})",
-    stamp: f"void({_E64}, {_A64}, {_A64}, {_A64}, int64, {_A32})",
-    recall: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
-    note: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A64}, {_A32})",
-    erase: f"void({_A64}, {_E64}, {_A64}, {_A64}, {_A32})",
-    count: f"void({_E64}, int64, int64, int64, {_A32}, {_A32})",
-    select: f"void({_E64}, int64, int64, int64, {_A32}, {_E64}, {_A32})",
-    count_dirty: f"void({_E64}, {_A32}, {_A32})",
-    list_dirty: f"void({_E64}, {_A32}, {_A64}, {_A64}, {_A32})",
-    spill: f"void({_E64}, {_A64}, {_SCORED}, {_A64}, {_A64}, {_E64}, {_A32})",
-    rehouse: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A32})",
-}
-
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
-
 
 class DeviceIndex:
-    """Slots of keys in device memory; see the page's beginning.
+    """Slots of keys in device memory; see `hbkit.cuda.buckets`.
 
     Parameters
     ----------
@@ -754,12 +74,8 @@ class DeviceIndex:
         lists[COUNTERS : COUNTERS + n_buckets] = -1
         self._lists = device.send(lists)
         self._counters = [self._lists[i : i + COUNTERS // 2] for i in (0, COUNTERS // 2)]
-        self._missed = device.send(np.zeros(2 * (TILES + 1), np.int32))
-        self._missed_of = [self._missed[i : i + TILES + 1] for i in (0, TILES + 1)]
-        self._n_missed_of = [missed[TILES:] for missed in self._missed_of]
-        self._turn = self._hold_turn = 0
-        self._placed, self._listed = (device.empty((rows, max_keys), np.int64) for rows in (4, 5))
-        self._flat, self._rows = self._placed.reshape(4 * max_keys)[: 3 * max_keys], self._listed.reshape(5 * max_keys)
+        self._turn = 0
+        self._placed, self._listed = (device.empty((rows * max_keys,), np.int64) for rows in (4, 5))  # as rows of n
         self._totals = device.empty((TILES,), np.int32)
         self._searched = self._entries[: self.n_slots]  # the buckets' entries, and the side list as far as it is used
         self._holes: list[int] = []  # free places below the end of the side list, descending
@@ -773,14 +89,14 @@ class DeviceIndex:
         """Device memory of an index made so, in bytes."""
         n_buckets = n_slots // BUCKET
         a_slot = 24 if metadata else 16
-        fixed = 4 * (COUNTERS + 2 * (TILES + 1) + TILES)
+        fixed = 4 * (COUNTERS + TILES)
         return n_buckets * (BUCKET * (1 + a_slot) + 4) + n_side * a_slot + max_keys * (4 * 8 + 5 * 8 + 2 * 4) + fixed
 
     @property
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
         index, keys = (self._digests, self._entries, self._notes), (self._lists, self._placed, self._listed)
-        return sum(int(a.size * a.dtype.itemsize) for a in (*index, *keys, self._missed, self._totals))
+        return sum(int(a.size * a.dtype.itemsize) for a in (*index, *keys, self._totals))
 
     @property
     def n_side(self) -> int:
@@ -801,55 +117,53 @@ class DeviceIndex:
         """Slots of keys, which may repeat: int64[n] in device memory (`out`), -1 where there is none."""
         keys = self._given(keys)
         slots = self._device.empty(keys.shape, np.int64) if out is None else self._device.array(out)
-        self._device.launch(find, keys.shape[0], self._digests, self._searched, keys, slots)
+        self._device.launch(buckets.find, keys.shape[0], self._digests, self._searched, keys, slots)
         return slots
 
     def hold(
         self,
         keys: Any,
         scores: Any,
+        counts: Any = None,
         *,
         add: bool = False,
         skip: int | None = None,
         slots: Any = None,
-        missing: Any = None,
+        found: Any = None,
+        listed: Any = None,
     ) -> Held:
-        """Pin and score those of distinct keys that are there; no batch waits for them any more (`mark`). One wait.
+        """Pin and score those of distinct keys that are there; no batch waits for them any more (`mark`).
+
+        Does not wait: `hbkit.cuda.batch.missing` does.
 
         Parameters
         ----------
         keys : int64[n]
         scores : int64[n] or int64[1]
+        counts : int64[n], optional
+            To be listed with the keys that are missing.
         add : bool
             Add to the scores instead of setting them.
         skip : int, optional
             A key that is neither found nor missing: what a batch is padded with.
-        slots, missing : int64[>=n], in device memory, optional
-            Where to write what is given back.
+        slots, found, listed : int64[>=n], int32[3], int64[>=2n] in device memory, optional
+            Where to write what is given back. `found` says how many of the keys count, and else 0.
         """
-        keys, scores = self._given(keys), self._scores(keys, scores)
-        n, device = keys.shape[0], self._device
+        keys, scores, device = self._given(keys), self._scores(keys, scores), self._device
+        n, none = keys.shape[0], device.none(np.int64)
         slots = device.empty((n,), np.int64) if slots is None else device.array(slots)
+        found = device.send(np.array([n, 0, 0], np.int32)) if found is None else found
+        listed = device.empty((2 * n,), np.int64) if listed is None else listed
         slots = slots if slots.shape[0] == n else slots[:n]
-        none = device.none(np.int64)
-        if n == 0:
-            return Held(slots, 0, none)
-        skipped, turn = (0, 0) if skip is None else (skip, 1), self._hold_turn
-        searched = (self._digests, self._searched, keys, *scores, int(add), *skipped)
-        device.launch(hold, n, *searched, slots, self._missed, turn * (TILES + 1))
-        try:
-            n_missing = int(device.fetch(self._n_missed_of[turn])[0])
-        except InvalidArgument:  # of a launch before or of this one
-            device.launch(settle, n, self._entries, slots)
-            self._missed.copy_to_device(np.zeros(2 * (TILES + 1), np.int32))
-            raise
-        if n_missing == 0:
-            return Held(slots, 0, none)
-        missing = device.empty((n_missing,), np.int64) if missing is None else device.array(missing)[:n_missing]
-        self._hold_turn ^= 1
-        totals = (self._missed_of[turn], self._missed_of[turn ^ 1])
-        device.launch(list_missing, TILES * WARP, keys, *skipped, slots, *totals, missing)
-        return Held(slots, n_missing, missing)
+        counts, skipped = none if counts is None else self._given(counts), (0, 0) if skip is None else (skip, 1)
+        some = (keys, *scores, counts, int(add), *skipped, slots, found, listed)
+        device.launch(buckets.hold, n, self._digests, self._searched, *some)
+        return Held(slots, found, listed)
+
+    def put(self, slots: Any, at: Any, new: Any) -> None:
+        """``slots[at[i]] = new[i]`` of int64s in device memory, at distinct positions."""
+        at, new = self._given(at), self._given(new)
+        self._device.launch(buckets.put, at.shape[0], slots, at, new)
 
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
         """Find distinct keys or give them slots, each pinned once more. Waits.
@@ -875,19 +189,24 @@ class DeviceIndex:
         self._n_refused += placed.n_refused
         return placed
 
-    def positions(self, placement: Placement, least: int, most: int, n: int) -> Any:
-        """Positions of the `n` keys of a placement with a status from `least` to `most`: int64[n], ascending."""
-        device, some = self._device, (placement.n, least, most)
-        device.launch(count, TILES * WARP, self._placed, *some, self._totals)
-        device.launch(select, TILES * WARP, self._placed, *some, self._totals, self._listed)
-        return self._row(POSITION, n)
-
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims whose lines are newer than those of the store below, by position; until the next insertion."""
         n = placement.n_dirty
+        listed = self._list(placement, EVICTED_DIRTY, n)
+        return Victims(listed[: AT * n], listed[AT * n : (AT + 1) * n])
+
+    def _list(self, placement: Placement, status: int, n: int) -> Any:
+        """Rows of the `n` keys of a placement with this status, end to end: `KEY_AT` and so on."""
         if n:
-            self.positions(placement, EVICTED_DIRTY, EVICTED_DIRTY, n)
-        return Victims(*(self._row(which, n) for which in (KEY_AT, AT, FREQ_AT, LAST_AT)))
+            device, listed = self._device, self._listed[: 5 * n].reshape((5, n))
+            some = (self._rows_of(placement.n), status)
+            device.launch(buckets.count, TILES * WARP, *some, self._totals)
+            device.launch(buckets.select, TILES * WARP, *some, self._totals, listed)
+        return self._listed
+
+    def _rows_of(self, n: int) -> Any:
+        """`placed` as rows of n keys."""
+        return self._placed[: 4 * n].reshape((4, n))
 
     def mark(self, keys: Any, soon: int) -> None:
         """Say how soon announced batches want distinct keys: the larger, the sooner; what is not there is left out.
@@ -901,21 +220,21 @@ class DeviceIndex:
         if soon < 0:
             raise InvalidArgument(f"soon={soon}", remedy=f"give from 0 to {MOST_SOON}")
         keys = self._given(keys)
-        self._device.launch(mark, keys.shape[0], self._digests, self._searched, keys, min(soon, MOST_SOON))
+        self._device.launch(buckets.mark, keys.shape[0], self._digests, self._searched, keys, min(soon, MOST_SOON))
 
     def age(self) -> None:
         """Halve every score."""
-        self._device.launch(age, self._searched.shape[0], self._searched)
+        self._device.launch(buckets.age, self._searched.shape[0], self._searched)
 
     def settle(self, slots: Any) -> None:
         """Take one pin from distinct slots, -1 left out."""
         slots = self._given(slots)
-        self._device.launch(settle, slots.shape[0], self._entries, slots)
+        self._device.launch(buckets.settle, slots.shape[0], self._entries, slots)
 
     def clean(self, slots: Any) -> None:
         """Say that the store below has the lines at distinct slots, -1 left out."""
         slots = self._given(slots)
-        self._device.launch(clean, slots.shape[0], self._entries, slots)
+        self._device.launch(buckets.clean, slots.shape[0], self._entries, slots)
 
     def stamp(self, slots: Any, step: int, counts: Any = None) -> None:
         """Say that the lines at distinct slots, -1 left out, changed in this step: they are dirty.
@@ -931,51 +250,51 @@ class DeviceIndex:
         slots = self._given(slots)
         counts = self._device.none(np.int64) if counts is None else self._given(counts)
         self._device.launch(
-            stamp, slots.shape[0], self._entries, self._notes, slots, counts, min(max(step, 0), MOST_STAMP)
+            buckets.stamp, slots.shape[0], self._entries, self._notes, slots, counts, min(max(step, 0), MOST_STAMP)
         )
 
-    def metadata(self, slots: Any, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        """freq and last_step of slots: int64[n] each in device memory (`out`); 0 of -1, and where none is kept."""
+    def metadata(self, slots: Any) -> Any:
+        """freq and last_step of slots: int64[2, n] in device memory; 0 of -1, and where none is kept."""
         slots, device = self._given(slots), self._device
-        freq, last_step = map(device.array, out or [device.empty(slots.shape, np.int64) for _ in range(2)])
-        device.launch(recall, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
-        return freq, last_step
+        metadata = device.empty((2, slots.shape[0]), np.int64)
+        device.launch(buckets.recall, slots.shape[0], self._entries, self._notes, slots, metadata)
+        return metadata
 
     def put_metadata(self, slots: Any, freq: Any, last_step: Any) -> None:
         """Set freq and last_step, int64[n] each, of distinct slots, -1 left out; these stay clean or dirty."""
         if self._notes.shape[0]:
             slots, freq, last_step = map(self._given, (slots, freq, last_step))
-            self._device.launch(note, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
+            self._device.launch(buckets.note, slots.shape[0], self._entries, self._notes, slots, freq, last_step)
 
-    def dirty(self, first: int | None = None) -> tuple[Any, Any]:
-        """Keys and slots whose lines are newer than those of the store below, ascending by slot; the first so many.
+    def dirty(self, first: int = 0, last: int = 2**64) -> Any:
+        """Keys whose lines are newer than those of the store below, their freqs and their last_steps, by slot.
 
-        They are int64[n] each, in device memory that nobody else uses. One wait.
+        int64[3 * n] in device memory that nobody else uses; one wait. Of keys whose `hbkit._ext.batch.mixed` lies in
+        ``[first, last)``, within [0, 2**64).
         """
         device = self._device
-        device.launch(count_dirty, TILES * WARP, self._searched, self._totals)
+        if first >= last:
+            return device.none(np.int64)
+        ends = [end - 2**64 if end >= 2**63 else end for end in (first, last - 1)]  # the same bits as int64
+        device.launch(buckets.count_dirty, TILES * WARP, self._searched, *ends, self._totals)
         n = int(device.fetch(self._totals).sum())
-        n = n if first is None else min(n, first)
-        keys, slots = device.empty((n,), np.int64), device.empty((n,), np.int64)
-        device.launch(list_dirty, TILES * WARP if n else 0, self._searched, self._totals, keys, slots)
-        return keys, slots
+        listed = device.empty((3 * n,), np.int64)
+        if n:
+            some = (*ends, self._totals, listed.reshape((3, n)))
+            device.launch(buckets.list_dirty, TILES * WARP, self._searched, self._notes, *some)
+        return listed
 
     def erase(self, keys: Any) -> Int64s:
-        """Forget distinct keys: int64[n], the slots where they were, -1 where there was none.
-
-        Raises
-        ------
-        InvalidArgument
-            A key is pinned; the others are erased.
+        """Forget distinct keys: int64[n], the slots where they were; -1 where there was none, and `PINNED` where one
+        is pinned and stays. Waits.
         """
-        keys = self._given(keys)
-        self._device.sync()  # what other launches reported is none of these keys' errors
-        slots = self._device.empty(keys.shape, np.int64)
-        self._device.launch(erase, keys.shape[0], self._digests, self._searched, keys, slots)
-        host: Int64s = slots.copy_to_host()
+        keys, device = self._given(keys), self._device
+        device.sync()  # what other launches reported must not keep the caller from what is gone
+        slots = device.empty(keys.shape, np.int64)
+        device.launch(buckets.erase, keys.shape[0], self._digests, self._searched, keys, slots)
+        host: Int64s = device.fetch(slots)
         self._n_keys -= int(np.count_nonzero(host >= 0))
         self._free(host[host >= self.n_slots])
-        self._device.sync()
         return host
 
     def drain(self) -> tuple[Int64s, Placement]:
@@ -997,7 +316,7 @@ class DeviceIndex:
         if len(old) == 0:
             return old, placed
         new = device.fetch(placed.slots)
-        device.launch(rehouse, len(old), self._entries, self._notes, device.send(old), placed.slots)
+        device.launch(buckets.rehouse, len(old), self._entries, self._notes, device.send(old), placed.slots)
         gone = old[new >= 0]
         self._free(gone)
         self._n_keys -= len(gone)
@@ -1013,10 +332,10 @@ class DeviceIndex:
         assert (words[: self.n_slots][~used] == 0).all() and (words[: self.n_slots] >= 0).all()
         holes = np.flatnonzero(words[self.n_slots : self._searched.shape[0]] == HOLE) + self.n_slots
         assert holes.tolist() == self._holes[::-1]
-        assert device.fetch(self.dirty()[1]).tolist() == slots[words[slots] & 1 == 1].tolist()
-        lists, missed = device.fetch(self._lists), device.fetch(self._missed_of[self._hold_turn])
+        assert device.fetch(self.dirty()).reshape(3, -1)[0].tolist() == keys[words[slots] & 1 == 1].tolist()
+        lists = device.fetch(self._lists)
         assert (lists[COUNTERS : COUNTERS + self.n_slots // BUCKET] == -1).all()
-        assert not device.fetch(self._counters[self._turn]).any() and not missed.any()
+        assert not device.fetch(self._counters[self._turn]).any()
 
     def contents(self) -> tuple[Int64s, Int64s]:
         """All keys and their slots, by slot: int64[n_keys] each."""
@@ -1024,10 +343,6 @@ class DeviceIndex:
         used = self._device.fetch(self._bytes) != 0
         slots = np.flatnonzero(np.concatenate([used, entries[self.n_slots :, WORD] != HOLE]))
         return entries[slots, KEY], slots
-
-    def _row(self, which: int, n: int) -> Any:
-        """The first n of a row of `listed`."""
-        return self._rows[which * self.max_keys : which * self.max_keys + n]
 
     def _given(self, values: Any, most: int | None = None) -> Any:
         values = self._device.array(values)
@@ -1052,23 +367,24 @@ class DeviceIndex:
 
     def _place(self, keys: Any, scores: tuple[Any, int], evict: bool, add: bool) -> Placement:
         """Find keys or give them slots, but for the side list."""
-        n, rest = keys.shape[0], (self._placed, self._lists)
+        n = keys.shape[0]
         if n == 0:
-            return Placement(self._flat, 0, 0, 0, 0, 0)
+            return Placement(self._placed, 0, 0, 0, 0, 0)
+        rest = (self._rows_of(n), self._lists)
         launch, turn = self._device.launch, self._turn * (COUNTERS // 2)
-        launch(probe, n, self._digests, self._searched, keys, *scores, int(add), *rest, turn)
-        n_new, n_evicted, n_dirty, n_refused = self._fill(keys, scores, evict)
+        launch(buckets.probe, n, self._digests, self._searched, keys, *scores, int(add), *rest, turn)
+        n_new, n_evicted, n_dirty, n_refused = self._fill(keys, scores, evict, rest)
         if n_refused:
-            launch(again, n, keys, self.n_slots // BUCKET, *rest, self._turn * (COUNTERS // 2))
-            more_new, more_evicted, more_dirty, n_refused = self._fill(keys, scores, evict)
+            launch(buckets.again, n, keys, self.n_slots // BUCKET, *rest, self._turn * (COUNTERS // 2))
+            more_new, more_evicted, more_dirty, n_refused = self._fill(keys, scores, evict, rest)
             n_new, n_evicted, n_dirty = n_new + more_new, n_evicted + more_evicted, n_dirty + more_dirty
-        return Placement(self._flat, n, n_new, n_evicted, n_refused, n_dirty)
+        return Placement(self._placed, n, n_new, n_evicted, n_refused, n_dirty)
 
-    def _fill(self, keys: Any, scores: tuple[Any, int], evict: bool) -> list[int]:
+    def _fill(self, keys: Any, scores: tuple[Any, int], evict: bool, rest: tuple[Any, Any]) -> list[int]:
         """Give slots to the keys that are listed; how many are new, evicted another, a dirty one, and are refused."""
         device, turn = self._device, self._turn * (COUNTERS // 2)
-        data, rest = (self._bytes, self._entries, self._notes), (self._placed, self._lists, turn)
-        device.launch(place, min(keys.shape[0], PLACERS) * WARP, *data, keys, *scores, int(evict), *rest)
+        data = (self._bytes, self._entries, self._notes)
+        device.launch(buckets.place, min(keys.shape[0], PLACERS) * WARP, *data, keys, *scores, int(evict), *rest, turn)
         counters = self._counters[self._turn]
         self._turn ^= 1  # `place` has cleared the other ones, whatever the wait reports
         error = None
@@ -1085,7 +401,8 @@ class DeviceIndex:
     def _spill(self, placed: Placement, keys: Any, scores: tuple[Any, int]) -> Placement:
         """Write what was refused to the side list, as far as there is room."""
         device = self._device
-        refused = device.fetch(self.positions(placed, REFUSED, REFUSED, placed.n_refused))
+        m = placed.n_refused
+        refused = device.fetch(self._list(placed, REFUSED, m)[POSITION * m : (POSITION + 1) * m])
         end = int(self._searched.shape[0])
         n_grown = min(max(len(refused) - len(self._holes), 0), self.n_slots + self.max_side - end)
         sides = np.array([*self._holes[::-1], *range(end, end + n_grown)], np.int64)[: len(refused)]
@@ -1093,7 +410,7 @@ class DeviceIndex:
         self._searched = self._entries[: end + n_grown]
         n = len(sides)
         places = (device.send(refused), device.send(sides))
-        device.launch(spill, n, self._entries, self._notes, keys, *scores, *places, self._placed)
+        device.launch(buckets.spill, n, self._entries, self._notes, keys, *scores, *places, self._rows_of(placed.n))
         self._n_spilled += n
         self._n_keys += n
         return replace(placed, n_new=placed.n_new + n, n_refused=placed.n_refused - n)

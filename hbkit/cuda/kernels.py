@@ -9,10 +9,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from hbkit.cuda import dedupe, finite, index, lists, order, rows, rules, sums, wire
+from hbkit.cuda import buckets, dedupe, finite, lists, order, rows, rules, sums, wire
 from hbkit.cuda.arith import cuda
 
-MODULES = (dedupe, finite, index, lists, order, rows, rules, sums, wire)
+MODULES = (buckets, dedupe, finite, lists, order, rows, rules, sums, wire)
 SIGNATURES: dict[Any, str] = {kernel: text for module in MODULES for kernel, text in module.SIGNATURES.items()}
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from hbkit.cuda.arith import cuda
 from hbkit.cuda.batch import Room
 from hbkit.cuda.device import BLOCK, SIMULATED_THREADS, Device, simulated
-from hbkit.cuda.index import TILES, sum_before, tile_length
+from hbkit.cuda.tiles import TILES, sum_before, tile_length
 from hbkit.cuda.warp import WARP, fence, first, inline, lane, matching, ones, shared, shuffle
 
 MAX_BITS = 2 if simulated() else 10  # of a digit

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from hbkit._ext.batch import mixed
 from hbkit._ext.index import dedupe
 from hbkit._ext.segment import Gradients, Segments, pool, retained
 from hbkit._ext.slabs import Slabs
@@ -25,11 +26,16 @@ from hbkit.cuda.batch import (
     EVICTED_DIRTY,
     FOUND,
     MAX_SCORE,
+    MOST_LISTED,
     MOST_PINS,
     MOST_SOON,
     MOST_STAMP,
+    N_KEYS,
+    N_MISSING,
+    N_SKIPPED,
     NEW,
     PIN,
+    PINNED,
     REFUSED,
     SLOT,
     SOON,
@@ -41,7 +47,7 @@ from hbkit.cuda.batch import (
     Room,
     Victims,
 )
-from hbkit.cuda.device import BAD_ERASE, BAD_HOLD, BAD_RELEASE, ERRORS
+from hbkit.cuda.device import BAD_HOLD, BAD_RELEASE, ERRORS
 from hbkit.errors import InvalidArgument
 
 Int64s = npt.NDArray[np.int64]
@@ -284,31 +290,45 @@ class HostIndex:
         """Slots of keys, which may repeat: int64[n] (`out`), -1 where there is none."""
         keys = self._given(keys)
         slots = np.empty(len(keys), np.int64) if out is None else self._device.array(out)
-        look_all(self._keys, self._words, self.n_slots, self.bucket, keys, slots)
+        side = np.flatnonzero(self._words[self.n_slots :] != FREE)
+        searched = self._words[: self.n_slots + (side[-1] + 1 if len(side) else 0)]  # no further than it is used
+        look_all(self._keys, searched, self.n_slots, self.bucket, keys, slots)
         return slots
 
     def hold(
         self,
         keys: Any,
         scores: Any,
+        counts: Any = None,
         *,
         add: bool = False,
         skip: int | None = None,
         slots: Any = None,
-        missing: Any = None,
+        found: Any = None,
+        listed: Any = None,
     ) -> Held:
         """Pin and score the keys that are there; list the others."""
-        keys, scores = self._given(keys), self._scores(keys, scores)
-        slots = self.find(keys, None if slots is None else self._device.array(slots)[: len(keys)])
-        absent = slots < 0
+        keys, here = self._given(keys), self._device.array
+        n = len(keys)
+        slots = np.empty(n, np.int64) if slots is None else here(slots)[:n]
+        found = np.array([n, 0, 0], np.int32) if found is None else found
+        listed = np.empty(2 * n, np.int64) if listed is None else listed
+        keys, scores, slots[found[N_KEYS] :] = keys[: found[N_KEYS]], self._scores(keys, scores), -1
+        some = self.find(keys, slots[: len(keys)])
+        absent = some < 0
         if skip is not None:
-            slots[keys == skip] = -1
-            absent = (slots < 0) & (keys != skip)
-        self._pin(slots, scores, add)
-        found = np.flatnonzero(absent)
-        missing = np.empty(len(keys), np.int64) if missing is None else self._device.array(missing)
-        missing[: len(found)] = found
-        return Held(slots, len(found), missing[: len(found)])
+            skipped = keys == skip
+            some[skipped], absent[skipped], found[N_SKIPPED] = -1, False, skipped.any()
+        self._pin(some, scores, add)
+        at = np.flatnonzero(absent)
+        found[N_MISSING] = len(at)
+        listed[: 2 * len(at) : 2] = keys[at]
+        listed[1 : 2 * len(at) : 2] = at << 32 | (0 if counts is None else np.clip(here(counts)[at], 0, MOST_LISTED))
+        return Held(slots, found, listed)
+
+    def put(self, slots: Any, at: Any, new: Any) -> None:
+        """``slots[at[i]] = new[i]``."""
+        slots[self._device.array(at)] = self._device.array(new)
 
     def insert(self, keys: Any, scores: Any, *, evict: bool = False, add: bool = False) -> Placement:
         """Find distinct keys or give them slots, each pinned once more."""
@@ -328,7 +348,8 @@ class HostIndex:
     def dirty_victims(self, placement: Placement) -> Victims:
         """The victims that were dirty."""
         at = np.flatnonzero(placement.status == EVICTED_DIRTY)
-        return Victims(*(self._placed[row, at] for row in (VICTIM, SLOT, VICTIM_FREQ, VICTIM_LAST)))
+        noted = np.concatenate([self._placed[row, at] for row in (VICTIM, VICTIM_FREQ, VICTIM_LAST)])
+        return Victims(noted, self._placed[SLOT, at])
 
     def mark(self, keys: Any, soon: int) -> None:
         """Announced batches want distinct keys, 255 the soonest and 1 the latest; the more stays. 0 takes it away."""
@@ -367,13 +388,13 @@ class HostIndex:
                 self._freq[there] = np.minimum(more, MOST_STAMP)
             self._last_step[there] = min(max(step, 0), MOST_STAMP)
 
-    def metadata(self, slots: Any, out: Any = None) -> tuple[Any, Any]:
-        """Frequencies and last steps: int64[n] each (`out`); 0 where the slot is -1 or none are kept."""
+    def metadata(self, slots: Any) -> Int64s:
+        """Frequencies and last steps: int64[2, n]; 0 where the slot is -1 or none are kept."""
         slots = self._device.array(slots)
-        both = [np.empty(len(slots), np.int64) if out is None else self._device.array(out[i]) for i in range(2)]
-        for to, kept in zip(both, (self._freq, self._last_step), strict=True):
-            to[...] = np.where(slots >= 0, kept[np.maximum(slots, 0)], 0) if len(kept) else 0
-        return both[0], both[1]
+        if len(self._freq) == 0:
+            return np.zeros((2, len(slots)), np.int64)
+        at = np.maximum(slots, 0)
+        return np.where(slots >= 0, np.stack([self._freq[at], self._last_step[at]]).astype(np.int64), 0)
 
     def put_metadata(self, slots: Any, freq: Any, last_step: Any) -> None:
         """Write frequencies and last steps, int64[n] each; -1 is left out."""
@@ -382,10 +403,12 @@ class HostIndex:
             for to, given in ((self._freq, freq), (self._last_step, last_step)):
                 to[slots[slots >= 0]] = np.minimum(self._device.array(given)[slots >= 0], MOST_STAMP)
 
-    def dirty(self, first: int | None = None) -> tuple[Int64s, Int64s]:
-        """Keys and slots of dirty lines, by slot; at most so many."""
-        slots = np.flatnonzero((self._words != FREE) & (self._words & DIRTY == 1))[:first]
-        return self._keys[slots], slots
+    def dirty(self, first: int = 0, last: int = 2**64) -> Int64s:
+        """Keys of dirty lines, their frequencies and last steps, by slot; those whose mix is in ``[first, last)``."""
+        slots = np.flatnonzero((self._words != FREE) & (self._words & DIRTY == 1) & (first < last))
+        mix = mixed(self._keys[slots])
+        slots = slots[(mix >= np.uint64(first % 2**64)) & (mix <= np.uint64((last - 1) % 2**64))]
+        return np.concatenate([self._keys[slots], *self.metadata(slots)])
 
     def contents(self) -> tuple[Int64s, Int64s]:
         """All keys and their slots, by slot."""
@@ -393,13 +416,10 @@ class HostIndex:
         return self._keys[slots], slots
 
     def erase(self, keys: Any) -> Int64s:
-        """Forget distinct keys: the slots where they were, -1 where there was none. A pinned one stays, as an error."""
-        slots = self.find(keys)
-        pinned = (slots >= 0) & (self._words[slots] >= PIN)
-        slots[pinned] = -1
-        self._words[slots[slots >= 0]] = FREE
-        if pinned.any():
-            self._device.refuse(BAD_ERASE)
+        """Forget distinct keys: the slots where they were; -1 where there was none, `PINNED` where it stays."""
+        slots: Int64s = self.find(keys)
+        slots[(slots >= 0) & (self._words[slots] >= PIN)] = PINNED
+        self._words[self._there(slots)] = FREE
         return slots
 
     def drain(self) -> tuple[Int64s, Placement]:
@@ -454,7 +474,7 @@ class HostIndex:
         found = self._placed[SLOT, : len(keys)] >= 0
         place(self._keys, self._words, self.n_slots, self.bucket, keys, scores, evict, self._placed)
         slots = np.where(found, -1, self._placed[SLOT, : len(keys)])
-        self.metadata(slots, [self._placed[row, : len(keys)] for row in (VICTIM_FREQ, VICTIM_LAST)])
+        self._placed[[VICTIM_FREQ, VICTIM_LAST], : len(keys)] = self.metadata(slots)
         self.put_metadata(slots, 0 * slots, 0 * slots)
 
     def _counted(self, n: int) -> Placement:
@@ -463,7 +483,9 @@ class HostIndex:
         n_evicted = count[EVICTED_CLEAN] + count[EVICTED_DIRTY]
         self._n_evicted += n_evicted
         self._n_refused += count[REFUSED]
-        return Placement(self._placed[:3].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY])
+        return Placement(
+            self._placed[:3, :n].reshape(-1), n, count[NEW], n_evicted, count[REFUSED], count[EVICTED_DIRTY]
+        )
 
 
 # --- lines ------------------------------------------------------------------------------------------------------
@@ -637,6 +659,11 @@ class HostDedupe:
 
     def __call__(self, keys: Any, room: Room) -> Distinct:
         """The distinct keys of int64[n], in a room."""
+        n = self.begin(keys, room)
+        return Distinct(room, n, int(room.found[N_KEYS]))
+
+    def begin(self, keys: Any, room: Room) -> int:
+        """Have their number in `room.found`; how many keys were given."""
         keys = self._device.array(keys)
         if keys.dtype != np.int64 or keys.ndim != 1 or len(keys) > min(self.max_keys, room.max_ids):
             raise InvalidArgument(
@@ -646,7 +673,8 @@ class HostDedupe:
             )
         distinct, inverse, counts = dedupe(np.ascontiguousarray(keys), "int64")
         room.keys[: len(distinct)], room.counts[: len(counts)], room.inverse[: len(keys)] = distinct, counts, inverse
-        return Distinct(room, len(keys), len(distinct))
+        room.found[:] = len(distinct), 0, 0
+        return len(keys)
 
 
 class HostOrder:

@@ -9,6 +9,7 @@ that find no line are gathered, counted and updated by the store below, to the s
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import absent, finite_rows
+from hbkit._ext.batch import finite_rows, mixed
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit.cuda.batch import MOST_STAMP, Room
 from hbkit.cuda.parts import open_parts
 from hbkit.errors import DeviceUnavailable, InvalidArgument, StorageError
 from hbkit.store.base import (
+    CHUNK_ROWS,
     Chunk,
     Filter,
     Float32s,
@@ -158,7 +160,7 @@ class DeviceStore(Resident):
                 n_new = self._make(held, step, admission)
             self._latest = max(self._latest, min(step, MOST_STAMP))
             if held.n_keys:
-                self._index.stamp(self._far(held), step, held.far_counts)
+                self._index.stamp(held.far, step, held.far_counts)
             held.stamped = step, (self._n_cleaned, 0)
             return n_new
 
@@ -167,24 +169,24 @@ class DeviceStore(Resident):
 
         `_moving` and the lock are held.
         """
-        assert lease.near is not None and lease.near_keys is not None and lease.near_counts is not None
         self._mark()
-        new, away = absent(lease.near, lease._padding), np.flatnonzero(lease.near == AWAY)
-        keys, counts = lease.near_keys, lease.near_counts
-        with admitted(admission if len(new) else None, keys[new], counts[new]) as some:
+        rest = lease.rest
+        new, away = np.flatnonzero(rest.slots == -1), np.flatnonzero(rest.slots == AWAY)
+        new = new[np.argsort(rest.at[new])]
+        with admitted(admission if len(new) else None, rest.keys[new], rest.counts[new]) as some:
             new = new[some]
             try:
                 for first in range(0, len(new), self._batch_lines):
                     self._make_part(lease, new[first : first + self._batch_lines])
-                streamed = np.concatenate([new[lease.near[new] < 0], away])
+                streamed = np.concatenate([new[rest.slots[new] < 0], away])
                 if len(streamed):
-                    with self._unlocked(), self._leased(keys[streamed], counts[streamed]) as held:
+                    with self._unlocked(), self._leased(rest.keys[streamed], rest.counts[streamed]) as held:
                         self.below.create(held, step)
-                    lease.near[streamed] = AWAY
-                    self._recount(lease)
+                    rest.slots[streamed] = AWAY
+                    lease.recount()
                     self._n_streamed += len(streamed)
             except BaseException:
-                self._forget(keys[new])
+                self._forget(rest.keys[new])
                 raise
         if len(new):
             self._n_rows += len(new)
@@ -192,8 +194,7 @@ class DeviceStore(Resident):
         return len(new)
 
     def _make_part(self, lease: DeviceLease, some: Int64s) -> None:
-        assert lease.near_keys is not None
-        keys, layout = lease.near_keys[some], self.layout
+        keys, layout = lease.rest.keys[some], self.layout
         self._make_room()
         with self._unlocked():
             lines = self._lines.incoming(len(some))
@@ -220,7 +221,7 @@ class DeviceStore(Resident):
             elif out.shape[0]:
                 out = self.memory.array(out)
                 if not held.n_away:
-                    self._lines.gather(self._far(held), out, index)
+                    self._lines.gather(held.far, out, index)
                 elif index is None:
                     self._rows_there(held, out)
                 else:
@@ -236,19 +237,18 @@ class DeviceStore(Resident):
 
     def _rows_there(self, lease: DeviceLease, out: Any) -> Any:
         """Rows of all of a lease's keys, of which some are away, in device memory."""
-        self._lines.gather(self._far(lease), out)
+        self._lines.gather(lease.far, out)
         self._lines.scatter_into(out, *self._rows_away(lease, out.shape[1]))
         return out
 
     def _rows_away(self, lease: DeviceLease, width: int) -> tuple[Int64s, Float32s]:
         """Which of a lease's keys are away, and their rows."""
-        assert lease.near is not None and lease.near_keys is not None
-        away = np.flatnonzero(lease.near == AWAY)
+        away = np.flatnonzero(lease.rest.slots == AWAY)
         rows = np.empty((len(away), width), np.float32)
-        with self._unlocked(), self._leased(lease.near_keys[away]) as held:
+        with self._unlocked(), self._leased(lease.rest.keys[away]) as held:
             self.below.gather(held, rows)
         self._n_streamed += len(away)
-        return away, rows
+        return lease.rest.at[away], rows
 
     def pool(self, lease: Lease, index: Any, splits: Any, out: Any, weight: Any = None, row_scale: Any = None) -> None:
         """Weighted sums of rows, each read where it lies; an `out` in device memory as for `gather`."""
@@ -271,7 +271,7 @@ class DeviceStore(Resident):
                     rows = self._rows_there(held, memory.empty((held.n_keys, out.shape[1]), np.float32))
                     self._lines.pool_from(rows, index, splits, out, weight, row_scale)
                 else:
-                    self._lines.pool(self._far(held), index, splits, out, weight, row_scale)
+                    self._lines.pool(held.far, index, splits, out, weight, row_scale)
 
     def apply(self, lease: Lease, grads: Any, rule: Rule, hyper: Float32s, step: int, skip: bool = False) -> int:
         """One optimizer step in place; how many of the keys were absent and ignored.
@@ -286,7 +286,7 @@ class DeviceStore(Resident):
                 self._n_skipped += self._update(held, grads, rule, hyper, step, skip)
             self._latest = max(self._latest, min(step, MOST_STAMP))
             if held.n_keys and held.stamped != (step, (self._n_cleaned, 0)):
-                self._index.stamp(self._far(held), step)
+                self._index.stamp(held.far, step)
             self._n_ignored += held.n_absent
             return held.n_absent
 
@@ -299,7 +299,7 @@ class DeviceStore(Resident):
             order, starts = room.order[: lease.n], room.starts[: lease.n_keys + 1]
             if not skip and not lease.n_away:
                 lines.apply_segments(
-                    rule.code, self._far(lease), given.values, order, starts, hyper, lease.far_keys, seed, step,
+                    rule.code, lease.far, given.values, order, starts, hyper, lease.far_keys, seed, step,
                     given.rows, given.scale,
                 )  # fmt: skip
                 return 0
@@ -313,20 +313,20 @@ class DeviceStore(Resident):
         else:
             sums = self.memory.array(grads)
         if on_device:
-            slots = self._far(lease)
+            slots = lease.far
             if skip:
                 slots, n_skipped = lines.skip_bad(slots, sums)
             lines.apply(rule.code, slots, sums, hyper, lease.far_keys, seed, step)
         if lease.n_away:
-            assert lease.near is not None and lease.near_keys is not None
-            away = np.flatnonzero(lease.near == AWAY)
+            away = np.flatnonzero(lease.rest.slots == AWAY)
+            at = lease.rest.at[away]
             if on_device:
-                some = self.memory.empty((len(away), sums.shape[1]), np.float32)
-                lines.gather_from(sums, self.memory.send(away), some)
+                some = self.memory.empty((len(at), sums.shape[1]), np.float32)
+                lines.gather_from(sums, self.memory.send(at), some)
                 sums = self.memory.fetch(some)
             else:
-                sums = sums[away]
-            with self._unlocked(), self._leased(lease.near_keys[away]) as held:
+                sums = sums[at]
+            with self._unlocked(), self._leased(lease.rest.keys[away]) as held:
                 self.below.apply(held, sums, rule, hyper, step, skip)
             self._n_streamed += len(away)
             n_skipped += int(np.count_nonzero(~finite_rows(sums))) if skip else 0
@@ -360,14 +360,12 @@ class DeviceStore(Resident):
         """Remove keys with their state; how many were there."""
         keys = np.unique(keys)
         with self._moving, self._change():
-            with self._open():
-                here = self._find(keys) >= 0
             below = self.below.has(keys)
-            n = int(np.count_nonzero(here | below))
             if below.any():
                 self.below.erase(keys[below])
             with self._open():
-                self._forget(keys[here])
+                here = self._forget(keys)
+                n = int(np.count_nonzero(here | below))
                 self._n_rows -= n
                 self.changes.note(keys[here & ~below], self._n_rows)  # which may have been there at a mark
             return n
@@ -418,8 +416,7 @@ class DeviceStore(Resident):
                     slots = self._find(keys)
                     near, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
                     if len(near):
-                        kept = self._index.metadata(self.memory.send(slots[near]))
-                        freq[near], last_step[near] = map(self.memory.fetch, kept)
+                        freq[near], last_step[near] = self.memory.fetch(self._index.metadata(slots[near]))
                 freq[away], last_step[away] = self.below.metadata(keys[away])
             return freq, last_step
 
@@ -429,24 +426,35 @@ class DeviceStore(Resident):
         return self.below.scan(since)
 
     def part(self, part: Part, rows: bool = True) -> Iterator[Chunk]:
-        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0]."""
-        self._flush(part)
-        return self.below.part(part, rows)
+        """Lines of the keys of `part`, in the order of their mix; without `rows`, row and state are [n, 0].
+
+        Without rows, no line leaves the device: of those that changed here, the metadata do, 24 bytes a line.
+        """
+        if rows:
+            self._flush(part)
+            return self.below.part(part)
+        with self._moving:
+            self._tell_step()
+            with self._open():
+                changed = self.memory.fetch(self._index.dirty(*part)).reshape(3, -1)
+            chunks = self.below.part(part, rows=False)
+        if not self.layout.metadata:
+            changed[2] = self.latest_step()
+        return _newest(chunks, changed)
 
     def _flush(self, part: Part | None = None) -> None:
         """Write below what changed, of all keys or those of a part; it stays here too. Steps go on meanwhile."""
         with self._open():
-            keys = self._dirty_keys()
-        if part is not None:
-            keys = keys[part.has(keys)]
+            keys = self._dirty_keys(part)
         for first in range(0, len(keys), self._batch_lines):
             with self._moving, self._open():
                 self._write_back(keys[first : first + self._batch_lines], self._unlocked())
         with self._moving:
             self._tell_step()
 
-    def _dirty_keys(self) -> Int64s:
-        keys: Int64s = self.memory.fetch(self._index.dirty()[0])
+    def _dirty_keys(self, part: Part | None = None) -> Int64s:
+        dirty = self._index.dirty(*part or Part())
+        keys: Int64s = self.memory.fetch(dirty[: dirty.shape[0] // 3])
         return keys
 
     def _write_back(self, keys: Int64s, meanwhile: AbstractContextManager[None]) -> None:
@@ -457,14 +465,14 @@ class DeviceStore(Resident):
             return
         far = self.memory.send(slots)
         lines = self._lines.leave(far)
-        freq, last_step = map(self.memory.fetch, self._index.metadata(far))
+        freq, last_step = self.memory.fetch(self._index.metadata(far))
         self._index.clean(far)
         self._n_cleaned += 1
         try:
             with meanwhile:
                 self.below.write(keys, lines, freq, last_step)
         except BaseException:
-            self._dirty(far, *self._index.metadata(far))
+            self._dirty(far, *self.memory.fetch(self._index.metadata(far)))
             raise
 
     def _tell_step(self) -> None:
@@ -579,9 +587,14 @@ class DeviceStore(Resident):
             for lease in list(self._leases):
                 self._know(lease)
                 assert lease.near_keys is not None
-                mine = self._near(lease)
+                mine = self.memory.fetch(lease.far)
                 held = np.flatnonzero(mine >= 0)
                 assert np.array_equal(self._find(lease.near_keys[held]), mine[held]), "a lease has another's line"
+                if lease.fetched:
+                    rest = lease.rest
+                    none = np.setdiff1d(np.flatnonzero(mine < 0), [lease.padding])
+                    assert np.array_equal(np.sort(rest.at[(rest.slots < 0) | (rest.slots == AWAY)]), none)
+                    assert np.array_equal(lease.near_keys[rest.at], rest.keys), "a lease has other keys"
 
     def close(self) -> None:
         """Let go of memory, files and locks; what was not committed is discarded. Idempotent."""
@@ -591,6 +604,28 @@ class DeviceStore(Resident):
                 del self._index, self._lines, self._dedupe, self._order
                 self._rooms.clear()
                 self.below.close()
+
+
+def _newest(below: Iterator[Chunk], changed: Int64s) -> Iterator[Chunk]:
+    """Chunks without rows in the order of the mix, with what has `changed` above since: int64[3, n], keys, frequencies
+    and last steps, which may be of keys that are not below.
+    """
+    changed = changed.take(np.argsort(mixed(changed[0])), axis=1)
+    mix, end = mixed(changed[0]), 0
+    for chunk in itertools.chain(below, [None]):
+        begin, end = end, len(mix)
+        columns = changed[:, begin:]
+        if chunk is not None:
+            end = int(np.searchsorted(mix, mixed(chunk.key[-1:])[0], "right")) if len(chunk.key) else begin
+            if begin == end:
+                yield chunk
+                continue
+            columns = np.concatenate([changed[:, begin:end], chunk[:3]], axis=1)  # of two of a key, the newer first
+        _, some = np.unique(mixed(columns[0]), return_index=True)  # one of each, in order
+        for first in range(0, len(some), CHUNK_ROWS):
+            key, freq, last_step = columns.take(some[first : first + CHUNK_ROWS], axis=1)
+            nothing = np.empty((len(key), 0), np.float32)
+            yield Chunk(key, freq, last_step, nothing, nothing)
 
 
 _NONE = np.zeros(0, np.int64)

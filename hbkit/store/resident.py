@@ -38,17 +38,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from hbkit._ext.batch import absent, find_key
-from hbkit.cuda.batch import FOUND, MOST_SOON, Placement, Room
+from hbkit._ext.batch import find_key
+from hbkit.cuda.batch import FOUND, MOST_SOON, N_KEYS, PINNED, Held, Placement, Room, missing
 from hbkit.cuda.parts import Parts
-from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable
-from hbkit.store.base import Int64s, Layout, Lease, StoreSpec
+from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable, InvalidArgument
+from hbkit.store.base import Float32s, Int64s, Layout, Lease, StoreSpec
 from hbkit.store.locks import Turns
 from hbkit.store.tier import AWAY, UNFIT
 
@@ -82,16 +83,20 @@ class DeviceLease(Lease):
         self.skip = skip  # the padding key
         self.near_keys: Int64s | None = None
         self.near_counts: Int64s | None = None
-        self.far: Any = None  # lines in device memory, -1 where there is none
-        self.near: Int64s | None = None  # the same in host memory, `AWAY` where the row is below; must be, if any is -1
+        self.held: Held | None = None  # what is launched to find its lines
+        self.far: Any = None  # its lines in device memory, -1 where there is none; once that is launched
+        self.near: Int64s | None = None  # the same in host memory, where that was asked for
+        self.rest = Rest()
         self.room: Room | None = None
         self.n = 0  # positions of the batch
         self.ordered = False  # whether the room's order is that of the batch
         self.batch: int | None = None  # its number among the announced that are not fetched
+        self.begun = -1  # the store's version when its lines were looked for
         self.seen = -1  # the store's version when the keys without a line were looked for
         self.n_absent = self.n_away = 0
         self.fetched = self.released = self.asked = False
         self.n_brought, self.done, self.tried = 0, 0.0, -1
+        self.n_skipped = 0  # whether the padding key is among its keys
         self.store = store
         self._padding: int | None = None if skip is not None else -1
         self._ended = False
@@ -103,15 +108,24 @@ class DeviceLease(Lease):
     def hold(self) -> tuple[Any, Any, Room | None, int | None, int]:
         """What it has of the store, which ends with that: lines, keys, room, number, bytes."""
         self._ended = True
-        lines = None
-        if self.fetched:
-            lines = self.far if self.near is None else near_lines(self.near)
-        return lines, self.far_keys, self.room, self.batch, self.nbytes
+        return self.far, self.far_keys, self.room, self.batch, self.nbytes
+
+    def cut(self, n_keys: int) -> None:
+        """It has so many keys, as the device has found."""
+        if n_keys < self.n_keys:
+            self.n_keys, self.far_keys, self.far_counts = n_keys, self.far_keys[:n_keys], self.far_counts[:n_keys]
+            self.far = None if self.far is None else self.far[:n_keys]
+
+    def recount(self) -> None:
+        """Slots have changed."""
+        self.near, self.stamped = None, _NEVER
+        self.n_absent = int(np.count_nonzero(self.rest.slots == -1))
+        self.n_away = int(np.count_nonzero(self.rest.slots == AWAY))
 
     @property
     def nbytes(self) -> int:
         """Device memory that is its own."""
-        return 0 if self.room is not None else 24 * self.n_keys
+        return 0 if self.room is not None else 40 * self.n_keys
 
     @property
     def keys(self) -> Int64s:  # type: ignore[override]  # a copy that is made when it is asked for
@@ -131,9 +145,8 @@ class DeviceLease(Lease):
 
     @property
     def slots(self) -> Int64s:  # type: ignore[override]  # as `keys`
-        if self.near is not None:
-            return self.near
         slots = np.zeros(self.n_keys, np.int64)
+        slots[self.rest.at] = self.rest.slots
         if self.padding >= 0:
             slots[self.padding] = -1
         return slots
@@ -145,9 +158,29 @@ class DeviceLease(Lease):
         return self._padding
 
 
-def near_lines(slots: Int64s) -> Int64s:
-    """Lines of a lease's slots, -1 where the row is away."""
-    return np.where(slots < AWAY, slots, -1)
+class Rest:
+    """Keys of a lease that had no line when it was fetched, or have lost it since; none is ever taken away.
+
+    Attributes
+    ----------
+    at : int64[m]
+        Which of the lease's keys they are, in no order.
+    keys, counts : int64[m]
+    slots : int64[m]
+        The line that a key has got since; `AWAY` where the row is below, -1 where the key is absent.
+    """
+
+    def __init__(self) -> None:
+        self.at = self.keys = self.counts = self.slots = _NONE
+
+    def add(self, at: Int64s, keys: Int64s, counts: Int64s) -> None:
+        """Keys have no line."""
+        self.slots[np.isin(self.at, at)] = -1
+        new = ~np.isin(at, self.at)
+        more = at[new], keys[new], counts[new], np.full(np.count_nonzero(new), -1)
+        self.at, self.keys, self.counts, self.slots = (
+            np.concatenate(both) for both in zip((self.at, self.keys, self.counts, self.slots), more, strict=True)
+        )
 
 
 class Resident:
@@ -247,33 +280,41 @@ class Resident:
             skip = int(keys[padding]) if padding >= 0 else None
             lease = DeviceLease(self, len(keys), send(keys), send(counts), skip)
             lease.near_keys, lease.near_counts, lease._padding = keys, counts, padding
-            return self._announce(lease, ahead)
+            self._window_nbytes += lease.nbytes
+            if ahead:
+                self._announce(lease)
+            else:
+                self._n_batches += 1
+            return lease
 
     def reserve_batch(self, keys: Any, padding_key: int | None = None, ahead: bool = False) -> DeviceLease:
         """Announce a batch by its keys as they come, int64[n] in host or device memory: they are deduped on the device.
 
         The lease's `inverse` says which of the distinct keys each is; `padding_key` as ``keys[padding]`` of `reserve`.
+        Where it is not `ahead`, its lines are looked for, too, so that both cost one wait.
         """
         n = int(keys.shape[0])
         with self._open():
             self._let_go()
             room = self._room(n)
-            try:
-                found = self._dedupe(keys, room)
-            except BaseException:
-                self._rooms.append(room)
-                raise
-            lease = DeviceLease(self, found.n_distinct, found.keys, found.counts, padding_key)
-            lease.room, lease.inverse, lease.n = room, found.inverse, n
-            return self._announce(lease, ahead)
-
-    def _announce(self, lease: DeviceLease, ahead: bool) -> DeviceLease:
-        self._window_nbytes += lease.nbytes
-        if ahead:
-            lease.batch = self._n_batches
-            self._announced[lease.batch] = lease.far_keys
-        self._n_batches += 1
+            lease = DeviceLease(self, n, room.keys[:n], room.counts[:n], padding_key)
+            lease.room, lease.inverse, lease.n = room, room.inverse[:n], n
+            self._dedupe.begin(keys, room)
+            if not ahead:
+                self._n_batches += 1
+                self._begin(lease)
+        if not ahead:
+            self._found(lease)
+            return lease
+        lease.cut(int(self.memory.fetch(room.found)[N_KEYS]) if n else 0)
+        with self._open():
+            self._announce(lease)
         return lease
+
+    def _announce(self, lease: DeviceLease) -> None:
+        lease.batch = self._n_batches
+        self._announced[lease.batch] = lease.far_keys
+        self._n_batches += 1
 
     def _room(self, n: int) -> Room:
         """A room for a batch of n positions, and what fills it."""
@@ -332,49 +373,64 @@ class Resident:
         with lease.mutex:
             if lease.fetched:
                 return
+            if lease.far is None:
+                with self._open():
+                    self._begin(lease)
+                self._found(lease)
+            lease.fetched = True
             with self._open():
-                self._hold(lease)
-                seen, wanted = self._version, _NONE
-                if lease.n_absent:
-                    wanted = absent(lease.near, lease._padding)
+                wanted = np.flatnonzero(lease.rest.slots == -1)
             if len(wanted):
                 lease.n_brought = self._bring(lease, wanted)
                 lease.done = time.monotonic()
-            lease.seen = seen  # what was made since may be among the absent ones
+            lease.seen = lease.begun  # what was made since may be among the absent ones
 
-    def _hold(self, lease: DeviceLease) -> None:
-        """Pin what is resident of a lease; the others count as absent, until they are looked for below."""
+    def _begin(self, lease: DeviceLease) -> None:
+        """Launch what finds and pins the lines of a lease. The lock is held; `_found` waits without it."""
         self._let_go()
         if lease.batch is not None:
             self._announced.pop(lease.batch, None)
-        slots = None if lease.room is None else lease.room.slots[: lease.n_keys]
-        scores, n_missing = self._scores(lease), 0
+        lease.begun = self._version
         if lease.n_keys:
-            held = self._index.hold(lease.far_keys, scores, add=self._by_use, skip=lease.skip, slots=slots)
-            lease.far, n_missing = held.slots, held.n_missing
-        else:
-            lease.far = lease.far_keys
-        lease.fetched = True
+            place: dict[str, Any] = {}
+            if lease.room is not None:
+                place = {name: getattr(lease.room, name) for name in ("slots", "found", "listed")}
+            scores, how = self._scores(lease), {"add": self._by_use, "skip": lease.skip}
+            lease.held = self._index.hold(lease.far_keys, scores, lease.far_counts, **how, **place)
+        lease.far = lease.far_keys if lease.held is None else lease.held.slots
         self._leases.add(lease)
-        self._n_hits += lease.n_keys - n_missing
-        self._n_uses += lease.n_keys
-        if self._by_use and self._n_uses > AGEING * self._n_lines:
-            self._n_uses = 0
-            self._index.age()
-        if n_missing:
-            self._know(lease)
-            lease.near = self.memory.fetch(lease.far)
-            if lease._padding is None:
-                lease._padding = find_key(lease.near_keys, lease.skip)
-            lease.n_absent = n_missing
-        if lease.n_keys and lease._padding is not None and lease._padding >= 0:
-            self._n_hits -= 1
+
+    def _found(self, lease: DeviceLease) -> None:
+        """Know which of a lease's keys have no line: they count as absent, until they are looked for below."""
+        if lease.held is None:
+            return
+        try:
+            found = missing(self.memory, lease.held)
+        except InvalidArgument:  # of a launch before, as of a gather by what is no key's number
+            with self._lock:  # as if it had not begun
+                self._index.settle(lease.far)
+                self._leases.discard(lease)
+                lease.far = lease.held = None
+                if lease.room is not None:
+                    lease.room.found = self.memory.send(np.array([lease.n_keys, 0, 0], np.int32))
+            raise
+        with self._open():
+            lease.cut(found.n_keys)
+            lease.held, lease.n_skipped = None, found.n_skipped
+            counts = found.counts if lease.near_counts is None else lease.near_counts[found.at]
+            lease.rest.add(found.at, found.keys, counts)
+            lease.recount()
+            self._n_hits += lease.n_keys - len(found.at) - lease.n_skipped
+            self._n_uses += lease.n_keys
+            if self._by_use and self._n_uses > AGEING * self._n_lines:
+                self._n_uses = 0
+                self._index.age()
 
     def _scores(self, lease: DeviceLease, some: Int64s | None = None) -> Any:
-        """What the uses of a lease's keys are worth."""
+        """What the uses of a lease's keys are worth, or of some of those that had no line."""
         if not self._by_use:
             return np.array([self._n_batches])
-        return lease.far_counts if some is None or lease.near_counts is None else lease.near_counts[some]
+        return lease.far_counts if some is None else lease.rest.counts[some]
 
     def _bring(self, lease: DeviceLease, wanted: Int64s) -> int:
         """Look below for the lease's keys number `wanted`, and give lines to their rows; how many rows there are.
@@ -393,8 +449,7 @@ class Resident:
         return found
 
     def _bring_part(self, lease: DeviceLease, some: Int64s) -> int:
-        assert lease.near_keys is not None and lease.near is not None
-        keys = lease.near_keys[some]
+        keys = lease.rest.keys[some]
         with self._open():
             self._make_room()  # before rows are read: a key that is here may make way, with a newer row than is below
         with self._leased(keys) as held:
@@ -406,8 +461,9 @@ class Resident:
             freq, last_step = np.empty((2, n), np.int64)
             self.below.read(held, at, self._lines.incoming(n), freq, last_step)
         some = some[at]
+        self.memory.sync()  # so that those who want the lock wait for the insertion alone, not for steps before it
         with self._open():
-            self._n_misses += int(np.count_nonzero(lease.near[some] < 0))
+            self._n_misses += int(np.count_nonzero(lease.rest.slots[some] < 0))
             self._take_in(lease, some, AWAY, (freq, last_step))
         return n
 
@@ -424,8 +480,7 @@ class Resident:
             with self._change((DeviceUnavailable,)):
                 old, placed = self._index.drain()
                 if placed.n:
-                    new = self.memory.fetch(placed.slots)
-                    victims = self._take_out(placed)
+                    victims, new = self._take_out(placed), self.memory.fetch(placed.slots)
                     self._lines.move(old[new >= 0], new[new >= 0])
                     self._write_victims(victims, _NONE)
 
@@ -434,45 +489,41 @@ class Resident:
     ) -> None:
         """Give the lease's keys number `some`, whose lines are `incoming`, slots as far as there is room; `else_` is
         what the others have instead. `_moving` and the lock are held; that is let go while victims are written."""
-        assert lease.near_keys is not None and lease.near is not None
-        keys = lease.near_keys[some]
+        rest = lease.rest
+        keys = rest.keys[some]
         with self._change((DeviceUnavailable,)):
             placed = self._index.insert(keys, self._scores(lease, some), evict=True, add=self._by_use)
-            slots, found = self.memory.fetch(placed.slots), self.memory.fetch(placed.status) == FOUND
             victims = self._take_out(placed)
-            new = np.where(found, -1, slots)
+            slots, status = self.memory.fetch(placed.both).reshape(2, -1)
+            new = np.where(status == FOUND, -1, slots)
             self._lines.land(new)
             if metadata is not None:
                 self._index.put_metadata(new, *metadata)
-            lease.near[some] = np.where(slots >= 0, slots, else_)
-            self._recount(lease)
+            self._index.put(lease.far, rest.at[some], placed.slots)
+            rest.slots[some] = np.where(slots >= 0, slots, else_)
+            lease.recount()
             self._write_victims(victims, keys[new >= 0])
 
-    def _recount(self, lease: DeviceLease) -> None:
-        """A lease's slots have changed."""
-        assert lease.near is not None and lease._padding is not None
-        lease.far, lease.stamped = None, _NEVER
-        lease.n_absent = len(absent(lease.near, lease._padding))
-        lease.n_away = int(np.count_nonzero(lease.near == AWAY))
-
-    def _take_out(self, placed: Placement) -> Any:
-        """Dirty lines that have lost their slots, in host memory: as `Store.write` takes them."""
+    def _take_out(self, placed: Placement) -> tuple[Any, Callable[[], Float32s]] | None:
+        """What gives the dirty lines that have lost their slots: keys and metadata, still on the device, and lines on
+        their way."""
         self._n_evictions += placed.n_evicted
         if not placed.n_dirty:
             return None
         victims = self._index.dirty_victims(placed)
-        keys, freq, last_step = (self.memory.fetch(a) for a in (victims.keys, victims.freq, victims.last_step))
-        return keys, self._lines.leave(victims.slots), freq, last_step
+        return victims.noted, self._lines.depart(victims.slots)
 
-    def _write_victims(self, victims: Any, newcomers: Int64s) -> None:
+    def _write_victims(self, victims: tuple[Any, Callable[[], Float32s]] | None, newcomers: Int64s) -> None:
         """Write lines below that made way; if that fails, they come back in the place of the newcomers."""
         if victims is None:
             return
+        keys, freq, last_step = self.memory.fetch(victims[0]).reshape(3, -1)
+        with self._unlocked():  # but with `_moving`: no other line leaves meanwhile
+            lines = victims[1]()
         try:
             with self._unlocked():
-                self.below.write(*victims)
+                self.below.write(keys, lines, freq, last_step)
         except BaseException as e:
-            keys, lines, freq, last_step = victims
             self._forget(newcomers)
             placed = self._index.insert(keys, np.zeros(1, np.int64))
             slots = self.memory.fetch(placed.slots)
@@ -490,27 +541,32 @@ class Resident:
         self._index.stamp(slots, 0)
         self._index.put_metadata(slots, freq, last_step)
 
-    def _forget(self, keys: Int64s) -> None:
-        """Take lines from distinct keys, whoever holds them. `_moving` and the lock are held."""
+    def _forget(self, keys: Int64s) -> npt.NDArray[np.bool_]:
+        """Take lines from distinct keys, whoever holds them; which had one. `_moving` and the lock are held."""
         living = list(self._leases)
         self._let_go()
-        slots = self._find(keys)
-        keys, slots = keys[slots >= 0], slots[slots >= 0]
         self._version += 1
-        if len(keys) == 0:
-            return
-        for lease in living:
-            near = self.memory.fetch(lease.far) if lease.near is None else lease.near
+        slots = self._index.erase(keys)
+        pinned = keys[slots == PINNED]
+        if len(pinned):
+            self._take_from(living, pinned)
+            self._index.erase(pinned)
+        return slots != -1
+
+    def _take_from(self, leases: list[DeviceLease], keys: Int64s) -> None:
+        """Leases lose the lines that keys have."""
+        slots = self._find(keys)
+        order = np.argsort(slots)
+        keys, slots = keys[order], slots[order]
+        for lease in leases:
+            near = self.memory.fetch(lease.far)
             lost = np.flatnonzero(np.isin(near, slots))
             if len(lost):
                 self._index.settle(near[lost])
-                near[lost] = -1
-                self._know(lease)
-                if lease._padding is None:
-                    lease._padding = find_key(lease.near_keys, lease.skip)
-                lease.near = near
-                self._recount(lease)
-        self._index.erase(keys)
+                self._index.put(lease.far, lost, np.full(len(lost), -1))
+                counts = self.memory.fetch(lease.far_counts)
+                lease.rest.add(lost, keys[np.searchsorted(slots, near[lost])], counts[lost])
+                lease.recount()
 
     def _find(self, keys: Int64s) -> Int64s:
         """Slots of keys, in host memory."""
@@ -539,15 +595,14 @@ class Resident:
             with self._open():
                 wanted = _NONE
                 if lease.n_away and lease.tried != self._n_releases:  # pins are gone since
-                    wanted = np.flatnonzero(lease.near == AWAY)
+                    wanted = np.flatnonzero(lease.rest.slots == AWAY)
             if len(wanted):
                 self._bring(lease, wanted)
         if not lease.asked:
             lease.asked = True
             n_late = max(lease.n_brought if lease.done > begin else 0, lease.n_away)
-            padded = lease._padding is not None and lease._padding >= 0
             self._n_late += n_late
-            self._n_ready += lease.n_keys - lease.n_absent - padded - n_late
+            self._n_ready += lease.n_keys - lease.n_absent - lease.n_skipped - n_late
             self._waited += time.monotonic() - begin
 
     @contextmanager
@@ -569,34 +624,32 @@ class Resident:
         """Look again for the lease's keys that have no line. `_moving` is held."""
         if not lease.n_away and lease.seen == self._version:
             return
+        rest = lease.rest
         with self._open():
-            assert lease.near is not None and lease.near_keys is not None and lease._padding is not None
-            some = np.flatnonzero((lease.near < 0) | (lease.near == AWAY))
-            some = some[some != lease._padding]
-            seen, keys = self._version, lease.near_keys[some]
+            some = np.flatnonzero((rest.slots == -1) | (rest.slots == AWAY))
+            seen, keys = self._version, rest.keys[some]
             found = _NONE
             if len(some):
-                found = self.memory.fetch(self._index.hold(keys, self._scores(lease, some), add=self._by_use).slots)
-            lease.near[some] = found
-            self._recount(lease)
-        rest = found < 0
+                slots = self._index.hold(keys, self._scores(lease, some), add=self._by_use).slots
+                try:
+                    found = self.memory.fetch(slots)
+                except InvalidArgument:  # of a launch before, as of a gather by what is no key's number
+                    self._index.settle(slots)
+                    raise
+                self._index.put(lease.far, rest.at[some], slots)
+                rest.slots[some] = found
+                lease.recount()
+        left = found < 0
         with self._open():
-            lease.near[some[rest]] = np.where(self.below.has(keys[rest]), AWAY, -1)
-            self._recount(lease)
+            rest.slots[some[left]] = np.where(self.below.has(keys[left]), AWAY, -1)
+            lease.recount()
             lease.seen = seen
-
-    def _far(self, lease: DeviceLease) -> Any:
-        """The lease's lines in device memory."""
-        if lease.far is None:
-            assert lease.near is not None
-            lease.far = self.memory.send(near_lines(lease.near))
-        return lease.far
 
     def _near(self, lease: DeviceLease) -> Int64s:
         """The lease's lines in host memory."""
         if lease.near is None:
             lease.near = self.memory.fetch(lease.far)
-        return near_lines(lease.near) if lease.n_away else lease.near
+        return lease.near
 
 
 def _fit(parts: Parts, layout: Layout, budget: int) -> tuple[int, int, int]:

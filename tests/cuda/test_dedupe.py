@@ -15,6 +15,10 @@ def test_dedupe_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_dedupe_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 def oracle(keys):
     """Distinct keys by first occurrence, counts, inverse."""
     ascending, firsts, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)

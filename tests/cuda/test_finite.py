@@ -14,6 +14,10 @@ def test_finite_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_finite_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 @pytest.fixture
 def finite(lane, device):
     """`Finite` of the lane's device."""

@@ -6,6 +6,8 @@ from types import FunctionType
 import numpy as np
 import pytest
 
+from hbkit._ext import batch as _ext
+from hbkit.cuda import batch
 from hbkit.errors import InvalidArgument
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -21,10 +23,19 @@ def test_index_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_index_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_index_in_the_simulator_for_long(in_simulator):
     in_simulator(__file__, "slow")
+
+
+@pytest.mark.slow
+def test_index_on_soft_devices_for_long(on_soft_devices):
+    on_soft_devices(__file__, "slow")
 
 
 def mixed(key):
@@ -32,6 +43,10 @@ def mixed(key):
     x ^= x >> 32
     x = x * 0xD6E8FEB86659FD93 & M
     return x ^ x >> 32
+
+
+def shared_mix(key):
+    return int(_ext.mixed(np.array([key]))[0])
 
 
 class Oracle:
@@ -192,7 +207,7 @@ def check(device, index, oracle):
     """Contents, words and metadata."""
     keys, slots = index.contents()
     words = device.fetch(index._entries)[slots, 1]
-    notes = map(device.fetch, index.metadata(slots))
+    notes = device.fetch(index.metadata(slots))
     assert list(zip(*(a.tolist() for a in (keys, slots, words, *notes)), strict=True)) == oracle.contents()
 
 
@@ -204,8 +219,9 @@ def same(device, index, got, want):
     assert got.n_new == want[1].count(NEW) and got.n_refused == want[1].count(REFUSED)
     assert got.n_evicted == sum(w is not None for w in want[2]) and got.n_dirty == want[1].count(EVICTED_DIRTY)
     at = [i for i, s in enumerate(want[1]) if s == EVICTED_DIRTY]
-    listed = [device.fetch(a).tolist() for a in index.dirty_victims(got)]
-    assert list(zip(*listed, strict=True)) == [(want[2][i][0], want[0][i], *want[2][i][1:]) for i in at]
+    victims = index.dirty_victims(got)
+    listed = [*device.fetch(victims.noted).reshape(3, -1).tolist(), device.fetch(victims.slots).tolist()]
+    assert list(zip(*listed, strict=True)) == [(*want[2][i], want[0][i]) for i in at]
 
 
 def test_oracle_finds_what_it_inserted(lane):
@@ -233,19 +249,22 @@ def test_words_typed_as_on_a_device(lane):
         pytest.skip("lane cpu is enough")
     numba = pytest.importorskip("numba")
     pytest.importorskip("numba_cuda", reason="the functions of kernels are there for the device with it alone")
-    from hbkit.cuda import index
+    from hbkit.cuda import buckets
 
     n_ones = numba.njit(lambda x: sum([(x >> np.uint64(i)) & np.uint64(1) != 0 for i in range(64)]))
-    typed = {**vars(index), "word": numba.njit(lambda value: np.uint64(value)), "ones": n_ones}
-    helpers = "mix bucket_of second_of digest_of zeros matches n_free given_score note_of freq_of last_step_of"
+    typed = {**vars(buckets), "word": numba.njit(lambda value: np.uint64(value)), "ones": n_ones}
+    helpers = (
+        "mix shared_mix bucket_of second_of digest_of zeros matches n_free given_score note_of freq_of last_step_of"
+    )
     for name in helpers.split():
-        function = vars(index)[name].py_func
+        function = vars(buckets)[name].py_func
         typed[name] = numba.njit(FunctionType(function.__code__, typed, name))
     rng = np.random.default_rng(0)
     keys = np.append(rng.integers(-(2**63), 2**63 - 1, 200), [0, 1, -1, 2**63 - 1, -(2**63)])
     for key in keys:
         x, n_buckets = mixed(key), int(rng.choice([1, 3, 2**22, 2**31 - 1]))
         got = np.uint64(typed["mix"](key))
+        assert typed["shared_mix"](key) == shared_mix(key)
         assert got == x and typed["digest_of"](got) == max(x >> 32 & 0xFF, 1)
         assert typed["bucket_of"](got, n_buckets) == (x & 0xFFFFFFFF) * n_buckets >> 32
         assert typed["second_of"](got, n_buckets) == (x >> 32) * n_buckets >> 32
@@ -298,10 +317,20 @@ class Pair:
         keys, counts, scores = self.batch()
         evict, add = bool(self.rng.random() < 0.8), bool(self.rng.random() < 0.5)
         skip = int(keys[0]) if self.rng.random() < 0.5 else None
-        got = index.hold(keys, scores, add=add, skip=skip)
-        slots, missing = self.oracle.hold(keys, scores, add, skip)
-        assert fetch(got.slots).tolist() == slots and got.n_missing == len(missing)
-        assert fetch(got.missing).tolist() == missing
+        n = self.rng.integers(0, len(keys) + 1) if self.rng.random() < 0.5 else len(keys)  # which only the device knows
+        given = counts if self.rng.random() < 0.5 else None
+        found = self.device.send(np.array([n, 0, 0], np.int32))
+        got = index.hold(keys, scores, given, add=add, skip=skip, found=None if n == len(keys) else found)
+        last = keys[n:]
+        keys = keys[:n]
+        slots, missing = self.oracle.hold(keys, scores if len(scores) == 1 else counts[:n], add, skip)
+        listed = batch.missing(self.device, got)
+        assert fetch(got.slots).tolist() == slots + [-1] * len(last)
+        assert (listed.n_keys, listed.n_skipped, listed.at.tolist()) == (n, skip in keys, missing)
+        assert listed.keys.tolist() == keys[missing].tolist()
+        assert listed.counts.tolist() == [0 if given is None else c for c in counts[missing].tolist()]
+        counts = counts[:n]
+        scores = scores if len(scores) == 1 else counts
         given = counts[missing] if scores is counts else scores
         placed = index.insert(keys[missing], given, evict=evict, add=add)
         want = self.oracle.insert(keys[missing], given, evict, add)
@@ -336,9 +365,11 @@ class Pair:
 
     def clean(self):
         dirty = self.oracle.dirty()
-        for first in (None, 3, 0):
-            listed = [self.device.fetch(a).tolist() for a in self.index.dirty(first)]
-            assert list(zip(*listed, strict=True)) == dirty[:first]
+        cut = int(self.rng.integers(0, 2**64, dtype=np.uint64))
+        for first, last in ((0, 2**64), (0, cut), (cut, 2**64), (cut, cut), (0, 0), (2**64, 2**64)):
+            want = [(k, *self.oracle.at(slot)[FREQ:]) for k, slot in dirty if first <= shared_mix(k) < last]
+            listed = self.device.fetch(self.index.dirty(first, last)).reshape(3, -1)
+            assert list(zip(*listed.tolist(), strict=True)) == want
         saved = [slot for _, slot in dirty[:: self.rng.integers(1, 4)]]
         self.index.clean(np.array([-1, *saved]))
         self.oracle.clean(saved)
@@ -348,8 +379,8 @@ class Pair:
         freq, last_step = self.rng.integers(0, 2**33, (2, len(slots)))
         self.index.put_metadata(np.array(slots), freq, last_step)
         self.oracle.put_metadata(slots, freq.tolist(), last_step.tolist())
-        got = [self.device.fetch(a).tolist() for a in self.index.metadata(np.array(slots))]
-        assert list(zip(*got, strict=True)) == self.oracle.metadata(slots)
+        got = self.device.fetch(self.index.metadata(np.array(slots)))
+        assert list(zip(*got.tolist(), strict=True)) == self.oracle.metadata(slots)
 
     def erase(self):
         self.release()
@@ -466,9 +497,9 @@ def test_victims_are_listed_with_their_dirty_slots_in_order(lane, device):
     index.settle(resident)
     got = index.insert(keys + 1000, np.ones(len(keys), np.int64), evict=True)
     status, slots = device.fetch(got.status), device.fetch(got.slots)
-    n_dirty = int((status == EVICTED_DIRTY).sum())
-    positions = device.fetch(index.positions(got, EVICTED_DIRTY, EVICTED_DIRTY, n_dirty))
-    assert positions.tolist() == np.flatnonzero(status == EVICTED_DIRTY).tolist() and 0 < n_dirty < got.n_evicted
+    positions = np.flatnonzero(status == EVICTED_DIRTY)
+    assert 0 < len(positions) == got.n_dirty < got.n_evicted
+    assert device.fetch(index.dirty_victims(got).slots).tolist() == slots[positions].tolist()
     victims = device.fetch(got.victims)[positions]
     assert {int(s): int(k) for s, k in zip(resident, keys, strict=True) if s >= 0}.items() >= dict(
         zip(slots[positions].tolist(), victims.tolist(), strict=True)
@@ -511,7 +542,7 @@ def test_a_free_slot_holds_no_key(lane, device):
     index.erase(others)
     assert device.fetch(index.find(others)).tolist() == [-1] * len(others)
     held = index.hold(others, np.zeros(1, np.int64))
-    assert held.n_missing == len(others)
+    assert batch.missing(device, held).keys.tolist() == others.tolist()
     index.validate()
 
 
@@ -528,7 +559,8 @@ def test_every_key_and_score_may_be_there(lane, device):
     assert words.tolist() == [3 * PIN + 2 * score for score in (0, MAX_SCORE, MAX_SCORE, MAX_SCORE, 21, 0)]
     for skip in keys.tolist():
         held = index.hold(keys, scores, skip=skip)
-        assert held.n_missing == 0
+        found = batch.missing(device, held)
+        assert len(found.at) == 0 and (found.n_keys, found.n_skipped) == (len(keys), 1)
         assert device.fetch(held.slots).tolist() == [-1 if k == skip else s for k, s in zip(keys, slots, strict=True)]
         index.settle(held.slots)
     assert (device.fetch(index._entries)[slots, 1] // PIN == 3).all()
@@ -542,14 +574,19 @@ def test_hold_writes_where_it_is_told(lane, device):
     index, _ = index_and_oracle(device, 2, 10, 2)
     one = np.ones(1, np.int64)
     index.insert(np.arange(5), one)
-    slots, missing = device.send(np.full(9, -7)), device.send(np.full(9, -7))
-    held = index.hold(np.arange(7), one, slots=slots, missing=missing, skip=6)
-    assert held.slots.shape == (7,) and held.n_missing == 1 and device.fetch(held.missing).tolist() == [5]
+    slots, listed = (device.send(np.full(n, -7)) for n in (9, 19))
+    found = device.send(np.array([7, 0, 0], np.int32))
+    counts = np.array([1, 2, 3, 4, 5, 2**40, 7])
+    held = index.hold(np.arange(7), one, counts, slots=slots, found=found, listed=listed, skip=6)
+    got = batch.missing(device, held)
+    assert (got.n_keys, got.n_skipped) == (7, 1) and held.slots.shape == (7,)
+    assert [a.tolist() for a in got[2:]] == [[5], [5], [2**32 - 1]]  # counts stop at their largest
     assert device.fetch(slots)[:5].tolist() == device.fetch(index.find(np.arange(5))).tolist()
     assert device.fetch(slots)[5:].tolist() == [-1, -1, -7, -7]
-    assert device.fetch(missing).tolist() == [5] + [-7] * 8
-    empty = index.hold(np.arange(0), one, slots=slots)
-    assert empty.n_missing == 0 and empty.slots.shape == empty.missing.shape == (0,)
+    assert device.fetch(listed)[2:].tolist() == [-7] * 17 and device.fetch(found).tolist() == [7, 1, 1]
+    index.put(slots, np.array([8, 0]), np.array([3, -1]))
+    assert device.fetch(slots)[[0, 7, 8]].tolist() == [-1, -7, 3]
+    assert index.hold(np.arange(0), one, slots=slots).slots.shape == (0,)
 
 
 def test_errors_leave_what_was_there(lane, device):
@@ -569,17 +606,20 @@ def test_errors_leave_what_was_there(lane, device):
     assert len(index) == 4 and pins() == [0, 0, 1, 1]
     for call in (index.settle, index.clean, lambda slots: index.stamp(slots, 1), index.metadata):
         call(np.array([2 * index.n_slots]))
+        held = index.hold(keys, one)
         with pytest.raises(InvalidArgument, match="outside"):
-            index.hold(keys, one)
+            batch.missing(device, held)
+        index.settle(held.slots)
         assert pins() == [0, 0, 1, 1]
     entries = device.fetch(index._entries)
     entries[slots[3], 1] += 32766 * PIN
     index._entries.copy_to_device(entries)
-    for call in (index.hold, index.insert):
-        with pytest.raises(InvalidArgument, match="32,767"):
-            call(keys[3:], one)
     with pytest.raises(InvalidArgument, match="32,767"):
-        index.hold(keys, one)
+        index.insert(keys[3:], one)
+    held = index.hold(keys, one)
+    with pytest.raises(InvalidArgument, match="32,767"):
+        batch.missing(device, held)
+    index.settle(held.slots)
     assert pins() == [0, 0, 1, 32767]
     index.settle(slots[3:])
     index.hold(keys, one)
@@ -600,13 +640,13 @@ def test_metadata_stop_at_their_largest_and_may_be_left_out(lane, device):
         index.put_metadata(slots, np.array([2**40, 5, 2**32 - 2]), np.array([2**40, 2**32 - 1, 0]))
         index.stamp(slots, 2**35, np.array([1, 2, 3]))
         index.stamp(slots, 2**32 - 1)
-        freq, last_step = (device.fetch(a).tolist() for a in index.metadata(slots))
+        freq, last_step = device.fetch(index.metadata(slots)).tolist()
         assert freq == [min(f, most) for f in (2**32 - 1, 7, 2**32 - 1)] and last_step == [most] * 3
         index.settle(slots)
         victims = index.dirty_victims(index.insert(np.arange(100, 132), np.full(1, 9), evict=True))
-        assert device.fetch(victims.freq).tolist() == freq[: len(victims.freq)]
-        assert device.fetch(victims.last_step).tolist() == last_step[: len(victims.freq)]
-        assert [device.fetch(a).tolist() for a in index.metadata(victims.slots)] == [[0] * len(victims.freq)] * 2
+        n = victims.slots.shape[0]
+        assert device.fetch(victims.noted).reshape(3, n)[1:].tolist() == [freq[:n], last_step[:n]]
+        assert device.fetch(index.metadata(victims.slots)).tolist() == [[0] * n] * 2
 
 
 def test_scores_stop_at_their_largest(lane, device):
@@ -632,8 +672,7 @@ def test_index_refuses_what_does_not_fit(lane, device):
     with pytest.raises(InvalidArgument, match="scores"):
         index.insert(np.arange(3), np.ones(2, np.int64))
     index.insert(one, one)
-    with pytest.raises(InvalidArgument, match="pinned"):
-        index.erase(one)
+    assert index.erase(one).tolist() == [-2]  # it is pinned
     assert len(index) == 1 and device.fetch(index.find(one)).tolist() >= [0]
     for n_slots, max_keys in ((BUCKET - 1, 4), (BUCKET, 0)):
         with pytest.raises(InvalidArgument):

@@ -34,6 +34,10 @@ def test_kernels_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_kernels_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 def values(rng, *shape):
     """Floats of very different size, denormals and zeros among them."""
     x = rng.standard_normal(shape) * 10.0 ** rng.integers(-12, 4, shape)

@@ -91,7 +91,7 @@ def test_parameters_are_those_that_numba_gives(real, launched, seed):
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name(real):
-    from hbkit.cuda.index import mark
+    from hbkit.cuda.buckets import mark
 
     def launch(*args):
         real.launch(mark, 3, *args)
@@ -325,7 +325,7 @@ def test_threads_may_wait_at_once(real):
 def test_a_kernel_is_compiled_once_for_all_tables(real):
     from hbkit.cuda.device import Device
     from hbkit.cuda.driver import compiled
-    from hbkit.cuda.index import age
+    from hbkit.cuda.buckets import age
 
     entries = real.send(np.zeros((4, 2), np.int64))
     real.launch(age, 4, entries)
@@ -342,7 +342,7 @@ def test_a_lost_device_is_named(real, lane):
     from soft import driver
 
     driver.fail("cuLaunchKernel", 1, 700)
-    from hbkit.cuda.index import age
+    from hbkit.cuda.buckets import age
 
     with pytest.raises(DeviceUnavailable, match=r"CUDA_ERROR_ILLEGAL_ADDRESS \(device cuda:0\)"):
         real.launch(age, 4, real.send(np.zeros((4, 2), np.int64)))

@@ -15,6 +15,10 @@ def test_lists_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_lists_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 @pytest.fixture
 def device(device, lane):
     if lane == "cpu":

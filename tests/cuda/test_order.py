@@ -14,6 +14,10 @@ def test_order_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
 
+def test_order_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
+
+
 def oracle(inverse):
     """Positions by key, and where each key's begin."""
     return np.lexsort((np.arange(len(inverse)), inverse)).tolist(), [0, *np.cumsum(np.bincount(inverse)).tolist()]

@@ -1,9 +1,10 @@
 """Batches of tables on a device stay there from ids to update, and do what those of host memory do, bit for bit.
 
 Here host memory plays the device, and arrays of a library that is not NumPy (`Far`) are those "on the device". The same
-tests run once more, smaller, in Numba's simulator, with its arrays.
+tests run once more on devices of a driver in software, and, smaller, in Numba's simulator, with arrays of theirs.
 """
 
+import ctypes
 import os
 import sys
 
@@ -27,6 +28,8 @@ from hbkit.shuffle import Loopback
 from hbkit.store import device_cached, host_memory
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+SOFT = "soft" in sys.modules  # CUDA's driver is one in software
+HOST = not (SIMULATED or SOFT)  # host memory plays the device
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
     sys.setswitchinterval(1e-4)
 DIM, N_ROWS, N_KEYS = 4, *((5, 9) if SIMULATED else (50, 80))
@@ -35,6 +38,10 @@ DIM, N_ROWS, N_KEYS = 4, *((5, 9) if SIMULATED else (50, 80))
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_device_tables_in_the_simulator(in_simulator):
     in_simulator(__file__)
+
+
+def test_device_tables_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__, select="")
 
 
 class Far:
@@ -66,13 +73,49 @@ class Far:
         return Far(self.array.reshape(*shape))
 
 
+class There(Far):
+    """An array in the memory of a device of the software driver, which is host memory, as a framework has it."""
+
+    def __init__(self, array, memory=None):
+        from numba import cuda
+
+        self.array, self.memory, self.wait = array, memory, cuda.synchronize
+        if memory is None:
+            self.memory = cuda.to_device(np.array(array))
+            at = (ctypes.c_uint8 * array.nbytes).from_address(self.memory.__cuda_array_interface__["data"][0] or 0)
+            self.array = np.frombuffer(at, array.dtype).reshape(array.shape) if array.size else np.array(array)
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.array.__array_interface__, "version": 3}
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __getitem__(self, some):
+        return There(self.array[some], self.memory)
+
+    def __setitem__(self, some, values):
+        self.wait()
+        self.array[some] = np.asarray(values)
+
+    def __array__(self, dtype=None, copy=None):
+        self.wait()
+        return self.array
+
+    def reshape(self, *shape):
+        return There(self.array.reshape(*shape), self.memory)
+
+
 def place(budget="1MiB"):
-    return device_cached(host_memory(), budget, device="cuda:0" if SIMULATED else "cpu")
+    return device_cached(host_memory(), budget, device="cpu" if HOST else "cuda:0")
 
 
 def far(table, array):
-    """A NumPy array on a table's device."""
-    return table.memory.send(np.ascontiguousarray(array)) if SIMULATED else Far(np.array(array))
+    """A NumPy array on a table's device, as another library has it."""
+    if SIMULATED:
+        return table.memory.send(np.ascontiguousarray(array))
+    return Far(np.array(array)) if HOST else There(np.array(array))
 
 
 def near(array):
@@ -184,7 +227,7 @@ def test_a_device_does_what_host_memory_does(options):
 
 @pytest.mark.skipif(SIMULATED, reason="so many keys take long there; rows that come and go are tested in tests/store")
 def test_a_cache_that_holds_no_batch_changes_nothing():
-    host, c = collection(None), collection(place(3000))
+    host, c = collection(None), collection(place(3000 if HOST else 5000))
     for ours, theirs in zip(train(c, True), train(host, False), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert contents(c) == contents(host)
@@ -194,7 +237,7 @@ def test_a_cache_that_holds_no_batch_changes_nothing():
     c.close()
 
 
-@pytest.mark.skipif(SIMULATED, reason="nothing here is the device's")
+@pytest.mark.skipif(not HOST, reason="nothing here is the device's")
 def test_tables_elsewhere_and_outputs_that_are_declined_are_numpy():
     asked = []
 
@@ -245,7 +288,7 @@ def test_gradients_that_do_not_fit_are_refused():
     for bad in (good[1:], good[:, 1:], good.astype(np.float64), np.ones((N_ROWS, DIM), np.int32)):
         with pytest.raises(errors.InvalidArgument, match=r"gradient of .*feature a.*float32\["):
             staged.apply({"a": far(c.tables["a"], bad), "b": outputs["b"]})
-    if not SIMULATED:
+    if HOST:
         with pytest.raises(errors.InvalidArgument, match=r"strides.*feature a.*contiguous"):
             staged.apply({"a": Far(np.ones((DIM, N_ROWS), np.float32).T), "b": outputs["b"]})
     staged.apply({"a": far(c.tables["a"], good), "b": outputs["b"]})
@@ -260,14 +303,14 @@ def test_keys_that_do_not_fit_are_refused():
             c.stage({"a": far(a, bad), "b": np.ones(3, np.int64)})
     with pytest.raises(errors.InvalidArgument, match="3 rows where others have 2"):
         c.stage({"a": far(a, np.ones(2, np.int64)), "b": np.ones(3, np.int64)})
-    if not SIMULATED:
+    if HOST:
         host = Collection([Table("a", DIM)])
         with pytest.raises(errors.InvalidArgument, match="give integers as array"):
             host.stage({"a": Far(np.ones(3, np.int64))})
     c.close()
 
 
-@pytest.mark.skipif(SIMULATED, reason="nothing here is the device's")
+@pytest.mark.skipif(not HOST, reason="nothing here is the device's")
 def test_keys_of_every_kind_are_those_of_numpy():
     found = []
     for store in (host_memory(), place()):
@@ -332,7 +375,7 @@ def test_gradients_that_are_not_finite_are_skipped():
     c.close()
 
 
-@pytest.mark.skipif(SIMULATED, reason="nothing here is the device's")
+@pytest.mark.skipif(not HOST, reason="nothing here is the device's")
 def test_gradients_of_named_columns_are_taken():
     found = []
     for store in (None, place()):
@@ -346,7 +389,7 @@ def test_gradients_of_named_columns_are_taken():
     assert found[0] == found[1]
 
 
-@pytest.mark.skipif(SIMULATED, reason="nothing here is the device's")
+@pytest.mark.skipif(not HOST, reason="nothing here is the device's")
 def test_ranks_share_tables_on_a_device_by_way_of_the_host():
     def run(store):
         (transport,) = Loopback.group(1)
@@ -363,7 +406,7 @@ def test_ranks_share_tables_on_a_device_by_way_of_the_host():
     assert run(place()) == run(None)
 
 
-@pytest.mark.skipif(SIMULATED, reason="what crosses over is the same, and the simulator is slow")
+@pytest.mark.skipif(not HOST, reason="what crosses over is the same, and the simulator is slow")
 def test_nothing_of_a_batch_crosses_over_once_its_rows_are_there(monkeypatch):
     crossed = []
     n, rng = 2000, np.random.default_rng(0)
@@ -390,7 +433,7 @@ def test_nothing_of_a_batch_crosses_over_once_its_rows_are_there(monkeypatch):
     assert max(crossed, default=0) <= 8 * N_KEYS < 4 * n
 
 
-@pytest.mark.skipif(SIMULATED, reason="Numba's arrays do not say where they are")
+@pytest.mark.skipif(not HOST, reason="arrays there do not say where they are")
 def test_arrays_of_another_device_are_elsewhere():
     class There(Far):
         def __dlpack_device__(self):

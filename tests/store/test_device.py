@@ -1,7 +1,8 @@
 """The device tier against host memory, bit for bit: its twin in host memory at real sizes, Numba's simulator at small
 ones, and a real device where there is one.
 
-The simulator is chosen before Numba is imported, so this file runs itself once more in a process of its own.
+The simulator is chosen before Numba is imported, so this file runs itself once more in a process of its own; and once
+more on devices of a driver in software, at real sizes.
 """
 
 import gc
@@ -38,23 +39,27 @@ from hbkit.embedding import (
     Table,
     lookahead,
 )
+from hbkit.embedding.table import Request
 from hbkit.ragged import Ragged
 from hbkit.shuffle import Loopback
 from hbkit.snapshot import load, save
 from hbkit.store import cached_ssd, device_cached, host_memory
-from hbkit.store.base import Chunk
+from hbkit.store.base import Chunk, Part
 from hbkit.store.device import Summands
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
     sys.setswitchinterval(1e-4)
-LANES = {"cpu": "cpu", "cudasim": "cuda:0", "cuda": "cuda:0"}
+SOFT = "soft" in sys.modules  # CUDA's driver is one in software
+LANES = {"cpu": "cpu", "cudasim": "cuda:0", "soft": "cuda:0", "cuda": "cuda:0"}
 
 
 def missing(lane):
     """Why a lane can't run in this process, or None."""
     if (lane == "cudasim") != SIMULATED:
         return "the simulator runs in a process of its own"
+    if (lane == "soft") != SOFT:
+        return "the software driver has a process of its own"
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed"
     if lane == "cuda":
@@ -78,7 +83,7 @@ def device(request):
     return lane_of(request)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "soft", "cuda"])
 def fast(request):
     """As `device`, without the simulator."""
     return lane_of(request)
@@ -92,6 +97,10 @@ on_twin = pytest.mark.skipif(missing("cpu") is not None, reason=f"lane cpu: {mis
 @pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_device_tier_in_the_simulator(in_simulator):
     in_simulator(__file__)
+
+
+def test_device_tier_on_soft_devices(on_soft_devices):
+    on_soft_devices(__file__)
 
 
 def least(device, below=None, **settings):
@@ -346,6 +355,14 @@ class Calls(RuleBasedStateMachine):
     def scan(self, since):
         assert contents(self.ours, since) == contents(self.theirs, since)
 
+    @rule(i=st.integers(0, 2), rows=st.booleans())
+    def part(self, i, rows):
+        mine, others = (
+            [b"".join(np.ascontiguousarray(a).tobytes() for a in column) for column in zip(*chunks, strict=True)]
+            for chunks in ([c for c in s.part(Part.share(i, 3), rows) if len(c.key)] for s in (self.ours, self.theirs))
+        )
+        assert mine == others
+
     @rule()
     def commit(self):
         self.ours.commit()
@@ -376,7 +393,7 @@ class Calls(RuleBasedStateMachine):
         index = self.ours._index
         pins = np.zeros(self.ours._n_lines, np.int64)
         for ours, _, _ in self.leases:
-            if ours.fetched:
+            if ours.far is not None:
                 lines = self.ours._near(ours)
                 np.add.at(pins, lines[lines >= 0], 1)
         _, slots = index.contents()
@@ -566,8 +583,36 @@ def test_device_step_of_resident_rows_is_a_few_launches(device, over, monkeypatc
     store.gather(lease, out, lease.inverse)
     store.apply(lease, grads, t.optimizer, t.optimizer.hyper(2), 2)
     store.release(lease)
-    # dedupe 4, hold, stamp, gather, order 3 to 5, sums, update, settle; how many are distinct, and missing
-    assert calls["launch"] <= 14 and calls["fetch"] == 2
+    # dedupe 4, hold, stamp, gather, order 3 to 5, sums, update, settle; how many are distinct, and how many are missing
+    assert calls["launch"] <= 14 and calls["fetch"] == 1
+
+
+def test_device_batch_moves_no_more_than_its_missing_keys(fast, monkeypatch):
+    n, new = 90, 3
+    t = Table("t", 8, optimizer=Adam(), store=device_cached(host_memory(), "40KiB", fast))
+    t.lookup(np.arange(n), train=True)
+    store, memory, moved = t.store, t.store.memory, []
+    keys = memory.send(np.arange(n + new))
+
+    def spy(name):
+        call = getattr(memory, name)
+
+        def move(array, *args):
+            moved.append(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)))
+            return call(array, *args)
+
+        monkeypatch.setattr(memory, name, move)
+
+    spy("fetch")
+    if fast != "cpu":  # whose `fetch` calls it
+        spy("send")
+    lease = store.reserve_batch(keys)
+    assert moved == [12, 16 * new]  # how many; and which, with their counts
+    assert store.create(lease, 2) == new
+    store.release(lease)
+    # Counts; positions, keys and slots of what is missing, some of them for each of its steps; and nothing of the rest.
+    assert max(moved) <= 8 * 3 * new and sum(moved) < 8 * n
+    t.close()
 
 
 def test_device_point_is_the_rows_of_its_instant(fast):
@@ -606,6 +651,35 @@ def test_device_admission_and_eviction_equal_host(fast):
         return rows, exported, found
 
     assert run(cached(fast, policy="lru", dim=5)) == run(host_memory())
+
+
+def test_device_eviction_by_metadata_moves_no_lines(fast, monkeypatch):
+    n = 90
+    t = Table("t", 8, store=device_cached(host_memory(), "40KiB", fast), eviction=[IdleSteps(2)])
+    for step, keys in enumerate((np.arange(n), np.arange(n // 2), np.arange(n // 2), np.arange(9, n // 2))):
+        t.lookup(keys, train=True)
+        t.update(keys, np.ones((len(keys), 8), np.float32))
+        if step == 0:
+            t.commit()  # some are below, but older
+    memory, fetch, fetched = t.store.memory, t.store.memory.fetch, []
+
+    def spy(array, out=None):
+        fetched.append(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)))
+        return fetch(array, out)
+
+    def moved(*args):
+        raise AssertionError("a line left the device")
+
+    with monkeypatch.context() as m:
+        m.setattr(memory, "fetch", spy)
+        m.setattr(t.store._lines, "depart", moved)
+        assert t.evict(part=(0, 2)) + t.evict(part=(1, 2)) == n // 2
+    # Keys and metadata of what is dirty; slots of the victims; and, on a device, how many there are.
+    counts = [a for a in fetched if fast != "cpu" and a == fetched[0]]
+    assert sum(fetched) - sum(counts) <= 24 * (n // 2) + 8 * n // 2
+    assert len(t) == n - n // 2 and not t.store.has(np.arange(n // 2, n)).any()
+    t.store.validate()
+    t.close()
 
 
 def test_device_tier_of_a_sharded_table_gives_what_memory_gives(fast):
@@ -739,6 +813,41 @@ def test_device_steps_go_on_while_rows_are_fetched():
     fetching.join()
     assert t.stats()["late_rows"] >= len(away) and t.stats()["waited_s"] > 0.01
     request.close()
+    t.store.validate()
+
+
+@on_twin
+@pytest.mark.parametrize(("new", "waits"), [(0, 2), (5, 3)], ids=["resident", "absent"])
+def test_device_steps_go_on_while_a_batch_ahead_waits_for_the_device(new, waits, monkeypatch):
+    t = Table("t", 4, store=cached("cpu", 8.0, dim=4))
+    near = np.arange(40)
+    t.lookup(near, train=True)
+    fetch, arrived, passed = t.store.memory.fetch, threading.Semaphore(0), threading.Semaphore(0)
+
+    def slow(array, out=None):
+        if threading.current_thread() is fetching:
+            arrived.release()
+            assert passed.acquire(timeout=30)
+        return fetch(array, out)
+
+    monkeypatch.setattr(t.store.memory, "fetch", slow)
+    found = []
+
+    def ahead():
+        found.append(Request(t, [np.arange(40 + new)], ahead=True))
+        found[0].fetch()
+
+    fetching = threading.Thread(target=ahead)
+    fetching.start()
+    for _ in range(waits):  # for how many keys there are, how many are missing, and which
+        assert arrived.acquire(timeout=30)
+        before = t.lookup(near)
+        t.update(near, np.ones((40, 4)))
+        assert (t.lookup(near) < before).all()
+        passed.release()
+    fetching.join(30)
+    assert not fetching.is_alive() and np.array_equal(found[0].rows()[:40], t.lookup(near))
+    found[0].close()
     t.store.validate()
 
 
@@ -1023,7 +1132,7 @@ def test_device_name_and_policy_are_checked(device, policy, what):
         Table("t", 4, store=device_cached(host_memory(), device=device, policy=policy))
 
 
-without = pytest.mark.skipif(missing("cudasim") is None or missing("cuda") is None, reason="there is a CUDA device")
+without = pytest.mark.skipif(None in map(missing, ("cudasim", "soft", "cuda")), reason="there is a CUDA device")
 
 
 @without

@@ -106,9 +106,9 @@ class Driver:
         self.configure()
         self._patch_numba()
         if tiles:
-            from hbkit.cuda import index
+            from hbkit.cuda import tiles as scans
 
-            index.TILES = tiles
+            scans.TILES = tiles
 
     def configure(self, seed=None, memory=None, race_check=None):
         """From now on; what is left out is as the driver was loaded."""
@@ -127,6 +127,10 @@ class Driver:
         "run" and "copy" count kernels and copies as they run: the call that queues one succeeds.
         """
         self._library.soft_fail(name.encode(), kth, code)
+
+    def to_come(self):
+        """How many of the faults have not come yet."""
+        return self._library.soft_to_come()
 
     def revive(self):
         """Bring lost devices back, as a new process would; what was queued is dropped, memory stays."""

@@ -899,5 +899,10 @@ EXPORT void soft_revive(void) { /* devices are as they were, less what was queue
     last_report[0] = 0;
     pthread_mutex_unlock(&lock);
 }
+EXPORT int soft_to_come(void) {
+    int n = 0;
+    for (int i = 0; i < 16; i++) n += faults[i].left > 0;
+    return n;
+}
 EXPORT const char *soft_report(void) { return last_report; }
 EXPORT uint64_t soft_used(int device) { return devices[device].used; }

@@ -112,7 +112,7 @@ struct machine {
     struct launch *launch;
     const struct code *code;
     uint64_t random;
-    uint32_t n_threads, n_alive, patience, interval;
+    uint32_t n_threads, n_alive, patience, interval, n_changes;
     int32_t fuse;
     int result;
     struct block *blocks;
@@ -517,6 +517,8 @@ static void trace(struct thread *t, struct word *x, int how, int same, uint64_t 
         race(t, x, 0, how, at, line);
     }
     if (how == READ) {
+        if ((x->read_by & LEVEL) == BLOCKS && x->read)
+            return; /* nothing orders that */
         x->read_by = joined(t, x->read_by, x->read, warp->met);
         x->read = now;
         x->read_line = (uint16_t)line;
@@ -588,6 +590,8 @@ __attribute__((noinline)) static void burnt(struct thread *t, int line)
     if (m->patience <= mean)
         in_vain(t, line);
     m->patience -= mean;
+    if (!(++m->n_changes & 0x3fff) && mean < 4096) /* a long launch has seen enough of them */
+        m->interval *= 2;
     m->fuse = (int32_t)(m->launch->seed ? 1 + draw(m) % (2 * mean) : mean);
     make_ready(t);
     wait_turn(t);

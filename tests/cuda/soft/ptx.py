@@ -56,6 +56,11 @@ def is_float(kind: str) -> bool:
     return kind in ("f32", "f64")
 
 
+def c_name(register: str) -> str:
+    """The variable of C for a register."""
+    return "r_" + register[1:]
+
+
 def split(text: str) -> list[str]:
     """Operands, which commas separate where they are not in braces or brackets."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)]
@@ -103,7 +108,7 @@ class Kernel:
         if text in SPECIAL:
             return f"({to}){SPECIAL[text]}"
         if text.startswith("%"):
-            declared, c = self.kind_of(text), text[1:].replace(".", "_")
+            declared, c = self.kind_of(text), c_name(text)
             if declared == kind:
                 return c
             if is_float(declared) and not is_float(kind):
@@ -154,7 +159,7 @@ class Kernel:
             c = f"u{kind[1:]}_of({c})"
         elif kind != "pred":
             c = f"({C_TYPES[kind]})({c})"
-        self.lines.append(f"{register[1:].replace('.', '_')} = {c};")
+        self.lines.append(f"{c_name(register)} = {c};")
 
     # ---- instructions ----
 
@@ -170,7 +175,7 @@ class Kernel:
             raise self.wrong(text, "no such instruction")
         if guard:
             self.kind_of(guard[2])
-            self.lines.append(f"if ({guard[1]}{guard[2][1:]}) {{")
+            self.lines.append(f"if ({guard[1]}{c_name(guard[2])}) {{")
         try:
             if method(*suffixes, args=split(rest)) is NotImplemented:
                 raise self.wrong(text, "no such instruction")
@@ -509,7 +514,7 @@ class Kernel:
         """C of this kernel, the i-th of its module."""
         by_type: dict[str, list[str]] = {}
         for register, kind in self.used.items():
-            by_type.setdefault(C_TYPES[kind], []).append(register[1:].replace(".", "_"))
+            by_type.setdefault(C_TYPES[kind], []).append(c_name(register))
         registers = "".join(f"{of} {', '.join(names)};\n" for of, names in by_type.items())
         places = "".join(f"{{{line}, {quoted(text)}}}, " for line, text in self.places)
         nbytes = ", ".join(str(n) for _, n in self.parameters) or "0"
