@@ -223,6 +223,15 @@ def inserted(a, b, at, n, size):
     return (b & ~mask) | (a << at & mask)
 
 
+def permuted(a, b, how):
+    """Each digit of `how` chooses a byte; from 8 on, its sign."""
+    both, out = (a | b << 32).to_bytes(8, "little"), []
+    for digit in (how & 15, how >> 4 & 15, how >> 8 & 15, how >> 12 & 15):
+        byte = both[digit % 8]
+        out.append((255 if byte > 127 else 0) if digit > 7 else byte)
+    return int.from_bytes(bytes(out), "little")
+
+
 def highest(a, kind, from_above):
     a = ~a if a < 0 else a
     return -1 if a == 0 else (width(kind) - a.bit_length() if from_above else a.bit_length() - 1)
@@ -311,6 +320,7 @@ def instructions():
     yield "cvt.rn.f32.f64", ["f64"], "f32", np.float32
     for of in ("s16", "u16", "s32", "u32", "s64", "u64"):
         yield f"cvt.rn.f32.{of}", [of], "f32", nearest32
+    yield "prmt.b32", ["b32"] * 3, "b32", permuted
     yield "selp.f32", ["b32", "b32", "pred"], "b32", lambda x, y, p: x if p else y
     integers = [f"{sign}{n}" for sign in "su" for n in (8, 16, 32, 64)]
     for to, of in itertools.product(integers, integers):

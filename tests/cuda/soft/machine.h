@@ -809,6 +809,18 @@ static inline uint64_t insert(uint64_t a, uint64_t b, uint32_t at, uint32_t n, u
     return (b & ~field) | (a << at & field);
 }
 
+/* Four of the bytes of a and b, or their signs alone, as each of the last four digits of `how` says. */
+static inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t how)
+{
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t all = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t digit = how >> 4 * i & 15, byte = both >> 8 * (digit & 7) & 255;
+        all |= (digit & 8 ? byte & 128 ? 255 : 0 : byte) << 8 * i;
+    }
+    return all;
+}
+
 static inline uint32_t brev32(uint32_t x)
 {
     x = (x >> 1 & 0x55555555u) | (x & 0x55555555u) << 1;

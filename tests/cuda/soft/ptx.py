@@ -98,7 +98,7 @@ class Kernel:
         self.line = 0
 
     def wrong(self, text: str, why: str) -> Untranslated:
-        return Untranslated(f"{self.name}, line {self.line} `{text}`: {why}")
+        return Untranslated(f"{plain(self.name)}, line {self.line} `{text[:100]}`: {why}")
 
     # ---- operands ----
 
@@ -313,6 +313,9 @@ class Kernel:
         by = f"({by} & 31)" if mode == "wrap" else f"({by} < 32 ? {by} : 32)"
         both = f"({high} << 32 | (uint32_t){low})"
         self.put(args[0], f"{both} << {by} >> 32" if side == "l" else f"{both} >> {by}", kind)
+
+    def do_prmt(self, kind, *, args):
+        self.put(args[0], f"permuted({', '.join(self.value(arg, kind) for arg in args[1:])})", kind)
 
     def do_bfi(self, kind, *, args):
         a, b = self.value(args[1], kind), self.value(args[2], kind)
@@ -614,7 +617,10 @@ def translate(ptx: str) -> str:
         elif text == "}":
             depth -= 1
         elif found := re.search(r"\.entry\s+([\w$]+)\s*(?:\((.*)\))?", text, flags=re.DOTALL):
-            of = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", found[2] or "")
+            of = re.findall(
+                r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+|\d+\s+)*)?([\w$]+)(?:\[(\d+)\])?",
+                found[2] or "",
+            )
             parameters = [(name, bits_of(kind) // 8 * int(n or 1)) for kind, name, n in of]
             kernels.append(Kernel(found[1], parameters, variables))
         elif found := re.fullmatch(
