@@ -15,10 +15,20 @@ from typing import NamedTuple
 
 HERE = pathlib.Path(__file__).parent
 BUILT = HERE.parents[2] / "build" / "soft"
-FLAGS = (
-    "-O1 -std=gnu11 -shared -fPIC -w -ffp-contract=off -fno-math-errno -fno-trapping-math -fwrapv -fno-strict-aliasing "
-    "-fno-stack-protector -U_FORTIFY_SOURCE"
-).split()
+FLAGS = [
+    "-O1",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fwrapv",
+    "-fno-strict-aliasing",
+    "-fno-stack-protector",
+    "-U_FORTIFY_SOURCE",
+]
 
 C_TYPES = {f"{kind}{bits}": f"{'u' * (kind != 's')}int{bits}_t" for kind in "bus" for bits in (8, 16, 32, 64)}
 C_TYPES |= {"f32": "float", "f64": "double", "pred": "int"}
@@ -404,6 +414,9 @@ class Kernel:
     def do_pragma(self, *_, args):
         pass
 
+    def do_nanosleep(self, kind, *, args):
+        self.lines.append("give_way(t);")
+
     # ---- memory and other threads ----
 
     def touch(self, space, place, nbytes, how, value="0"):
@@ -437,11 +450,26 @@ class Kernel:
         """Whether loads and stores with such flags are strong, their space, and how many values they move."""
         flags = list(flags)
         strong = "volatile" in flags or "relaxed" in flags
-        for flag in ("volatile", "relaxed", "gpu", "sys", "cta", "weak", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"):
+        for flag in (
+            "volatile",
+            "relaxed",
+            "gpu",
+            "sys",
+            "cta",
+            "weak",
+            "nc",
+            "ca",
+            "cg",
+            "cs",
+            "lu",
+            "cv",
+            "wb",
+            "wt",
+        ):
             if flag in flags:
                 flags.remove(flag)
-        n = int(flags.pop()[1:]) if flags[-1] in ("v2", "v4") else 1
-        (space,) = flags
+        n = int(flags.pop()[1:]) if flags and flags[-1] in ("v2", "v4") else 1
+        (space,) = flags or ["global"]  # nothing has a generic address but global memory
         return strong, space, n
 
     def do_atom(self, *suffixes, args):
@@ -449,7 +477,7 @@ class Kernel:
         for flag in ("relaxed", "gpu", "sys", "cta"):
             if flag in flags:
                 flags.remove(flag)
-        (space,) = flags
+        (space,) = flags or ["global"]
         a = self.value(args[2], kind)
         new = {
             "add": f"old + {a}",
@@ -467,7 +495,9 @@ class Kernel:
         if is_float(kind) and operation not in ("add", "exch"):
             return NotImplemented
         c = f"num{kind[1:]}({new[operation]})" if is_float(kind) and operation == "add" else new[operation]
-        self.lines.append(f"{{ {C_TYPES[kind]} *q = {self.touch(space, args[1], bits_of(kind) // 8, 'ATOMIC')}, old = *q;")
+        self.lines.append(
+            f"{{ {C_TYPES[kind]} *q = {self.touch(space, args[1], bits_of(kind) // 8, 'ATOMIC')}, old = *q;"
+        )
         self.lines.append(f"*q = {c};")
         self.put(args[0], "old", kind)
         self.lines.append("}")
