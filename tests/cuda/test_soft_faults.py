@@ -74,11 +74,11 @@ def test_memory_that_runs_out_as_a_table_opens(soft, name):
 
 
 def test_memory_that_runs_out_in_a_step_leaves_a_table_that_goes_on(soft):
-    host, t, rng = table(device=None), table(), np.random.default_rng(0)
+    host, t, rng = table(device=None), table(budget="4MiB"), np.random.default_rng(3)
 
     def twice(call, *args):
         """Again where memory was short the first time; whether it was."""
-        soft.fail("cuMemAlloc", int(rng.integers(1, 6)), 2)
+        soft.fail("cuMemAlloc", int(rng.integers(1, 4)), 2)
         try:
             call(*args)
         except errors.BudgetExceeded as e:
@@ -89,8 +89,9 @@ def test_memory_that_runs_out_in_a_step_leaves_a_table_that_goes_on(soft):
         return False
 
     short = {"lookup": 0, "update": 0}
-    for _ in range(30):
-        keys, grads = rng.integers(0, 2000, 40), rng.standard_normal((40, DIM)).astype(np.float32)
+    for i in range(10):
+        n = int(60 * 1.5**i)  # more memory than calls before have left
+        keys, grads = rng.integers(0, 2000, n), rng.standard_normal((n, DIM)).astype(np.float32)
         short["lookup"] += twice(lambda t, keys: t.lookup(keys, train=True), t, keys)
         short["update"] += twice(t.update, keys, grads)
         host.lookup(keys, train=True)
