@@ -624,6 +624,18 @@ def test_meetings_that_cannot_be(machine):
     assert error == LAUNCH_FAILED and "no end: no thread has ended in " in report
 
 
+def test_a_seed_is_an_order(machine):
+    of = "atom.global.add.u64 %rd1, [%b], 1;\nst.global.u64 [%at_a], %rd1;"
+    kernel = machine(module(k=of))["k"]
+    seen = []
+    for seed in (0, 0, 1, 1, 2, 2):
+        a = int64s(300)
+        assert kernel(a, int64s(1), 0, 0, grid=6, block=50, seed=seed) == (0, "")
+        seen.append(a.tolist())  # when each thread came
+    assert seen[0::2] == seen[1::2] and seen[0] == list(range(300))
+    assert sorted(seen[2]) == sorted(seen[4]) == seen[0] and seen[2] != seen[4] != seen[0] != seen[2]
+
+
 # ---- memory ----
 
 TOUCHES = module(
