@@ -319,10 +319,12 @@ class Resident:
     def _room(self, n: int) -> Room:
         """A room for a batch of n positions, and what fills it."""
         if n > self._room_ids or self._dedupe is None:
+            self._dedupe = None  # until all of its parts are there
             self._room_ids = n + n // 8 + 32
             self._window_nbytes -= sum(room.nbytes for room in self._rooms)
             self._rooms.clear()
-            self._dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
+            dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
+            self._dedupe = dedupe
             self._work_nbytes = self._dedupe.nbytes + self._order.nbytes
         if not self._rooms:
             self._rooms.append(Room(self.memory, self._room_ids))

@@ -11,6 +11,7 @@ from narrow import Far
 
 from hbkit.errors import BudgetExceeded, DeviceUnavailable, InvalidArgument
 
+
 def test_launches_on_soft_devices(on_soft_devices):
     on_soft_devices(__file__)
 
@@ -167,6 +168,13 @@ def test_arrays_do_what_narrow_ones_do_and_no_more(real):
         lambda a: a[[1, 2]],
         lambda a: a.reshape(a.size),
         lambda a: a.reshape(2, 3),
+        lambda a: a.reshape(-1),
+        lambda a: a.reshape(3, -1),
+        lambda a: a.reshape((-1, 4)),
+        lambda a: a.reshape(-1, 0),
+        lambda a: a.reshape(-1, -1),
+        lambda a: a.reshape(-2, -3),
+        lambda a: a.reshape(7, -1),
         lambda a: a.reshape((a.size, 1)),
         lambda a: a.view(np.uint16),
         lambda a: a.view(np.int64),
@@ -322,9 +330,9 @@ def test_threads_may_wait_at_once(real):
 
 
 def test_a_kernel_is_compiled_once_for_all_tables(real):
+    from hbkit.cuda.buckets import age
     from hbkit.cuda.device import Device
     from hbkit.cuda.driver import compiled
-    from hbkit.cuda.buckets import age
 
     entries = real.send(np.zeros((4, 2), np.int64))
     real.launch(age, 4, entries)

@@ -227,6 +227,12 @@ static void wait_turn(struct thread *t)
         change(t, next);
 }
 
+static void give_way(struct thread *t)
+{
+    make_ready(t);
+    wait_turn(t);
+}
+
 /* ---- what went wrong ---- */
 
 static const char *text_of(const struct code *code, int line)
@@ -593,8 +599,7 @@ __attribute__((noinline)) static void burnt(struct thread *t, int line)
     if (!(++m->n_changes & 0x3fff) && mean < 4096) /* a long launch has seen enough of them */
         m->interval *= 2;
     m->fuse = (int32_t)(m->launch->seed ? 1 + draw(m) % (2 * mean) : mean);
-    make_ready(t);
-    wait_turn(t);
+    give_way(t);
 }
 
 static void check_aligned(struct thread *t, uint64_t at, uint32_t n, int line)
@@ -802,6 +807,18 @@ static inline uint64_t insert(uint64_t a, uint64_t b, uint32_t at, uint32_t n, u
         return b;
     uint64_t field = (n == 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1) << at;
     return (b & ~field) | (a << at & field);
+}
+
+/* Four of the bytes of a and b, or their signs alone, as each of the last four digits of `how` says. */
+static inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t how)
+{
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t all = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t digit = how >> 4 * i & 15, byte = both >> 8 * (digit & 7) & 255;
+        all |= (digit & 8 ? byte & 128 ? 255 : 0 : byte) << 8 * i;
+    }
+    return all;
 }
 
 static inline uint32_t brev32(uint32_t x)
