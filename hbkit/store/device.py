@@ -42,8 +42,9 @@ from hbkit.store.base import (
     check_rows,
 )
 from hbkit.store.cache import as_nbytes
+from hbkit.store.lease import DeviceLease
 from hbkit.store.point import Point
-from hbkit.store.resident import DeviceLease, Resident
+from hbkit.store.resident import Resident
 from hbkit.store.tier import AWAY
 
 ROUNDS = 4  # write-backs before a point or commit that do not hold up steps
@@ -464,13 +465,13 @@ class DeviceStore(Resident):
         if len(keys) == 0:
             return
         far = self.memory.send(slots)
-        lines = self._lines.leave(far)
+        lines = self._lines.depart(far)
         freq, last_step = self.memory.fetch(self._index.metadata(far))
         self._index.clean(far)
         self._n_cleaned += 1
         try:
             with meanwhile:
-                self.below.write(keys, lines, freq, last_step)
+                self.below.write(keys, lines(), freq, last_step)
         except BaseException:
             self._dirty(far, *self.memory.fetch(self._index.metadata(far)))
             raise

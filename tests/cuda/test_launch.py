@@ -11,6 +11,7 @@ from narrow import Far
 
 from hbkit.errors import BudgetExceeded, DeviceUnavailable, InvalidArgument
 
+
 def test_launches_on_soft_devices(on_soft_devices):
     on_soft_devices(__file__)
 

@@ -18,7 +18,9 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.skipif(
     os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing: no PTX"
 )
-needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba_cuda"), reason="numba-cuda is not installed: no PTX")
+needs_numba = pytest.mark.skipif(
+    not importlib.util.find_spec("numba_cuda"), reason="numba-cuda is not installed: no PTX"
+)
 
 STUB = """
 #include <stdint.h>
@@ -302,10 +304,18 @@ def instructions():
         for how in ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu"):
             yield f"setp.{how}.{kind}", [kind, kind], "pred", ordered(how)
         for mode, to in itertools.product(("rni", "rzi", "rmi", "rpi"), ("s16", "u16", "s32", "u32", "s64", "u64")):
-            yield f"cvt.{mode}.{to}.{kind}", [kind], to, lambda x, to=to, kind=kind, mode=mode: clamped(x, to, kind, mode)
+            yield (
+                f"cvt.{mode}.{to}.{kind}",
+                [kind],
+                to,
+                lambda x, to=to, kind=kind, mode=mode: clamped(x, to, kind, mode),
+            )
         for mode in ("rni", "rzi"):
-            yield f"cvt.{mode}.{kind}.{kind}", [kind], kind, lambda x, mode=mode, of=of: of(
-                math.copysign(towards(x, mode), x)
+            yield (
+                f"cvt.{mode}.{kind}.{kind}",
+                [kind],
+                kind,
+                lambda x, mode=mode, of=of: of(math.copysign(towards(x, mode), x)),
             )
     yield "cvt.f64.f32", ["f32"], "f64", np.float64
     yield "cvt.rn.f32.f64", ["f64"], "f32", np.float32
@@ -339,7 +349,9 @@ def one_of_each():
             lines.append(f".reg .{of if kind != 'pred' else 'b32'} {load};")
             lines.append(f"ld.global.{of if kind != 'pred' else 'u32'} {load}, [%at_{slot}];")
             if kind == "pred":
-                lines.extend([f".reg .pred {register};", f"and.b32 {load}, {load}, 1;", f"setp.ne.b32 {register}, {load}, 0;"])
+                lines.extend(
+                    [f".reg .pred {register};", f"and.b32 {load}, {load}, 1;", f"setp.ne.b32 {register}, {load}, 0;"]
+                )
         return register
 
     lines.append(".reg .b64 %out;\nmov.u64 %out, %at_d;\n.reg .b32 %w32;\n.reg .b64 %w64;\n.reg .b16 %w16;")

@@ -437,7 +437,22 @@ class Kernel:
         """Whether loads and stores with such flags are strong, their space, and how many values they move."""
         flags = list(flags)
         strong = "volatile" in flags or "relaxed" in flags
-        for flag in ("volatile", "relaxed", "gpu", "sys", "cta", "weak", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"):
+        for flag in (
+            "volatile",
+            "relaxed",
+            "gpu",
+            "sys",
+            "cta",
+            "weak",
+            "nc",
+            "ca",
+            "cg",
+            "cs",
+            "lu",
+            "cv",
+            "wb",
+            "wt",
+        ):
             if flag in flags:
                 flags.remove(flag)
         n = int(flags.pop()[1:]) if flags[-1] in ("v2", "v4") else 1
@@ -467,7 +482,9 @@ class Kernel:
         if is_float(kind) and operation not in ("add", "exch"):
             return NotImplemented
         c = f"num{kind[1:]}({new[operation]})" if is_float(kind) and operation == "add" else new[operation]
-        self.lines.append(f"{{ {C_TYPES[kind]} *q = {self.touch(space, args[1], bits_of(kind) // 8, 'ATOMIC')}, old = *q;")
+        self.lines.append(
+            f"{{ {C_TYPES[kind]} *q = {self.touch(space, args[1], bits_of(kind) // 8, 'ATOMIC')}, old = *q;"
+        )
         self.lines.append(f"*q = {c};")
         self.put(args[0], "old", kind)
         self.lines.append("}")
