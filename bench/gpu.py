@@ -1,8 +1,8 @@
 """Kernels and the device tier on a CUDA device: what each must move, how long it takes, and what a step takes.
 
 ``python bench/gpu.py [--report FILE] [--only PART,...] [--device cuda:0] [--small] [--once NAMES]``; `make gpu` runs
-the tests before it. ``--device cpu``: ids and tier on the device's twin in host memory, the same code but for the kernels.
-``--small``: every part in seconds, so that a test can run it, in Numba's simulator too.
+the tests before it. ``--device cpu``: ids and tier on the device's twin in host memory, the same code but for its
+kernels. ``--small``: every part in seconds, so that a test can run it, in Numba's simulator too.
 
 The workload is that of dynamicemb's published benchmark: 10 tables of dim 128, Adam, 1,048,576 ids a step drawn by a
 Zipf law of 1.05, of which about 350,000 are distinct. All tables' lines are one array here, as the bytes are the same.

@@ -20,6 +20,8 @@ from cpython.slice cimport PySlice_GetIndicesEx
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
+from math import prod
+
 import numpy as np
 
 from hbkit.errors import BudgetExceeded, DeviceUnavailable, InvalidArgument
@@ -482,9 +484,12 @@ cdef class Array:
         return part
 
     def reshape(self, *shape):
-        """The same memory in another shape, given as one tuple or as numbers."""
+        """The same memory in another shape, given as one tuple or as numbers, of which one may be -1: what is left."""
         if len(shape) == 1 and isinstance(shape[0], tuple):
             shape = shape[0]
+        if -1 in shape:
+            rest = -prod(shape)
+            shape = tuple([self.size // rest if n == -1 and rest > 0 else n for n in shape])
         cdef Array other = new_array(self.stream, self.ptr, shape, self.dtype, self.owner)
         if other.size != self.size:
             raise InvalidArgument(f"an array of {self.shape} in a shape of {shape}", remedy="give one as large")
