@@ -337,9 +337,9 @@ class DeviceLines:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
         sum_segments(self._device, values, order, starts, out, picked, scale)
 
-    def all_finite(self, values: Any, scale: Any = None) -> bool:
-        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
-        return self._finite.all_finite(values, scale)
+    def look(self, values: Any, scale: Any = None) -> Any:
+        """Look for NaN and infinities in float32 arrays in device memory: int32[1] there, 0 where there is none."""
+        return self._finite.look(values, scale)
 
     def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
         """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""

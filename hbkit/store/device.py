@@ -353,7 +353,9 @@ class DeviceStore(Resident):
         """Whether neither gradients in device memory nor what scales them hold NaN or infinities."""
         send = self.memory.array
         with self._open():
-            return bool(self._lines.all_finite(send(values), None if scale is None else send(scale)))
+            found = self._lines.look(send(values), None if scale is None else send(scale))
+        # Without the lock: gradients may be those of a model that is at work still, while rows of other batches come.
+        return not self.memory.fetch(found).any()
 
     # --- what the store below answers -------------------------------------------------------------------------
 
