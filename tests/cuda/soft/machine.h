@@ -39,7 +39,7 @@ enum { READ, WRITE, ATOMIC, ATOMIC_READ };
 enum { FRESH, READY, IN_WARP, AT_BAR, ENDED };
 enum { SYNC, BALLOT, ANY, ALL, UNI, MATCH_B32, MATCH_B64, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_BFLY };
 enum { WARP = 32, STACK = 60000, PAGE_BITS = 12, NEAR = 1024, BUCKETS = 1 << 14 };
-#define PATIENCE (1u << 29) /* accesses and meetings without a thread's end, after which none is expected */
+#define PATIENCE (1u << 28) /* accesses and meetings without a thread's end, after which none is expected */
 
 typedef void *context[5];
 
@@ -225,6 +225,12 @@ static void wait_turn(struct thread *t)
         leap(t->m->host);
     if (next != t)
         change(t, next);
+}
+
+static void give_way(struct thread *t)
+{
+    make_ready(t);
+    wait_turn(t);
 }
 
 /* ---- what went wrong ---- */
@@ -593,8 +599,7 @@ __attribute__((noinline)) static void burnt(struct thread *t, int line)
     if (!(++m->n_changes & 0x3fff) && mean < 4096) /* a long launch has seen enough of them */
         m->interval *= 2;
     m->fuse = (int32_t)(m->launch->seed ? 1 + draw(m) % (2 * mean) : mean);
-    make_ready(t);
-    wait_turn(t);
+    give_way(t);
 }
 
 static void check_aligned(struct thread *t, uint64_t at, uint32_t n, int line)

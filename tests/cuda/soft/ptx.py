@@ -15,10 +15,20 @@ from typing import NamedTuple
 
 HERE = pathlib.Path(__file__).parent
 BUILT = HERE.parents[2] / "build" / "soft"
-FLAGS = (
-    "-O1 -std=gnu11 -shared -fPIC -w -ffp-contract=off -fno-math-errno -fno-trapping-math -fwrapv -fno-strict-aliasing "
-    "-fno-stack-protector -U_FORTIFY_SOURCE"
-).split()
+FLAGS = [
+    "-O1",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fwrapv",
+    "-fno-strict-aliasing",
+    "-fno-stack-protector",
+    "-U_FORTIFY_SOURCE",
+]
 
 C_TYPES = {f"{kind}{bits}": f"{'u' * (kind != 's')}int{bits}_t" for kind in "bus" for bits in (8, 16, 32, 64)}
 C_TYPES |= {"f32": "float", "f64": "double", "pred": "int"}
@@ -404,6 +414,9 @@ class Kernel:
     def do_pragma(self, *_, args):
         pass
 
+    def do_nanosleep(self, kind, *, args):
+        self.lines.append("give_way(t);")
+
     # ---- memory and other threads ----
 
     def touch(self, space, place, nbytes, how, value="0"):
@@ -455,8 +468,8 @@ class Kernel:
         ):
             if flag in flags:
                 flags.remove(flag)
-        n = int(flags.pop()[1:]) if flags[-1] in ("v2", "v4") else 1
-        (space,) = flags
+        n = int(flags.pop()[1:]) if flags and flags[-1] in ("v2", "v4") else 1
+        (space,) = flags or ["global"]  # nothing has a generic address but global memory
         return strong, space, n
 
     def do_atom(self, *suffixes, args):
@@ -464,7 +477,7 @@ class Kernel:
         for flag in ("relaxed", "gpu", "sys", "cta"):
             if flag in flags:
                 flags.remove(flag)
-        (space,) = flags
+        (space,) = flags or ["global"]
         a = self.value(args[2], kind)
         new = {
             "add": f"old + {a}",
