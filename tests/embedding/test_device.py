@@ -101,7 +101,7 @@ class There(Far):
 
     def __array__(self, dtype=None, copy=None):
         self.wait()
-        return self.array
+        return self.array.copy()  # which outlives the device's memory
 
     def reshape(self, *shape):
         return There(self.array.reshape(*shape), self.memory)
