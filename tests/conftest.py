@@ -73,6 +73,13 @@ def on_soft_devices(tmp_path):
         pytest.skip("no C compiler builds the driver here")
 
     def run(file: str, marks: str = "not slow", select: str = "soft", seed: int = 1) -> None:
-        run_again([str(ROOT / "tests" / "cuda" / "soft")], {"SOFT_CUDA_SEED": str(seed), "SOFT_CUDA_TILES": "64"}, file, marks, select, tmp_path)
+        run_again(
+            [str(ROOT / "tests" / "cuda" / "soft")],
+            {"SOFT_CUDA_SEED": str(seed), "SOFT_CUDA_TILES": "64"},
+            file,
+            marks,
+            select,
+            tmp_path,
+        )
 
     return run

@@ -332,9 +332,9 @@ def test_threads_may_wait_at_once(real):
 
 
 def test_a_kernel_is_compiled_once_for_all_tables(real):
+    from hbkit.cuda.buckets import age
     from hbkit.cuda.device import Device
     from hbkit.cuda.driver import compiled
-    from hbkit.cuda.buckets import age
 
     entries = real.send(np.zeros((4, 2), np.int64))
     real.launch(age, 4, entries)
