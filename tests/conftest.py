@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import soft
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -32,10 +33,10 @@ def shared():
 
 
 def run_again(command, env, file, marks, select, tmp_path):
-    """Run a test file in a process of its own, elsewhere than in the checkout, which would hide the installed package."""
-    if "NUMBA_ENABLE_CUDASIM" in os.environ or "soft" in sys.modules:
+    """Run a test file in a process of its own; elsewhere than in the checkout, which hides the installed package."""
+    if "NUMBA_ENABLE_CUDASIM" in os.environ or soft.driver:
         pytest.skip("this is such a process")
-    options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marks, "-k", select
+    options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=native", "-m", marks, "-k", select
     done = subprocess.run(
         [sys.executable, *command, "-m", "pytest", *options, file],
         cwd=tmp_path,

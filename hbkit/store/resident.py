@@ -202,11 +202,14 @@ class Resident:
     def _room(self, n: int) -> Room:
         """A room for a batch of n positions, and what fills it."""
         if n > self._room_ids or self._dedupe is None:
-            self._room_ids = n + n // 8 + 32
             self._window_nbytes -= sum(room.nbytes for room in self._rooms)
             self._rooms.clear()
-            self._dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
-            self._work_nbytes = self._dedupe.nbytes + self._order.nbytes
+            self._dedupe = self._order = None  # whose memory may be what there is not enough of
+            self._room_ids = self._work_nbytes = 0
+            n_ids = n + n // 8 + 32
+            dedupe, order = (make(self.memory, n_ids) for make in self._parts[3:])
+            self._dedupe, self._order, self._room_ids = dedupe, order, n_ids
+            self._work_nbytes = dedupe.nbytes + order.nbytes
         if not self._rooms:
             self._rooms.append(Room(self.memory, self._room_ids))
             self._window_nbytes += self._rooms[0].nbytes
@@ -363,32 +366,37 @@ class Resident:
         """Empty the side list, as far as its keys are not pinned any more. `_moving` and the lock are held."""
         if self._index.n_side and self._drained != self._n_releases:
             self._drained = self._n_releases
-            with self._change((DeviceUnavailable,)):
+            with self._change((DeviceUnavailable, BudgetExceeded)):
                 old, placed = self._index.drain()
                 if placed.n:
                     victims, new = self._take_out(placed), self.memory.fetch(placed.slots)
                     self._lines.move(old[new >= 0], new[new >= 0])
-                    self._write_victims(victims, _NONE)
+            if placed.n:
+                self._write_victims(victims, _NONE)
 
     def _take_in(
         self, lease: DeviceLease, some: Int64s, else_: int, metadata: tuple[Int64s, Int64s] | None = None
     ) -> None:
         """Give the lease's keys number `some`, whose lines are `incoming`, slots as far as there is room; `else_` is
         what the others have instead. `_moving` and the lock are held; that is let go while victims are written."""
-        rest = lease.rest
-        keys = rest.keys[some]
-        with self._change((DeviceUnavailable,)):
-            placed = self._index.insert(keys, self._scores(lease, some), evict=True, add=self._by_use)
+        rest, memory = lease.rest, self.memory
+        keys, scores = rest.keys[some], self._scores(lease, some)
+        # What needs memory comes before the insertion, which must not be cut short.
+        far, at = memory.send(keys), memory.send(rest.at[some])
+        scores = memory.send(scores) if self._by_use else scores
+        notes = None if metadata is None else [memory.send(column) for column in metadata]
+        with self._change((DeviceUnavailable, BudgetExceeded)):
+            placed = self._index.insert(far, scores, evict=True, add=self._by_use)
             victims = self._take_out(placed)
-            slots, status = self.memory.fetch(placed.both).reshape(2, -1)
+            slots, status = memory.fetch(placed.both).reshape(2, -1)
             new = np.where(status == FOUND, -1, slots)
             self._lines.land(new)
-            if metadata is not None:
-                self._index.put_metadata(new, *metadata)
-            self._index.put(lease.far, rest.at[some], placed.slots)
+            if notes is not None:
+                self._index.put_metadata(memory.join([new], far), *notes)
+            self._index.put(lease.far, at, placed.slots)
             rest.slots[some] = np.where(slots >= 0, slots, else_)
             lease.recount()
-            self._write_victims(victims, keys[new >= 0])
+        self._write_victims(victims, keys[new >= 0])
 
     def _take_out(self, placed: Placement) -> tuple[Any, Callable[[], Float32s]] | None:
         """What gives the dirty lines that have lost their slots: keys and metadata, still on the device, and lines on
@@ -403,20 +411,22 @@ class Resident:
         """Write lines below that made way; if that fails, they come back in the place of the newcomers."""
         if victims is None:
             return
-        keys, freq, last_step = self.memory.fetch(victims[0]).reshape(3, -1)
-        with self._unlocked():  # but with `_moving`: no other line leaves meanwhile
-            lines = victims[1]()
+        with self._change((DeviceUnavailable,)):
+            keys, freq, last_step = self.memory.fetch(victims[0]).reshape(3, -1)
+            with self._unlocked():  # but with `_moving`: no other line leaves meanwhile
+                lines = victims[1]()
         try:
             with self._unlocked():
                 self.below.write(keys, lines, freq, last_step)
         except BaseException as e:
-            self._forget(newcomers)
-            placed = self._index.insert(keys, np.zeros(1, np.int64))
-            slots = self.memory.fetch(placed.slots)
-            there = slots >= 0
-            self._lines.scatter(slots[there], lines[there])
-            self._dirty(slots, freq, last_step)
-            self._index.settle(slots)
+            with self._change((DeviceUnavailable, BudgetExceeded)):
+                self._forget(newcomers)
+                placed = self._index.insert(keys, np.zeros(1, np.int64))
+                slots = self.memory.fetch(placed.slots)
+                there = slots >= 0
+                self._lines.scatter(slots[there], lines[there])
+                self._dirty(slots, freq, last_step)
+                self._index.settle(slots)
             if not there.all():  # another one of them took the last place of two buckets
                 self._failed = e
                 self._n_rows -= int(np.count_nonzero(~self.below.has(keys[~there])))
@@ -448,9 +458,10 @@ class Resident:
             near = self.memory.fetch(lease.far)
             lost = np.flatnonzero(np.isin(near, slots))
             if len(lost):
-                self._index.settle(near[lost])
-                self._index.put(lease.far, lost, np.full(len(lost), -1))
+                gone, at, none = map(self.memory.send, (near[lost], lost, np.full(len(lost), -1)))
                 counts = self.memory.fetch(lease.far_counts)
+                self._index.settle(gone)
+                self._index.put(lease.far, at, none)
                 lease.rest.add(lost, keys[np.searchsorted(slots, near[lost])], counts[lost])
                 lease.recount()
 
@@ -516,13 +527,14 @@ class Resident:
             seen, keys = self._version, rest.keys[some]
             found = _NONE
             if len(some):
+                at = self.memory.send(rest.at[some])
                 slots = self._index.hold(keys, self._scores(lease, some), add=self._by_use).slots
                 try:
                     found = self.memory.fetch(slots)
                 except InvalidArgument:  # of a launch before, as of a gather by what is no key's number
                     self._index.settle(slots)
                     raise
-                self._index.put(lease.far, rest.at[some], slots)
+                self._index.put(lease.far, at, slots)
                 rest.slots[some] = found
                 lease.recount()
         left = found < 0

@@ -1,7 +1,7 @@
-"""Lanes: tests of kernels that take `lane` run in two kinds of make-believe here, and on a CUDA device where there is one.
+"""Lanes: tests of kernels that take `lane` run in two kinds of make-believe here, and on a GPU where there is one.
 
-"cudasim" is Numba's simulator, which runs the Python of a kernel. "soft" is a CUDA driver in software (soft/): all is as
-on a GPU, Numba CUDA and what it compiles a kernel to, but for who runs that. Both are chosen before Numba is imported.
+"cudasim" is Numba's simulator, which runs the Python of a kernel. "soft" is a CUDA driver in software (soft/): all is
+as on a GPU, Numba CUDA and what it compiles a kernel to, but for who runs that. Both are chosen before Numba is loaded.
 So a file with lanes runs itself once more in processes of their own, by tests that call `in_simulator(__file__)` and
 `on_soft_devices(__file__)`; there its lane is theirs. The lane "cpu" checks the oracle alone.
 """
@@ -12,9 +12,10 @@ import sys
 
 import numpy as np
 import pytest
+import soft
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-SOFT = getattr(sys.modules.get("soft"), "driver", None)  # the software driver, where it is loaded
+SOFT = soft.driver  # the software driver, where it is loaded
 
 
 def missing(lane):

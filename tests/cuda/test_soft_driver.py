@@ -1,12 +1,12 @@
 """The CUDA driver in software does what CUDA documents, late where it may be late, and says what is misused."""
 
-import sys
 import threading
 
 import numpy as np
 import pytest
+import soft
 
-SOFT = getattr(sys.modules.get("soft"), "driver", None)
+SOFT = soft.driver
 SEEDS = range(1, 41)
 
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import soft
 
 from hbkit import errors
 from hbkit.embedding import (
@@ -28,7 +29,7 @@ from hbkit.shuffle import Loopback
 from hbkit.store import device_cached, host_memory
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-SOFT = "soft" in sys.modules  # CUDA's driver is one in software
+SOFT = soft.driver is not None  # CUDA's driver is one in software
 HOST = not (SIMULATED or SOFT)  # host memory plays the device
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
     sys.setswitchinterval(1e-4)

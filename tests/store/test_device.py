@@ -14,6 +14,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import soft
 from faults import run_ranks
 from homes import ACTS, OPTIMIZERS, DictPlace, any_table, contents, looking_ahead
 from hypothesis import given, settings
@@ -50,7 +51,7 @@ from hbkit.store.device import Summands
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms
     sys.setswitchinterval(1e-4)
-SOFT = "soft" in sys.modules  # CUDA's driver is one in software
+SOFT = soft.driver is not None  # CUDA's driver is one in software
 LANES = {"cpu": "cpu", "cudasim": "cuda:0", "soft": "cuda:0", "cuda": "cuda:0"}
 
 

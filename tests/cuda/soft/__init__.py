@@ -53,7 +53,9 @@ class Compiled:
         return BUILD / hashlib.sha256(version.encode() + text).hexdigest()[:24]
 
     def _path(self, signature):
-        name = f"{self._kernel.__module__}.{self._kernel.__name__}{signature}"
+        module = sys.modules[self._kernel.__module__]  # whose constants a test may have changed
+        constants = sorted((name, value) for name, value in vars(module).items() if type(value) is int)
+        name = f"{module.__name__}.{self._kernel.__name__}{signature}{constants}"
         return self._folder() / hashlib.sha256(name.encode()).hexdigest()[:24]
 
     def load_overload(self, signature, target):
