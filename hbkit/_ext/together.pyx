@@ -81,7 +81,7 @@ cdef struct Pass:
     Group *groups
     hb_feature *features  # n_features for each seat
     int64_t n_parts, n_features, n_groups, n_keys
-    int64_t total, n_units  # keys that the units go through
+    int64_t total, n_units, n_seats  # keys that the units go through
     int64_t n_cuts  # units that share the rows of some features
     # What some passes need:
     int64_t step
@@ -278,7 +278,7 @@ cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
 
 cdef bint large(const Pass *p, const Part *part) noexcept nogil:
     """Whether a table's sums would hold up the other threads, were they all of one unit."""
-    return part.n > 2 * (p.total // p.n_units)
+    return p.n_seats > 1 and part.n > 2 * (p.total // p.n_units)
 
 
 cdef bint keys_of(const Pass *p, int64_t unit, int64_t before, const Part *part, int64_t *first,
@@ -378,7 +378,6 @@ cdef class Together:
     """
 
     cdef Pass p
-    cdef int64_t n_seats
     cdef list tables
     cdef object memory, given
     cdef readonly list keys, counts, slots
@@ -392,10 +391,10 @@ cdef class Together:
         cdef Pass *p = &self.p
         cdef Part *part
         self.tables, self.given, p.n_parts = tables, (keys, stands), len(tables)
-        self.n_seats, p.n_features = seats(MOST), len(places)
+        self.p.n_seats, p.n_features = seats(MOST), len(places)
         p.parts = NULL if fails() else <Part *>calloc(p.n_parts + 1, sizeof(Part))
         p.places = NULL if fails() else <Place *>calloc(p.n_features + 1, sizeof(Place))
-        p.features = NULL if fails() else <hb_feature *>calloc(self.n_seats * (p.n_features + 1), sizeof(hb_feature))
+        p.features = NULL if fails() else <hb_feature *>calloc(self.p.n_seats * (p.n_features + 1), sizeof(hb_feature))
         if p.parts == NULL or p.places == NULL or p.features == NULL:
             raise MemoryError("no memory for a batch")
         if not len(keys) == len(n_rows) == p.n_parts or len(keys if stands is None else stands) != p.n_parts:
@@ -464,7 +463,7 @@ cdef class Together:
             part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
             at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
             inverse += odd(part.n, 16)
-        table = retained((min(self.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
+        table = retained((min(self.p.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
         self.p.table, self.p.bits = &table[0], bits
         with nogil:
             self._pass(dedupe_unit, self.p.n_keys, KEY_NBYTES)
@@ -479,7 +478,7 @@ cdef class Together:
     cdef void _pass(self, Unit unit, int64_t n_keys, int64_t nbytes) noexcept nogil:
         """Go through so many keys of all tables, each of which takes about so many bytes."""
         self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
-        share(unit, &self.p, self.p.n_units, self.n_seats)
+        share(unit, &self.p, self.p.n_units, self.p.n_seats)
 
     cdef void _pass_of_rows(self, Unit unit, bint cut) noexcept nogil:
         """Go through the rows of all features. `cut`: where there are more units than features, they are cut too.
@@ -494,7 +493,7 @@ cdef class Together:
         n, self.p.total = pieces(nbytes), self.p.n_keys
         self.p.n_units = n if width < 512 else min(n, width // 128)
         self.p.n_cuts = n // self.p.n_units if cut else 1
-        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.n_seats)
+        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.p.n_seats)
 
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
@@ -577,7 +576,7 @@ cdef class Together:
             part.new_keys, part.new_at = slots + total + at, slots + 2 * total + at
             made.append(array[at:at + part.n_new])
             p.scratch_nbytes, at = max(p.scratch_nbytes, tile(&slabs.s) * <int64_t>sizeof(float)), at + part.n_new
-        p.scratch = <char *>allocate(self.n_seats * p.scratch_nbytes)
+        p.scratch = <char *>allocate(self.p.n_seats * p.scratch_nbytes)
         if p.scratch == NULL:
             raise MemoryError("no memory for new rows")
         with nogil:
@@ -750,7 +749,7 @@ cdef class Together:
             part.update.seed, part.update.step = seeds[i], <uint32_t>(<uint64_t>step)
             most = max(most, dim)
         self.p.scratch_nbytes = (<int64_t>HB_SCRATCH(most) + 63) // 64 * 64
-        self.p.scratch = <char *>allocate(self.n_seats * self.p.scratch_nbytes)
+        self.p.scratch = <char *>allocate(self.p.n_seats * self.p.scratch_nbytes)
         if self.p.scratch == NULL:
             raise MemoryError("no memory for an update")
         self._finish()
