@@ -36,8 +36,8 @@ cdef int64_t seats(int64_t n_units) noexcept nogil:
 cdef void share(Unit run, void *what, int64_t n_units, int64_t n_seats) noexcept nogil:
     """Run units 0..n_units-1 in n_seats threads at the most, the caller's among them.
 
-    A thread's seat is 0..n_seats-1, the caller's 0: what it needs alone goes by that. Units run between `hb_fp_enter` and
-    `hb_fp_leave`.
+    A thread's seat is 0..n_seats-1, the caller's 0: what it needs alone goes by that. Units run between `hb_fp_enter`
+    and `hb_fp_leave`.
     """
     hb_share(run, what, n_units, n_seats)
 

@@ -4,11 +4,11 @@ What a table costs beside its keys is then some pointers, not a dozen calls, and
 and gradients of features that stand side by side are gone through row by row: what is long lies in order, and what is
 gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
 
-Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size, so
-that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table, is of the piece in
-which the table begins, and so are its sums unless it is large. Pieces are the same in all passes: what one thread has
-written it will read. A key's numbers are computed by one thread, in the order in which one thread alone would, so they
-do not depend on the pieces.
+Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size,
+so that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table, is of the
+piece in which the table begins, and so are its sums unless it is large. Pieces are the same in all passes: what one
+thread has written it will read. A key's numbers are computed by one thread, in the order in which one thread alone
+would, so they do not depend on the pieces.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -86,7 +86,7 @@ cdef struct Pass:
     # What some passes need:
     int64_t step
     uint32_t *table  # of dedupe, for each seat
-    int bits
+    int64_t table_n
     char *scratch
     int64_t scratch_nbytes  # of each seat
     int failed
@@ -152,6 +152,14 @@ cdef int64_t room(const Part *part) noexcept nogil:
     return odd(part.u * (2 * part.dim + 1), 16)
 
 
+cdef int bits_for(int64_t n) noexcept nogil:
+    """Of the table in which n keys are deduplicated."""
+    cdef int bits = 6
+    while bits < 32 and (<int64_t>1 << bits) < 6 * n:
+        bits += 1
+    return bits
+
+
 cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Pass *p = <Pass *>what
     cdef int64_t i, k, before = 0
@@ -159,8 +167,8 @@ cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     for i in range(p.n_parts):
         part = &p.parts[i]
         if begins(p, unit, before):
-            part.u = kernels().index.dedupe(part.keys, part.n, p.table + (seat << p.bits), p.bits, part.unique - 1,
-                                            part.inverse, 0, part.counts)
+            part.u = kernels().index.dedupe(part.keys, part.n, p.table + seat * p.table_n, bits_for(part.n),
+                                            part.unique - 1, part.inverse, 0, part.counts)
             if part.stands != NULL:
                 memset(part.totals, 0, part.u * sizeof(int64_t))
                 for k in range(part.n):
@@ -384,17 +392,16 @@ cdef class Together:
 
     def __cinit__(self, list tables, list keys, list places, list n_rows, list stands=None):
         cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0, columns = 4 + (stands is not None)
-        cdef int bits = 6
         cdef const int64_t[::1] some
         cdef Index index
         cdef Slabs slabs
         cdef Pass *p = &self.p
         cdef Part *part
         self.tables, self.given, p.n_parts = tables, (keys, stands), len(tables)
-        self.p.n_seats, p.n_features = seats(MOST), len(places)
+        p.n_seats, p.n_features = seats(MOST), len(places)
         p.parts = NULL if fails() else <Part *>calloc(p.n_parts + 1, sizeof(Part))
         p.places = NULL if fails() else <Place *>calloc(p.n_features + 1, sizeof(Place))
-        p.features = NULL if fails() else <hb_feature *>calloc(self.p.n_seats * (p.n_features + 1), sizeof(hb_feature))
+        p.features = NULL if fails() else <hb_feature *>calloc(p.n_seats * (p.n_features + 1), sizeof(hb_feature))
         if p.parts == NULL or p.places == NULL or p.features == NULL:
             raise MemoryError("no memory for a batch")
         if not len(keys) == len(n_rows) == p.n_parts or len(keys if stands is None else stands) != p.n_parts:
@@ -431,8 +438,6 @@ cdef class Together:
         p.groups = NULL if fails() else <Group *>calloc(p.n_groups + 1, sizeof(Group))
         if p.groups == NULL:
             raise MemoryError("no memory for a batch")
-        while bits < 32 and (<int64_t>1 << bits) < 6 * most:
-            bits += 1
         # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning, and totals[n] where
         # keys stand for some number; and inverse[n].
         for i in range(p.n_parts):
@@ -440,7 +445,7 @@ cdef class Together:
             n_narrow += odd(p.parts[i].n, 16)
         wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
         self.memory = wide, narrow
-        self._find(wide, narrow, bits)
+        self._find(wide, narrow, most)
         self.keys, self.counts, self.slots = [], [], []
         k = 1
         for i in range(p.n_parts):
@@ -450,8 +455,8 @@ cdef class Together:
             self.slots.append(wide[k + 2 * n:k + 2 * n + total])
             k += odd(columns * n + 1, 8)
 
-    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int bits):
-        cdef int64_t i
+    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int64_t most):
+        cdef int64_t i, n_seats = self.p.n_seats
         cdef int64_t *at = &wide[0]
         cdef int32_t *inverse = &narrow[0]
         cdef uint32_t[::1] table
@@ -463,10 +468,13 @@ cdef class Together:
             part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
             at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
             inverse += odd(part.n, 16)
-        table = retained((min(self.p.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
-        self.p.table, self.p.bits = &table[0], bits
+        self.p.n_seats = min(n_seats, self.p.n_keys // max(most, <int64_t>1) + 1)  # the largest table holds up more
+        self.p.table_n = <int64_t>1 << bits_for(most)
+        table = retained((self.p.n_seats * self.p.table_n,), np.uint32)
+        self.p.table = &table[0]
         with nogil:
             self._pass(dedupe_unit, self.p.n_keys, KEY_NBYTES)
+            self.p.n_seats = n_seats
             self._pass(find_unit, self.p.n_keys, KEY_NBYTES)
 
     def __dealloc__(self):
