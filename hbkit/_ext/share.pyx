@@ -16,7 +16,7 @@ cdef extern from "share.h" nogil:
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*)(), void (*)(), void (*)())
 
-cdef int64_t MOST = 16     # threads, where nobody says how many: a socket's memory gives no more
+cdef int64_t MOST = 16     # threads, where nobody says how many
 cdef int64_t LEAST = 512 << 10  # bytes a unit, some 50 us: a helper is there after up to 25, and what it reads is far
 cdef int64_t EACH = 4      # units a thread: none waits long for another, and a unit stays in the cache
 cdef int64_t _n_threads = 1, _least = LEAST
