@@ -27,8 +27,10 @@ BATCHES = 16
 
 def worker(pipe: Connection, seed: int, a: argparse.Namespace) -> None:
     """A process with a table: runs the threads it is asked for, and answers with the batches that each has done."""
+    from hbkit._ext import share
     from hbkit.embedding import RowWiseAdagrad, Table
 
+    share.use(1)  # it is the callers' threads that are counted
     rng = np.random.default_rng(seed)
     table = Table("t", a.dim, optimizer=RowWiseAdagrad(lr=0.05))
     scattered = rng.permutation(a.keys) * 0x9E3779B97F4A7C1 + seed

@@ -159,6 +159,7 @@ cdef extern from "kernels.h" nogil:
         void (*finish_sums)(const hb_feature *, const int64_t *, int64_t, int64_t) noexcept nogil
         void (*read_lines)(const hb_slabs *, const int64_t *, int64_t, float *) noexcept nogil
         void (*write_lines)(const hb_slabs *, const int64_t *, int64_t, const float *) noexcept nogil
+        int (*sum_some)(const hb_feature *, int64_t, int64_t, int64_t, int64_t, const float *, int64_t) noexcept nogil
 
     ctypedef struct hb_fp_state:
         pass

@@ -442,53 +442,93 @@ static void segment_sum(const hb_gradients *g, float *restrict out) {
 }
 
 /* Values come row by row, so a sum's block is held until its HB_SUM_BLOCK values are there: the same additions as in
- * `sum`. A block starts from -0, which adds nothing to any value. */
-INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
-                           int64_t stride) {
+ * `sum`. A block starts from -0, which adds nothing to any value. Values that are not finite leave bits in `bad`. */
+INLINE void add_to_sum(const hb_feature *f, int64_t s, const float *v, int64_t dim, ivec *bad, int32_t *bad1) {
     static const uint32_t minus0[16] = {1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31,
                                         1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31};
-    const int64_t wide = dim / LANES * LANES, d = rows_ahead(n_features);
+    const int64_t wide = dim / LANES * LANES;
+    int32_t seen = f->seen[s]++;
+    float *sum = f->sums + s * dim;
+    if (__builtin_expect(seen && seen % HB_SUM_BLOCK == 0, 0)) {
+        float *block = f->blocks + s * dim;
+        if (seen == HB_SUM_BLOCK)
+            memcpy(block, sum, (size_t)dim * sizeof(float));
+        else
+            for (int64_t j = 0; j < dim; j++) block[j] += sum[j];
+    }
+    int old = seen % HB_SUM_BLOCK != 0;
+    const char *from = (const char *)((uintptr_t)sum & -(uintptr_t)old);
+    from += (uintptr_t)minus0 & -(uintptr_t)!old;
+    for (int64_t j = 0; j < wide; j += LANES) {
+        vec x = *(const vec *)(v + j);
+        ivec bits = (ivec)x & 0x7F800000;
+        *bad |= bits == 0x7F800000;
+        *(vec *)(sum + j) = *(const vec *)(from + (old ? j * 4 : 0)) + x;
+    }
+    for (int64_t j = wide; j < dim; j++) {
+        *bad1 |= (to_bits(v[j]) & 0x7F800000) == 0x7F800000;
+        sum[j] = old ? sum[j] + v[j] : v[j];
+    }
+}
+
+INLINE int none_bad(ivec bad, int32_t bad1) {
+    for (int k = 0; k < LANES; k++) bad1 |= bad[k];
+    return bad1 == 0;
+}
+
+INLINE int sum_together_as(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
+                           int64_t stride) {
+    const int64_t d = rows_ahead(n_features);
     ivec bad = {0};
     int32_t bad1 = 0;
     for (int64_t b = 0; b < n_rows; b++)
         for (int64_t k = 0; k < n_features; k++) {
-            int64_t s = f[k].inverse[b];
-            int32_t seen = f[k].seen[s]++;
-            float *sum = f[k].sums + s * dim;
             const float *v = grads + b * stride + f[k].at;
             if (b + d < n_rows) {
                 fetch_near(f[k].sums + f[k].inverse[b + d] * dim, dim * 4);
                 if (d > 1) fetch_near(v + d * stride, dim * 4); /* else the CPU sees that they come in order */
             }
-            if (__builtin_expect(seen && seen % HB_SUM_BLOCK == 0, 0)) {
-                float *block = f[k].blocks + s * dim;
-                if (seen == HB_SUM_BLOCK)
-                    memcpy(block, sum, (size_t)dim * sizeof(float));
-                else
-                    for (int64_t j = 0; j < dim; j++) block[j] += sum[j];
-            }
-            int old = seen % HB_SUM_BLOCK != 0;
-            const char *from = (const char *)((uintptr_t)sum & -(uintptr_t)old);
-            from += (uintptr_t)minus0 & -(uintptr_t)!old;
-            for (int64_t j = 0; j < wide; j += LANES) {
-                vec x = *(const vec *)(v + j);
-                ivec bits = (ivec)x & 0x7F800000;
-                bad |= bits == 0x7F800000;
-                *(vec *)(sum + j) = *(const vec *)(from + (old ? j * 4 : 0)) + x;
-            }
-            for (int64_t j = wide; j < dim; j++) {
-                bad1 |= (to_bits(v[j]) & 0x7F800000) == 0x7F800000;
-                sum[j] = old ? sum[j] + v[j] : v[j];
-            }
+            add_to_sum(&f[k], f[k].inverse[b], v, dim, &bad, &bad1);
         }
-    for (int k = 0; k < LANES; k++) bad1 |= bad[k];
-    return bad1 == 0;
+    return none_bad(bad, bad1);
 }
 
 static int sum_together(const hb_feature *f, int64_t n_features, int64_t n_rows, int64_t dim, const float *grads,
                         int64_t stride) {
 #define SUM_TOGETHER(dim) return sum_together_as(f, n_features, n_rows, dim, grads, stride)
     BY_DIM(dim, SUM_TOGETHER)
+}
+
+enum { ROWS = 512 }; /* that are looked through at once for those of some keys */
+
+INLINE int sum_some_as(const hb_feature *f, int64_t first, int64_t last, int64_t n_rows, int64_t dim,
+                       const float *grads, int64_t stride) {
+    const int64_t d = rows_ahead(1);
+    ivec bad = {0};
+    int32_t bad1 = 0, at[ROWS];
+    for (int64_t begin = 0; begin < n_rows; begin += ROWS) {
+        int64_t end = begin + ROWS < n_rows ? begin + ROWS : n_rows, n = 0;
+        for (int64_t b = begin; b < end; b++) {
+            at[n] = (int32_t)(b - begin);
+            n += (uint64_t)(f->inverse[b] - first) < (uint64_t)(last - first);
+        }
+        const int32_t *inverse = f->inverse + begin;
+        const float *v = grads + begin * stride + f->at;
+        for (int64_t i = 0; i < n; i++) {
+            if (i + d < n) {
+                fetch_near(f->sums + inverse[at[i + d]] * dim, dim * 4);
+                fetch_near(v + at[i + d] * stride, dim * 4);
+            }
+            add_to_sum(f, inverse[at[i]], v + at[i] * stride, dim, &bad, &bad1);
+        }
+    }
+    return none_bad(bad, bad1);
+}
+
+static int sum_some(const hb_feature *f, int64_t first, int64_t last, int64_t n_rows, int64_t dim, const float *grads,
+                    int64_t stride) {
+#define SUM_SOME(dim) return sum_some_as(f, first, last, n_rows, dim, grads, stride)
+    BY_DIM(dim, SUM_SOME)
 }
 
 static void finish_sums(const hb_feature *f, const int64_t *counts, int64_t n, int64_t dim) {
@@ -907,4 +947,5 @@ const hb_kernels PASTE(hb_kernels_, HBKIT_ISA) = {
     .finish_sums = finish_sums,
     .read_lines = read_lines,
     .write_lines = write_lines,
+    .sum_some = sum_some,
 };

@@ -163,6 +163,9 @@ typedef struct {
     /* gather and scatter of whole lines, which the CPU does not ask for afterwards. */
     void (*read_lines)(const hb_slabs *s, const int64_t *slots, int64_t n, float *out);
     void (*write_lines)(const hb_slabs *s, const int64_t *slots, int64_t n, const float *lines);
+    /* sum_together of one feature, of its keys number `first` to last - 1 alone. */
+    int (*sum_some)(const hb_feature *f, int64_t first, int64_t last, int64_t n_rows, int64_t dim, const float *grads,
+                    int64_t stride);
 } hb_kernels;
 
 #if defined(__x86_64__) || defined(_M_X64)

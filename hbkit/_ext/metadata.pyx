@@ -209,7 +209,8 @@ cdef class Metadata:
                     continue
                 latest = max(latest, _clip(last_step[i]))
         if n and self.kept:
-            c.at, c.slots, c.n, c.freq, c.last_step = self.at, &slots[0], n, <int64_t *>&freq[0], <int64_t *>&last_step[0]
+            c.at, c.slots, c.n = self.at, &slots[0], n
+            c.freq, c.last_step = <int64_t *>&freq[0], <int64_t *>&last_step[0]
             with nogil:
                 run(put_unit, &c)
         self.latest_step = max(self.latest_step, latest)

@@ -16,9 +16,9 @@ cdef extern from "share.h" nogil:
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*)(), void (*)(), void (*)())
 
-cdef int64_t MOST = 16     # threads, where nobody says how many: a socket's memory gives no more
+cdef int64_t MOST = 16     # threads, where nobody says how many
 cdef int64_t LEAST = 512 << 10  # bytes a unit, some 50 us: a helper is there after up to 25, and what it reads is far
-cdef int64_t EACH = 4      # units a thread: none waits long for another, and what a unit needs stays in the cache
+cdef int64_t EACH = 4      # units a thread: none waits long for another, and a unit stays in the cache
 cdef int64_t _n_threads = 1, _least = LEAST
 
 
@@ -36,8 +36,8 @@ cdef int64_t seats(int64_t n_units) noexcept nogil:
 cdef void share(Unit run, void *what, int64_t n_units, int64_t n_seats) noexcept nogil:
     """Run units 0..n_units-1 in n_seats threads at the most, the caller's among them.
 
-    A thread's seat is 0..n_seats-1, the caller's 0: what it needs alone goes by that. Units run between `hb_fp_enter` and
-    `hb_fp_leave`.
+    A thread's seat is 0..n_seats-1, the caller's 0: what it needs alone goes by that. Units run between `hb_fp_enter`
+    and `hb_fp_leave`.
     """
     hb_share(run, what, n_units, n_seats)
 

@@ -4,10 +4,11 @@ What a table costs beside its keys is then some pointers, not a dozen calls, and
 and gradients of features that stand side by side are gone through row by row: what is long lies in order, and what is
 gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
 
-Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size, so
-that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table or its sums, is of
-the piece in which the table begins. Pieces are the same in all passes, so what one thread has written it will read. A
-key's numbers are computed by one thread, in the order in which one thread alone would: they do not depend on the pieces.
+Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size,
+so that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table, is of the
+piece in which the table begins, and so are its sums unless it is large. Pieces are the same in all passes: what one
+thread has written it will read. A key's numbers are computed by one thread, in the order in which one thread alone
+would, so they do not depend on the pieces.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -80,12 +81,12 @@ cdef struct Pass:
     Group *groups
     hb_feature *features  # n_features for each seat
     int64_t n_parts, n_features, n_groups, n_keys
-    int64_t total, n_units  # keys that the units go through
+    int64_t total, n_units, n_seats  # keys that the units go through
     int64_t n_cuts  # units that share the rows of some features
     # What some passes need:
     int64_t step
     uint32_t *table  # of dedupe, for each seat
-    int bits
+    int64_t table_n
     char *scratch
     int64_t scratch_nbytes  # of each seat
     int failed
@@ -99,10 +100,10 @@ cdef bint begins(const Pass *p, int64_t unit, int64_t before) noexcept nogil:
 cdef bint span(const Pass *p, int64_t unit, int64_t before, int64_t n_keys, int64_t n, int64_t *first,
                int64_t *last) noexcept nogil:
     """Which of n things, evenly spread over a table's keys, `before` before them, a unit goes through; any at all?"""
-    cdef int64_t begin = p.total * unit // p.n_units - before, end = p.total * (unit + 1) // p.n_units - before
-    if n == 0 or begin >= n_keys or end <= 0:
+    cdef int64_t low = p.total * unit // p.n_units - before, high = p.total * (unit + 1) // p.n_units - before
+    if n == 0 or low >= n_keys or high <= 0:
         return False
-    first[0], last[0] = max(begin, <int64_t>0) * n // n_keys, min(end, n_keys) * n // n_keys
+    first[0], last[0] = max(low, <int64_t>0) * n // n_keys, min(high, n_keys) * n // n_keys
     return first[0] < last[0]
 
 
@@ -151,6 +152,14 @@ cdef int64_t room(const Part *part) noexcept nogil:
     return odd(part.u * (2 * part.dim + 1), 16)
 
 
+cdef int bits_for(int64_t n) noexcept nogil:
+    """Of the table in which n keys are deduplicated."""
+    cdef int bits = 6
+    while bits < 32 and (<int64_t>1 << bits) < 6 * n:
+        bits += 1
+    return bits
+
+
 cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     cdef Pass *p = <Pass *>what
     cdef int64_t i, k, before = 0
@@ -158,8 +167,8 @@ cdef void dedupe_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     for i in range(p.n_parts):
         part = &p.parts[i]
         if begins(p, unit, before):
-            part.u = kernels().index.dedupe(part.keys, part.n, p.table + (seat << p.bits), p.bits, part.unique - 1,
-                                            part.inverse, 0, part.counts)
+            part.u = kernels().index.dedupe(part.keys, part.n, p.table + seat * p.table_n, bits_for(part.n),
+                                            part.unique - 1, part.inverse, 0, part.counts)
             if part.stands != NULL:
                 memset(part.totals, 0, part.u * sizeof(int64_t))
                 for k in range(part.n):
@@ -247,7 +256,7 @@ cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
     """Rows of some features: those that stand in one array together, row by row."""
     cdef Pass *p = <Pass *>what
     cdef int64_t unit = number // p.n_cuts, cut = number % p.n_cuts
-    cdef int64_t i, n, n_rows, group, first = 0, last = 0, begin, end, before = 0
+    cdef int64_t i, n, n_rows, group, first = 0, last = 0, low, high, before = 0
     cdef int64_t at = 0, some, start  # the unit's first feature, one past its last, and keys before them
     cdef hb_feature *features = p.features + seat * p.n_features
     cdef const Group *to
@@ -262,12 +271,12 @@ cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
         n, before, to = 0, start, &p.groups[group]
         for i in range(at, some):
             n_rows = p.parts[p.places[i].part].n_rows
-            if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &begin, &end):
-                begin, end = begin + (end - begin) * cut // p.n_cuts, begin + (end - begin) * (cut + 1) // p.n_cuts
-                if n and (begin != first or end != last):
+            if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &low, &high):
+                low, high = low + (high - low) * cut // p.n_cuts, low + (high - low) * (cut + 1) // p.n_cuts
+                if n and (low != first or high != last):
                     kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
                     n = 0
-                first, last = begin, end
+                first, last = low, high
                 refer(p, i, &features[n])
                 n += 1
             before += n_rows
@@ -275,26 +284,53 @@ cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
             kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
 
 
+cdef bint large(const Pass *p, const Part *part) noexcept nogil:
+    """Whether a table's sums would hold up the other threads, were they all of one unit."""
+    return p.n_seats > 1 and part.n > 2 * (p.total // p.n_units)
+
+
+cdef bint keys_of(const Pass *p, int64_t unit, int64_t before, const Part *part, int64_t *first,
+                  int64_t *last) noexcept nogil:
+    """Which keys of a large table are summed in a unit: those with as many occurrences as in another; any at all?"""
+    cdef int64_t low = p.total * unit // p.n_units - before, high = p.total * (unit + 1) // p.n_units - before, n = 0
+    if low >= part.n or high <= 0:
+        return False
+    first[0] = last[0] = 0
+    while last[0] < part.u and n < high:
+        first[0] += n < low
+        n += part.counts[last[0]]
+        last[0] += 1
+    return first[0] < last[0]
+
+
 cdef void sum_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
     """Sums of some tables: a table's features one after the other, which is the batch's order."""
     cdef Pass *p = <Pass *>what
-    cdef int64_t i, n, number, group, first = -1, last = 0, most = 0, before = 0
+    cdef int64_t i, k, n, number, group, first = p.n_parts, last = 0, most = 0, low, high, before = 0
     cdef hb_feature *features = p.features + seat * p.n_features
     cdef const Group *grads
     cdef Part *part
     for i in range(p.n_parts):
         part = &p.parts[i]
-        if begins(p, unit, before):
+        if large(p, part):
+            if keys_of(p, unit, before, part, &low, &high):
+                memset(part.sums + 2 * part.u * part.dim + low, 0, (high - low) * sizeof(int32_t))
+                for k in range(part.feature, part.feature + part.n_features):
+                    grads = &p.groups[p.places[k].group]
+                    refer(p, k, features)
+                    if not kernels().sum_some(features, low, high, grads.n_rows, grads.dim, grads.at, grads.stride):
+                        HB_SET(&p.failed)
+        elif begins(p, unit, before):
             memset(part.sums + 2 * part.u * part.dim, 0, part.u * sizeof(int32_t))
-            first = part.feature if first < 0 else first
-            last, most = part.feature + part.n_features, max(most, part.n_features)
+            first, last, most = min(first, i), i + 1, max(most, part.n_features)
         before += part.n
     for number in range(most):
         for group in range(p.n_groups):
             n, grads = 0, &p.groups[group]
             for i in range(first, last):
-                if p.places[i].group == group and p.places[i].number == number:
-                    refer(p, i, &features[n])
+                part = &p.parts[i]
+                if not large(p, part) and number < part.n_features and p.places[part.feature + number].group == group:
+                    refer(p, part.feature + number, &features[n])
                     n += 1
             if n and not kernels().sum_together(features, n, grads.n_rows, grads.dim, grads.at, grads.stride):
                 HB_SET(&p.failed)
@@ -350,24 +386,22 @@ cdef class Together:
     """
 
     cdef Pass p
-    cdef int64_t n_seats
     cdef list tables
     cdef object memory, given
     cdef readonly list keys, counts, slots
 
     def __cinit__(self, list tables, list keys, list places, list n_rows, list stands=None):
         cdef int64_t i, k, n, f = 0, total = 0, most = 0, n_wide = 0, n_narrow = 0, columns = 4 + (stands is not None)
-        cdef int bits = 6
         cdef const int64_t[::1] some
         cdef Index index
         cdef Slabs slabs
         cdef Pass *p = &self.p
         cdef Part *part
         self.tables, self.given, p.n_parts = tables, (keys, stands), len(tables)
-        self.n_seats, p.n_features = seats(MOST), len(places)
+        p.n_seats, p.n_features = seats(MOST), len(places)
         p.parts = NULL if fails() else <Part *>calloc(p.n_parts + 1, sizeof(Part))
         p.places = NULL if fails() else <Place *>calloc(p.n_features + 1, sizeof(Place))
-        p.features = NULL if fails() else <hb_feature *>calloc(self.n_seats * (p.n_features + 1), sizeof(hb_feature))
+        p.features = NULL if fails() else <hb_feature *>calloc(p.n_seats * (p.n_features + 1), sizeof(hb_feature))
         if p.parts == NULL or p.places == NULL or p.features == NULL:
             raise MemoryError("no memory for a batch")
         if not len(keys) == len(n_rows) == p.n_parts or len(keys if stands is None else stands) != p.n_parts:
@@ -404,8 +438,6 @@ cdef class Together:
         p.groups = NULL if fails() else <Group *>calloc(p.n_groups + 1, sizeof(Group))
         if p.groups == NULL:
             raise MemoryError("no memory for a batch")
-        while bits < 32 and (<int64_t>1 << bits) < 6 * most:
-            bits += 1
         # For each table unique[n + 1], counts[n], slots[n], rows[n], the first without meaning, and totals[n] where
         # keys stand for some number; and inverse[n].
         for i in range(p.n_parts):
@@ -413,7 +445,7 @@ cdef class Together:
             n_narrow += odd(p.parts[i].n, 16)
         wide, narrow = retained((n_wide,), np.int64), retained((n_narrow,), np.int32)
         self.memory = wide, narrow
-        self._find(wide, narrow, bits)
+        self._find(wide, narrow, most)
         self.keys, self.counts, self.slots = [], [], []
         k = 1
         for i in range(p.n_parts):
@@ -423,8 +455,8 @@ cdef class Together:
             self.slots.append(wide[k + 2 * n:k + 2 * n + total])
             k += odd(columns * n + 1, 8)
 
-    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int bits):
-        cdef int64_t i
+    cdef _find(self, int64_t[::1] wide, int32_t[::1] narrow, int64_t most):
+        cdef int64_t i, n_seats = self.p.n_seats
         cdef int64_t *at = &wide[0]
         cdef int32_t *inverse = &narrow[0]
         cdef uint32_t[::1] table
@@ -436,10 +468,13 @@ cdef class Together:
             part.totals = part.counts if part.stands == NULL else at + 1 + 4 * part.n
             at += odd((4 + (part.stands != NULL)) * part.n + 1, 8)
             inverse += odd(part.n, 16)
-        table = retained((min(self.n_seats, pieces(self.p.n_keys * KEY_NBYTES)) << bits,), np.uint32)
-        self.p.table, self.p.bits = &table[0], bits
+        self.p.n_seats = min(n_seats, self.p.n_keys // max(most, <int64_t>1) + 1)  # the largest table holds up more
+        self.p.table_n = <int64_t>1 << bits_for(most)
+        table = retained((self.p.n_seats * self.p.table_n,), np.uint32)
+        self.p.table = &table[0]
         with nogil:
             self._pass(dedupe_unit, self.p.n_keys, KEY_NBYTES)
+            self.p.n_seats = n_seats
             self._pass(find_unit, self.p.n_keys, KEY_NBYTES)
 
     def __dealloc__(self):
@@ -451,21 +486,22 @@ cdef class Together:
     cdef void _pass(self, Unit unit, int64_t n_keys, int64_t nbytes) noexcept nogil:
         """Go through so many keys of all tables, each of which takes about so many bytes."""
         self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
-        share(unit, &self.p, self.p.n_units, self.n_seats)
+        share(unit, &self.p, self.p.n_units, self.p.n_seats)
 
     cdef void _pass_of_rows(self, Unit unit, bint cut) noexcept nogil:
         """Go through the rows of all features. `cut`: where there are more units than features, they are cut too.
 
-        The CPU gets cache lines by twos, so that where rows are one line, features are gone through by twos at least.
+        The CPU gets cache lines by twos, so that where rows are one line, features are gone through by twos at least,
+        unless there are few.
         """
         cdef int64_t i, nbytes = 0, width = 0, n
         for i in range(self.p.n_parts):
             width += self.p.parts[i].n_features * self.p.parts[i].dim * <int64_t>sizeof(float)
             nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
         n, self.p.total = pieces(nbytes), self.p.n_keys
-        self.p.n_units = max(min(n, width // 128), <int64_t>1)
+        self.p.n_units = n if width < 512 else min(n, width // 128)
         self.p.n_cuts = n // self.p.n_units if cut else 1
-        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.n_seats)
+        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.p.n_seats)
 
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
@@ -548,7 +584,7 @@ cdef class Together:
             part.new_keys, part.new_at = slots + total + at, slots + 2 * total + at
             made.append(array[at:at + part.n_new])
             p.scratch_nbytes, at = max(p.scratch_nbytes, tile(&slabs.s) * <int64_t>sizeof(float)), at + part.n_new
-        p.scratch = <char *>allocate(self.n_seats * p.scratch_nbytes)
+        p.scratch = <char *>allocate(self.p.n_seats * p.scratch_nbytes)
         if p.scratch == NULL:
             raise MemoryError("no memory for new rows")
         with nogil:
@@ -611,12 +647,12 @@ cdef class Together:
             For each table, those of its distinct keys, where they are given.
         """
         cdef int64_t i
-        cdef float[:, ::1] out
+        cdef float[:, ::1] _out
         cdef const float[:, ::1] given
         cdef Slabs slabs
         cdef Part *part
         self._check(outs)
-        for out in outs:  # all of them are writable
+        for _out in outs:  # raises where one is not writable
             pass
         for i in range(self.p.n_parts):
             part = &self.p.parts[i]
@@ -721,7 +757,7 @@ cdef class Together:
             part.update.seed, part.update.step = seeds[i], <uint32_t>(<uint64_t>step)
             most = max(most, dim)
         self.p.scratch_nbytes = (<int64_t>HB_SCRATCH(most) + 63) // 64 * 64
-        self.p.scratch = <char *>allocate(self.n_seats * self.p.scratch_nbytes)
+        self.p.scratch = <char *>allocate(self.p.n_seats * self.p.scratch_nbytes)
         if self.p.scratch == NULL:
             raise MemoryError("no memory for an update")
         self._finish()

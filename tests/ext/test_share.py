@@ -41,7 +41,9 @@ def by_all(run):
     for n in (1, 2, 3, 8):
         share.use(n, 1)
         for a, b in zip(want, run(), strict=True):
-            np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+            np.testing.assert_array_equal(
+                np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)
+            )
     return want
 
 
@@ -141,7 +143,7 @@ def test_shared_updates_are_those_of_one(seed, n, dim, dtype, rule, kind, clip):
 @settings(max_examples=40)
 @given(SEED, st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60)), min_size=1, max_size=7), st.booleans(), DIMS)
 def test_shared_passes_over_tables_are_those_of_one(seed, sizes, stacked, dim):
-    """Tables of several features and sizes, stacked where all have as many rows; two steps, the second with absent keys."""
+    """Tables of several features and sizes, stacked or not; two steps, the second with absent keys."""
     rng = np.random.default_rng(seed)
     if stacked:
         sizes = [(k, 30) for k, _ in sizes]
