@@ -67,7 +67,9 @@ def missing(device: Any, held: Held) -> Missing:
         A kernel met an error; what was found is pinned even so.
     """
     n_keys, n_missing, n_skipped = device.fetch(held.found).tolist()
-    listed = _NONE if n_missing == 0 else device.fetch(held.listed[: 2 * n_missing])
+    if n_missing == 0:
+        return Missing(n_keys, n_skipped, _NONE, _NONE, _NONE)
+    listed = device.fetch(held.listed[: 2 * n_missing])
     keys, both = listed[::2], listed[1::2]
     order = np.argsort(both >> 32)
     return Missing(n_keys, n_skipped, both[order] >> 32, keys[order], both[order] & MOST_LISTED)

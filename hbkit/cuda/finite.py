@@ -90,8 +90,12 @@ class Finite:
         self._device, self._found = device, device.send(np.zeros(1, np.int32))
         self._slots: Any = device.none(np.int64)
 
-    def all_finite(self, values: Any, scale: Any = None) -> bool:
-        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
+    def look(self, values: Any, scale: Any = None) -> Any:
+        """Look for NaN and infinities in float32 arrays in device memory: int32[1] there, 0 where there is none.
+
+        Does not wait. What is given is the caller's alone, so that several may wait at once.
+        """
+        found = self._device.send(np.zeros(1, np.int32))
         for array in (values,) if scale is None else (values, scale):
             array = self._device.array(array)
             if array.size == 0:
@@ -99,8 +103,8 @@ class Finite:
             some = array.reshape(array.size)
             vec = fours(array.size, arrays=(some,))
             some = some.reshape(array.size // 4, 4) if vec else some.reshape(array.size, 1)
-            self._device.launch(LOOK[vec], -(-some.shape[0] // 4), some, self._found)
-        return self._count() == 0
+            self._device.launch(LOOK[vec], -(-some.shape[0] // 4), some, found)
+        return found
 
     def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
         """Slots in device memory with -1 where a row of sums is not finite, and how many were not -1; one wait.

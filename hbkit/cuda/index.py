@@ -308,6 +308,7 @@ class DeviceIndex:
         at = np.flatnonzero((side[:, WORD] != HOLE) & (side[:, WORD] < PIN))[: self.max_keys]
         old = at + self.n_slots
         keys, scores = device.send(side[at, KEY]), (device.send((side[at, WORD] & SCORED) >> 1), 0)
+        far = device.send(old)  # before anything changes, as the others: there may be no memory
         searched, self._searched = self._searched, self._entries[: self.n_slots]
         try:
             placed = self._place(keys, scores, True, False)
@@ -316,7 +317,7 @@ class DeviceIndex:
         if len(old) == 0:
             return old, placed
         new = device.fetch(placed.slots)
-        device.launch(buckets.rehouse, len(old), self._entries, self._notes, device.send(old), placed.slots)
+        device.launch(buckets.rehouse, len(old), self._entries, self._notes, far, placed.slots)
         gone = old[new >= 0]
         self._free(gone)
         self._n_keys -= len(gone)
@@ -406,10 +407,10 @@ class DeviceIndex:
         end = int(self._searched.shape[0])
         n_grown = min(max(len(refused) - len(self._holes), 0), self.n_slots + self.max_side - end)
         sides = np.array([*self._holes[::-1], *range(end, end + n_grown)], np.int64)[: len(refused)]
+        places = (device.send(refused), device.send(sides))  # before anything changes: there may be no memory
         del self._holes[len(self._holes) - min(len(sides), len(self._holes)) :]
         self._searched = self._entries[: end + n_grown]
         n = len(sides)
-        places = (device.send(refused), device.send(sides))
         device.launch(buckets.spill, n, self._entries, self._notes, keys, *scores, *places, self._rows_of(placed.n))
         self._n_spilled += n
         self._n_keys += n

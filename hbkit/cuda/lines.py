@@ -17,6 +17,7 @@ from hbkit._ext.segment import expand, retained
 from hbkit._ext.slabs import n_state
 from hbkit.cuda import rules
 from hbkit.cuda.arith import fours, shift_of
+from hbkit.cuda.buffers import Buffer, buffer_nbytes
 from hbkit.cuda.device import COOPERATING, Device
 from hbkit.cuda.finite import Finite
 from hbkit.cuda.rows import AT_ONCE, GATHER, POOL, SCATTER
@@ -71,67 +72,6 @@ def check_counts(*counts: int) -> None:
     """Kernels count rows and positions by 32 bits, and a launch goes on from one by as many as it has threads."""
     if max(counts) >= 2**30:
         raise InvalidArgument(f"{max(counts)} rows or positions in one call", remedy="give fewer than 2**30 at once")
-
-
-def buffer_nbytes(n_lines: int, width: int) -> int:
-    """Bytes of a `Buffer` for so many lines with their slots and keys."""
-    return n_lines * (4 * width + 16) + 48
-
-
-class Buffer:
-    """Pinned memory of the host and as much of the device, for what is on its way."""
-
-    def __init__(self, device: Device, nbytes: int) -> None:
-        self._device, self._at = device, 0
-        self._near, self._far = device.pinned(nbytes), device.empty((nbytes,), np.uint8)
-        self._used, self._moved = device.event(), device.event()
-        self._asked: list[tuple[Callable[[npt.NDArray[Any]], None], npt.NDArray[Any]]] = []
-
-    def begin(self) -> None:
-        """Wait until all is done that the buffer was used for, and hand over what was asked for."""
-        self._used.synchronize()
-        for take, near in self._asked:
-            take(near)
-        self._asked, self._at = [], 0
-
-    def place(self, shape: tuple[int, ...], dtype: Any) -> tuple[npt.NDArray[Any], Any]:
-        """An array in pinned memory and its twin in the device's."""
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        here = slice(self._at, self._at + nbytes)
-        self._at += -(-nbytes // 16) * 16
-        return self._near[here].view(dtype).reshape(shape), self._far[here].view(dtype).reshape(shape)
-
-    def send(self, *arrays: npt.NDArray[Any]) -> list[Any]:
-        """Arrays in device memory, for kernels launched from now on."""
-        pairs = []
-        for array in arrays:
-            if array.dtype not in (np.int64, np.float32):  # kernels would take it for one of them
-                raise InvalidArgument(f"an array of {array.dtype}", remedy="give int64 or float32")
-            near, far = self.place(array.shape, array.dtype)
-            near[...] = array
-            pairs.append((far, near))
-        self.copy(pairs)
-        return [far for far, _ in pairs]
-
-    def copy(self, pairs: list[tuple[Any, npt.NDArray[Any]]]) -> None:
-        """What was written to `place`s, for kernels launched from now on."""
-        self._device.copy_in(pairs, self._moved)
-
-    def slots(self, slots: Any) -> Any:
-        """Slots in device memory, where they may be already."""
-        return self.send(slots)[0] if isinstance(slots, np.ndarray) else self._device.array(slots)
-
-    def ask(self, shape: tuple[int, ...], launch: Callable[[Any], None], take: Callable[[Float32s], None]) -> None:
-        """What `launch` writes into float32 in device memory is given to `take`, in pinned memory, by the time the
-        buffer is used again."""
-        near, far = self.place(shape, np.float32)
-        launch(far)
-        self._device.copy_out(near, far, self._moved, self._used)
-        self._asked.append((take, near))
-
-    def end(self) -> None:
-        """The buffer is in use until all that was launched is done."""
-        self._device.record(self._used)
 
 
 class DeviceLines:
@@ -397,9 +337,9 @@ class DeviceLines:
         """The sums that `apply_segments` takes as gradients, into ``out[n, dim]``: see `sum_segments`."""
         sum_segments(self._device, values, order, starts, out, picked, scale)
 
-    def all_finite(self, values: Any, scale: Any = None) -> bool:
-        """Whether float32 arrays in device memory hold neither NaN nor infinity; one wait."""
-        return self._finite.all_finite(values, scale)
+    def look(self, values: Any, scale: Any = None) -> Any:
+        """Look for NaN and infinities in float32 arrays in device memory: int32[1] there, 0 where there is none."""
+        return self._finite.look(values, scale)
 
     def skip_bad(self, slots: Any, sums: Any) -> tuple[Any, int]:
         """Slots with -1 where a row of sums is not finite, until the next call, and how many were not -1; one wait."""

@@ -619,9 +619,10 @@ class HostLines:
         """``out[s]`` = sum of ``scale[p] * values[picked[p]]`` over p in ``order[starts[s]:starts[s + 1]]``."""
         self._summands(values, order, starts, picked, scale).sum(self._device.array(out))
 
-    def all_finite(self, values: Any, scale: Any = None) -> bool:
-        """Whether all values, and scales, are finite."""
-        return all(bool(np.isfinite(self._device.array(a)).all()) for a in (values, scale) if a is not None)
+    def look(self, values: Any, scale: Any = None) -> Any:
+        """int32[1]: 0 where all values, and scales, are finite."""
+        fine = all(bool(np.isfinite(self._device.array(a)).all()) for a in (values, scale) if a is not None)
+        return np.array([not fine], np.int32)
 
     def skip_bad(self, slots: Any, sums: Any) -> tuple[Int64s, int]:
         """Slots with -1 where the sums are not finite, and how many of them were lines."""

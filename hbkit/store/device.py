@@ -42,8 +42,9 @@ from hbkit.store.base import (
     check_rows,
 )
 from hbkit.store.cache import as_nbytes
+from hbkit.store.lease import DeviceLease
 from hbkit.store.point import Point
-from hbkit.store.resident import DeviceLease, Resident
+from hbkit.store.resident import Resident
 from hbkit.store.tier import AWAY
 
 ROUNDS = 4  # write-backs before a point or commit that do not hold up steps
@@ -352,7 +353,9 @@ class DeviceStore(Resident):
         """Whether neither gradients in device memory nor what scales them hold NaN or infinities."""
         send = self.memory.array
         with self._open():
-            return bool(self._lines.all_finite(send(values), None if scale is None else send(scale)))
+            found = self._lines.look(send(values), None if scale is None else send(scale))
+        # Without the lock: gradients may be those of a model that is at work still, while rows of other batches come.
+        return not self.memory.fetch(found).any()
 
     # --- what the store below answers -------------------------------------------------------------------------
 
@@ -464,13 +467,13 @@ class DeviceStore(Resident):
         if len(keys) == 0:
             return
         far = self.memory.send(slots)
-        lines = self._lines.leave(far)
+        lines = self._lines.depart(far)
         freq, last_step = self.memory.fetch(self._index.metadata(far))
         self._index.clean(far)
         self._n_cleaned += 1
         try:
             with meanwhile:
-                self.below.write(keys, lines, freq, last_step)
+                self.below.write(keys, lines(), freq, last_step)
         except BaseException:
             self._dirty(far, *self.memory.fetch(self._index.metadata(far)))
             raise

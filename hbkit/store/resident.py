@@ -1,7 +1,9 @@
 """Rows of another store in device memory, with their index, scores, pins and dirty bits there too.
 
 The host sees only keys that miss. A batch whose rows are all resident is deduped, found, pinned, gathered, updated and
-let go by a few launches, and the host waits twice: for how many keys are distinct, and for how many are not there.
+let go by a few launches, and the host waits once: for how many keys are distinct, and how many of them are not there.
+Where some are not, it waits once more, for which. A batch that is announced ahead waits for its keys and its lines one
+after the other, since it is not to pin any before it is fetched.
 
 **Where a row is.** A key has at most one line in device memory. While it has one, that one alone is current: the store
 below may have an older row, or none yet. What changed is written below when the line makes way, and before anything is
@@ -17,16 +19,21 @@ reads and writes, when `_lock` is not: steps whose rows are resident go on meanw
 part of `batch_lines` lines, and it is given in the order of asking: a step that needs it, for a new row or one that is
 away, waits for one part at the most.
 
+Who looks for a batch's keys waits for the device without `_lock`: a batch ahead may stand behind all that a step has
+launched, and the step must be able to launch the rest. So what the device finds has places that are the batch's own
+(`Room.found` and `Room.listed`). An insertion waits with the lock, but for itself alone: what was launched before it
+is over by then.
+
 A line is in host memory before its key gets a slot, and is on its way into it (on the stream that all launches share)
-before `_lock` is let go: nobody finds a slot whose line has not come. A victim's line is in host memory before `_lock`
-is let go, and below before `_moving` is: nobody looks for it there too early. If the store below refuses it, it gets
-its line back and the newcomers go.
+before `_lock` is let go: nobody finds a slot whose line has not come. A victim's line is on its way to host memory
+before `_lock` is let go, in a buffer that only who holds `_moving` uses, and below before `_moving` is let go: nobody
+looks for it there too early. If the store below refuses it, it gets its line back and the newcomers go.
 
 **Leases.** A lease pins its lines until it is released, or is forgotten: then `__del__` leaves them in `_abandoned`,
 from where they are unpinned by whoever comes next. Its slots are read and written with `_lock` alone, since whoever
-erases a key, or puts it, takes it from all leases. What a lease knows of keys without a line (absent, or away) holds as
-long as the store's `_version`, which counts rows made, put and erased; keys that are away are looked for anew at every
-use.
+erases a key, or puts it, takes it from the leases that pin it; a key that nobody pins costs them nothing. What a lease
+knows of keys without a line (absent, or away) holds as long as the store's `_version`, which counts rows made, put and
+erased; keys that are away are looked for anew at every use.
 
 **Failures.** What fails before a change leaves everything as it was. A change that was cut in the middle (`_change`)
 leaves a store that still reads and refuses to commit.
@@ -45,11 +52,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbkit._ext.batch import find_key
-from hbkit.cuda.batch import FOUND, MOST_SOON, N_KEYS, PINNED, Held, Placement, Room, missing
+from hbkit.cuda.batch import FOUND, MOST_SOON, N_KEYS, PINNED, Placement, Room, missing
 from hbkit.cuda.parts import Parts
 from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable, InvalidArgument
 from hbkit.store.base import Float32s, Int64s, Layout, Lease, StoreSpec
+from hbkit.store.lease import DeviceLease
 from hbkit.store.locks import Turns
 from hbkit.store.tier import AWAY, UNFIT
 
@@ -57,130 +64,6 @@ BUFFER_NBYTES = 2**24  # of a buffer of lines on their way
 BUCKET = 32  # slots of the index that may hold a key
 SIDE_LINES = 1024  # of the side list at the most; there is one for every bucket up to that
 AGEING = 10  # uses a line after which all scores of "lfu" are halved
-
-
-class DeviceLease(Lease):
-    """A batch's distinct keys on their way through a `DeviceStore`.
-
-    Attributes
-    ----------
-    n_keys : int
-    inverse : int64[n] in device memory, or None
-        The key number of each position of the batch, where the store has deduped it (`DeviceStore.reserve_batch`).
-    keys, counts, slots : int64[n_keys]
-        As of `Lease`, in host memory: copied when they are asked for.
-    """
-
-    __eq__ = object.__eq__  # leases are told apart by identity, as a weak set does
-    __hash__ = object.__hash__
-    inverse: Any = None
-    _ended = True  # until it is made
-
-    def __init__(self, store: Resident, n_keys: int, far_keys: Any, far_counts: Any, skip: int | None) -> None:
-        self.n_keys = n_keys
-        self.mutex = threading.Lock()  # held while its rows are fetched
-        self.far_keys, self.far_counts = far_keys, far_counts
-        self.skip = skip  # the padding key
-        self.near_keys: Int64s | None = None
-        self.near_counts: Int64s | None = None
-        self.held: Held | None = None  # what is launched to find its lines
-        self.far: Any = None  # its lines in device memory, -1 where there is none; once that is launched
-        self.near: Int64s | None = None  # the same in host memory, where that was asked for
-        self.rest = Rest()
-        self.room: Room | None = None
-        self.n = 0  # positions of the batch
-        self.ordered = False  # whether the room's order is that of the batch
-        self.batch: int | None = None  # its number among the announced that are not fetched
-        self.begun = -1  # the store's version when its lines were looked for
-        self.seen = -1  # the store's version when the keys without a line were looked for
-        self.n_absent = self.n_away = 0
-        self.fetched = self.released = self.asked = False
-        self.n_brought, self.done, self.tried = 0, 0.0, -1
-        self.n_skipped = 0  # whether the padding key is among its keys
-        self.store = store
-        self._padding: int | None = None if skip is not None else -1
-        self._ended = False
-
-    def __del__(self) -> None:
-        if not self._ended:
-            self.store._abandoned.append(self.hold())
-
-    def hold(self) -> tuple[Any, Any, Room | None, int | None, int]:
-        """What it has of the store, which ends with that: lines, keys, room, number, bytes."""
-        self._ended = True
-        return self.far, self.far_keys, self.room, self.batch, self.nbytes
-
-    def cut(self, n_keys: int) -> None:
-        """It has so many keys, as the device has found."""
-        if n_keys < self.n_keys:
-            self.n_keys, self.far_keys, self.far_counts = n_keys, self.far_keys[:n_keys], self.far_counts[:n_keys]
-            self.far = None if self.far is None else self.far[:n_keys]
-
-    def recount(self) -> None:
-        """Slots have changed."""
-        self.near, self.stamped = None, _NEVER
-        self.n_absent = int(np.count_nonzero(self.rest.slots == -1))
-        self.n_away = int(np.count_nonzero(self.rest.slots == AWAY))
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory that is its own."""
-        return 0 if self.room is not None else 40 * self.n_keys
-
-    @property
-    def keys(self) -> Int64s:  # type: ignore[override]  # a copy that is made when it is asked for
-        if self.near_keys is None:
-            with self.store._lock:
-                self.store._know(self)
-        assert self.near_keys is not None
-        return self.near_keys
-
-    @property
-    def counts(self) -> Int64s:  # type: ignore[override]  # as `keys`
-        if self.near_counts is None:
-            with self.store._lock:
-                self.store._know(self)
-        assert self.near_counts is not None
-        return self.near_counts
-
-    @property
-    def slots(self) -> Int64s:  # type: ignore[override]  # as `keys`
-        slots = np.zeros(self.n_keys, np.int64)
-        slots[self.rest.at] = self.rest.slots
-        if self.padding >= 0:
-            slots[self.padding] = -1
-        return slots
-
-    @property
-    def padding(self) -> int:  # type: ignore[override]  # as `keys`
-        if self._padding is None:
-            self._padding = find_key(self.keys, self.skip)
-        return self._padding
-
-
-class Rest:
-    """Keys of a lease that had no line when it was fetched, or have lost it since; none is ever taken away.
-
-    Attributes
-    ----------
-    at : int64[m]
-        Which of the lease's keys they are, in no order.
-    keys, counts : int64[m]
-    slots : int64[m]
-        The line that a key has got since; `AWAY` where the row is below, -1 where the key is absent.
-    """
-
-    def __init__(self) -> None:
-        self.at = self.keys = self.counts = self.slots = _NONE
-
-    def add(self, at: Int64s, keys: Int64s, counts: Int64s) -> None:
-        """Keys have no line."""
-        self.slots[np.isin(self.at, at)] = -1
-        new = ~np.isin(at, self.at)
-        more = at[new], keys[new], counts[new], np.full(np.count_nonzero(new), -1)
-        self.at, self.keys, self.counts, self.slots = (
-            np.concatenate(both) for both in zip((self.at, self.keys, self.counts, self.slots), more, strict=True)
-        )
 
 
 class Resident:
@@ -319,13 +202,14 @@ class Resident:
     def _room(self, n: int) -> Room:
         """A room for a batch of n positions, and what fills it."""
         if n > self._room_ids or self._dedupe is None:
-            self._dedupe = None  # until all of its parts are there
-            self._room_ids = n + n // 8 + 32
             self._window_nbytes -= sum(room.nbytes for room in self._rooms)
             self._rooms.clear()
-            dedupe, self._order = (make(self.memory, self._room_ids) for make in self._parts[3:])
-            self._dedupe = dedupe
-            self._work_nbytes = self._dedupe.nbytes + self._order.nbytes
+            self._dedupe = self._order = None  # whose memory may be what there is not enough of
+            self._room_ids = self._work_nbytes = 0
+            n_ids = n + n // 8 + 32
+            dedupe, order = (make(self.memory, n_ids) for make in self._parts[3:])
+            self._dedupe, self._order, self._room_ids = dedupe, order, n_ids
+            self._work_nbytes = dedupe.nbytes + order.nbytes
         if not self._rooms:
             self._rooms.append(Room(self.memory, self._room_ids))
             self._window_nbytes += self._rooms[0].nbytes
@@ -380,8 +264,10 @@ class Resident:
                     self._begin(lease)
                 self._found(lease)
             lease.fetched = True
+            wanted = _NONE
             with self._open():
-                wanted = np.flatnonzero(lease.rest.slots == -1)
+                if lease.n_absent:
+                    wanted = np.flatnonzero(lease.rest.slots == -1)
             if len(wanted):
                 lease.n_brought = self._bring(lease, wanted)
                 lease.done = time.monotonic()
@@ -419,9 +305,10 @@ class Resident:
         with self._open():
             lease.cut(found.n_keys)
             lease.held, lease.n_skipped = None, found.n_skipped
-            counts = found.counts if lease.near_counts is None else lease.near_counts[found.at]
-            lease.rest.add(found.at, found.keys, counts)
-            lease.recount()
+            if len(found.at):
+                counts = found.counts if lease.near_counts is None else lease.near_counts[found.at]
+                lease.rest.add(found.at, found.keys, counts)
+                lease.recount()
             self._n_hits += lease.n_keys - len(found.at) - lease.n_skipped
             self._n_uses += lease.n_keys
             if self._by_use and self._n_uses > AGEING * self._n_lines:
@@ -479,32 +366,37 @@ class Resident:
         """Empty the side list, as far as its keys are not pinned any more. `_moving` and the lock are held."""
         if self._index.n_side and self._drained != self._n_releases:
             self._drained = self._n_releases
-            with self._change((DeviceUnavailable,)):
+            with self._change((DeviceUnavailable, BudgetExceeded)):
                 old, placed = self._index.drain()
                 if placed.n:
                     victims, new = self._take_out(placed), self.memory.fetch(placed.slots)
                     self._lines.move(old[new >= 0], new[new >= 0])
-                    self._write_victims(victims, _NONE)
+            if placed.n:
+                self._write_victims(victims, _NONE)
 
     def _take_in(
         self, lease: DeviceLease, some: Int64s, else_: int, metadata: tuple[Int64s, Int64s] | None = None
     ) -> None:
         """Give the lease's keys number `some`, whose lines are `incoming`, slots as far as there is room; `else_` is
         what the others have instead. `_moving` and the lock are held; that is let go while victims are written."""
-        rest = lease.rest
-        keys = rest.keys[some]
-        with self._change((DeviceUnavailable,)):
-            placed = self._index.insert(keys, self._scores(lease, some), evict=True, add=self._by_use)
+        rest, memory = lease.rest, self.memory
+        keys, scores = rest.keys[some], self._scores(lease, some)
+        # What needs memory comes before the insertion, which must not be cut short.
+        far, at = memory.send(keys), memory.send(rest.at[some])
+        scores = memory.send(scores) if self._by_use else scores
+        notes = None if metadata is None else [memory.send(column) for column in metadata]
+        with self._change((DeviceUnavailable, BudgetExceeded)):
+            placed = self._index.insert(far, scores, evict=True, add=self._by_use)
             victims = self._take_out(placed)
-            slots, status = self.memory.fetch(placed.both).reshape(2, -1)
+            slots, status = memory.fetch(placed.both).reshape(2, -1)
             new = np.where(status == FOUND, -1, slots)
             self._lines.land(new)
-            if metadata is not None:
-                self._index.put_metadata(new, *metadata)
-            self._index.put(lease.far, rest.at[some], placed.slots)
+            if notes is not None:
+                self._index.put_metadata(memory.join([new], far), *notes)
+            self._index.put(lease.far, at, placed.slots)
             rest.slots[some] = np.where(slots >= 0, slots, else_)
             lease.recount()
-            self._write_victims(victims, keys[new >= 0])
+        self._write_victims(victims, keys[new >= 0])
 
     def _take_out(self, placed: Placement) -> tuple[Any, Callable[[], Float32s]] | None:
         """What gives the dirty lines that have lost their slots: keys and metadata, still on the device, and lines on
@@ -519,20 +411,22 @@ class Resident:
         """Write lines below that made way; if that fails, they come back in the place of the newcomers."""
         if victims is None:
             return
-        keys, freq, last_step = self.memory.fetch(victims[0]).reshape(3, -1)
-        with self._unlocked():  # but with `_moving`: no other line leaves meanwhile
-            lines = victims[1]()
+        with self._change((DeviceUnavailable,)):
+            keys, freq, last_step = self.memory.fetch(victims[0]).reshape(3, -1)
+            with self._unlocked():  # but with `_moving`: no other line leaves meanwhile
+                lines = victims[1]()
         try:
             with self._unlocked():
                 self.below.write(keys, lines, freq, last_step)
         except BaseException as e:
-            self._forget(newcomers)
-            placed = self._index.insert(keys, np.zeros(1, np.int64))
-            slots = self.memory.fetch(placed.slots)
-            there = slots >= 0
-            self._lines.scatter(slots[there], lines[there])
-            self._dirty(slots, freq, last_step)
-            self._index.settle(slots)
+            with self._change((DeviceUnavailable, BudgetExceeded)):
+                self._forget(newcomers)
+                placed = self._index.insert(keys, np.zeros(1, np.int64))
+                slots = self.memory.fetch(placed.slots)
+                there = slots >= 0
+                self._lines.scatter(slots[there], lines[there])
+                self._dirty(slots, freq, last_step)
+                self._index.settle(slots)
             if not there.all():  # another one of them took the last place of two buckets
                 self._failed = e
                 self._n_rows -= int(np.count_nonzero(~self.below.has(keys[~there])))
@@ -564,9 +458,10 @@ class Resident:
             near = self.memory.fetch(lease.far)
             lost = np.flatnonzero(np.isin(near, slots))
             if len(lost):
-                self._index.settle(near[lost])
-                self._index.put(lease.far, lost, np.full(len(lost), -1))
+                gone, at, none = map(self.memory.send, (near[lost], lost, np.full(len(lost), -1)))
                 counts = self.memory.fetch(lease.far_counts)
+                self._index.settle(gone)
+                self._index.put(lease.far, at, none)
                 lease.rest.add(lost, keys[np.searchsorted(slots, near[lost])], counts[lost])
                 lease.recount()
 
@@ -632,13 +527,14 @@ class Resident:
             seen, keys = self._version, rest.keys[some]
             found = _NONE
             if len(some):
+                at = self.memory.send(rest.at[some])
                 slots = self._index.hold(keys, self._scores(lease, some), add=self._by_use).slots
                 try:
                     found = self.memory.fetch(slots)
                 except InvalidArgument:  # of a launch before, as of a gather by what is no key's number
                     self._index.settle(slots)
                     raise
-                self._index.put(lease.far, rest.at[some], slots)
+                self._index.put(lease.far, at, slots)
                 rest.slots[some] = found
                 lease.recount()
         left = found < 0
@@ -681,4 +577,3 @@ def _fit(parts: Parts, layout: Layout, budget: int) -> tuple[int, int, int]:
 
 
 _NONE = np.zeros(0, np.int64)
-_NEVER = (-1, (-1, -1))

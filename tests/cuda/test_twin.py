@@ -486,9 +486,9 @@ def test_what_is_not_finite_is_found_and_left_out():
     parts = open_parts("cpu")
     lines = parts.lines(parts.device, 9, 4, 9)
     sums = np.zeros((5, 4), np.float32)
-    assert lines.all_finite(sums) and lines.all_finite(sums, np.ones(5, np.float32))
+    assert lines.look(sums) == lines.look(sums, np.ones(5, np.float32)) == [0]
     sums[1, 3], sums[3, 0], sums[4, 2] = np.nan, np.inf, -np.inf
-    assert not lines.all_finite(sums) and not lines.all_finite(sums[:1], np.float32([np.inf]))
+    assert lines.look(sums) == lines.look(sums[:1], np.float32([np.inf])) == [1]
     slots, n_skipped = lines.skip_bad(int64s([4, 3, 2, -1, 0]), sums)
     assert slots.tolist() == [4, -1, 2, -1, -1] and n_skipped == 2
 
@@ -741,10 +741,11 @@ def test_what_is_not_finite_is_found_alike(sides):
         slots = np.where(np.arange(20) % 4 == 3, -1, np.arange(20))
         if bad is not None:
             sums[[2, 7, 9], [0, 3, 1]] = bad
-        assert far.all_finite(send(sums)) == near.all_finite(sums) == (bad is None)
+        same(cuda.device, (far.look(send(sums)), near.look(sums)))
         (a, n), (b, m) = far.skip_bad(send(slots), send(sums)), near.skip_bad(slots, sums)
         same(cuda.device, (a, b))
         assert n == m
         if bad is not None:
             scale[4] = bad
-        assert far.all_finite(send(sums[10:]), send(scale)) == near.all_finite(sums[10:], scale) == (bad is None)
+        same(cuda.device, (far.look(send(sums[10:]), send(scale)), near.look(sums[10:], scale)))
+        assert near.look(sums[10:], scale).tolist() == [bad is not None]

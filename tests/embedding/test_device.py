@@ -102,7 +102,7 @@ class There(Far):
 
     def __array__(self, dtype=None, copy=None):
         self.wait()
-        return self.array.copy()
+        return self.array.copy()  # which outlives the device's memory
 
     def reshape(self, *shape):
         return There(self.array.reshape(*shape), self.memory)

@@ -848,6 +848,13 @@ def test_device_steps_go_on_while_a_batch_ahead_waits_for_the_device(new, waits,
         passed.release()
     fetching.join(30)
     assert not fetching.is_alive() and np.array_equal(found[0].rows()[:40], t.lookup(near))
+    fetching = threading.Thread(target=lambda: found.append(t.store.all_finite(np.ones((3, 4), np.float32))))
+    fetching.start()
+    assert arrived.acquire(timeout=30)
+    t.lookup(near)  # as rows of another batch may come, while gradients are waited for
+    passed.release()
+    fetching.join(30)
+    assert found[1] is True
     found[0].close()
     t.store.validate()
 
