@@ -710,6 +710,36 @@ def test_atomics(machine):
         assert c[0] == 64 and c[1] in values and c[2] == 9
 
 
+def test_a_plain_read_may_be_late(machine):
+    """What another block changed atomically, before a change that was seen, is seen or not; by atomics it is."""
+    of = """
+        mov.u32 %r1, %ctaid.x;
+        setp.eq.s32 %p1, %r1, 1;
+        @%p1 bra Reads;
+        atom.global.exch.b64 %rd1, [%a], 7;
+        atom.global.exch.b32 %r2, [%b], 1;
+        ret;
+    Reads:
+        atom.global.or.b32 %r2, [%b], 0;
+        setp.eq.s32 %p2, %r2, 0;
+        @%p2 ret;
+        ld.global.u64 %rd1, [%a];
+        atom.global.or.b64 %rd2, [%a], 0;
+        ld.global.u64 %rd3, [%a];
+        st.global.u64 [%c], %rd1;
+        st.global.u64 [%c+8], %rd2;
+        st.global.u64 [%d], %rd3;
+    """
+    kernel, seen = machine(module(k=of))["k"], set()
+    for seed in range(40):
+        a, b, c, d = int64s(1), int64s(1), int64s(2, -1), int64s(1)
+        assert kernel(a, b, c, d, grid=2, seed=seed) == (0, "")
+        if c[1] != -1:  # the other block was first
+            assert c[1] == d[0] == 7 and (seed or c[0] == 7)
+            seen.add(int(c[0]))
+    assert seen == {0, 7}
+
+
 # ---- races ----
 
 RACES = {
