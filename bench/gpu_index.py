@@ -321,7 +321,7 @@ class Bench:
             got = run(sent[0], room)
             calls = [lambda u=got.n_distinct: order(room, n, u)] * len(sent)
             self.note(f"order, {name}", n, self.device_ms(calls), self.wall_ms(calls), nbytes)
-            if torch is not None and self.real:
+            if torch is not None and self.real and torch.cuda.is_available():
                 self.peer("torch.unique", name, batches, lambda b: torch.unique(b, False, True, True))
                 inverse = device.fetch(got.inverse)
                 self.peer("torch.argsort, stable", name, [inverse], lambda b: torch.argsort(b, stable=True))
