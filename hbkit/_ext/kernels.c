@@ -96,7 +96,7 @@ static void locate(const hb_slabs *s, const int64_t *slots, int64_t n, const flo
 
 /* Into the first-level cache, to be used at once. */
 INLINE void fetch_near(const void *p, int64_t nbytes) {
-    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 3);
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)i), 0, 3);
 }
 
 /* How many rows ahead, where some features stand side by side: about as many as the CPU looks ahead by itself. */
@@ -457,8 +457,7 @@ INLINE void add_to_sum(const hb_feature *f, int64_t s, const float *v, int64_t d
             for (int64_t j = 0; j < dim; j++) block[j] += sum[j];
     }
     int old = seen % HB_SUM_BLOCK != 0;
-    const char *from = (const char *)((uintptr_t)sum & -(uintptr_t)old);
-    from += (uintptr_t)minus0 & -(uintptr_t)!old;
+    uintptr_t from = ((uintptr_t)sum & -(uintptr_t)old) | ((uintptr_t)minus0 & -(uintptr_t)!old);
     for (int64_t j = 0; j < wide; j += LANES) {
         vec x = *(const vec *)(v + j);
         ivec bits = (ivec)x & 0x7F800000;

@@ -248,8 +248,9 @@ cdef void refer(const Pass *p, int64_t number, hb_feature *to) noexcept nogil:
     cdef const Place *place = &p.places[number]
     cdef const Part *part = &p.parts[place.part]
     to.at, to.inverse, to.rows = place.at, part.inverse + place.number * part.n_rows, part.rows
-    to.sums, to.blocks = part.sums, part.sums + part.u * part.dim
-    to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
+    if part.sums != NULL:
+        to.sums, to.blocks = part.sums, part.sums + part.u * part.dim
+        to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
 
 
 cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
