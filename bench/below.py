@@ -27,7 +27,7 @@ from hbkit._ext.share import n_threads
 from hbkit.embedding import Adam, Table
 from hbkit.parquet.threads import Threads
 from hbkit.store import host_memory
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 PART_NBYTES = 2**24
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from hbkit.store import home as module
-from hbkit.store.base import Layout
 from hbkit.store.home import Home
+from hbkit.store.line import Layout
 
 LAYOUT = Layout("t", 30, np.zeros(30, np.float32), lambda keys: np.zeros((len(keys), 30), np.float32))
 SIZE, N_KEYS = 240, 3000

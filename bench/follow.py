@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from hbkit.embedding import Adagrad, Table
 from hbkit.serving import Reader
 from hbkit.snapshot import follow, save
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 DIM, FILE_ROWS, BATCH = 16, 10_000, 8192
 POLL = 0.1

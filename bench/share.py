@@ -29,7 +29,7 @@ import numpy as np
 from hbkit._ext import share
 from hbkit._ext.segment import retained
 from hbkit.embedding import RowWiseAdagrad, Table
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 from hbkit.store.together import Together
 
 

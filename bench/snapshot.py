@@ -79,7 +79,7 @@ def read_blocks(path: Path, flags: int) -> None:
 def make(rows: int, dim: int) -> tuple[object, dict[str, np.ndarray]]:
     """A table, and its contents as arrays."""
     from hbkit.embedding import Adagrad, Table
-    from hbkit.store.base import Chunk
+    from hbkit.store.line import Chunk
 
     rng = np.random.default_rng(0)
     arrays = {

@@ -61,7 +61,7 @@ def lines_of(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def layout() -> Any:
-    from hbkit.store.base import Layout
+    from hbkit.store.line import Layout
 
     return Layout("t", 64, np.zeros(64, np.float32), lambda keys: np.zeros((len(keys), 64), np.float32), False)
 
@@ -363,8 +363,8 @@ def rss() -> tuple[float, float]:
 
 def scale(path: Path, n: int) -> None:
     """One large table: written, a quarter of it updated, and opened again; prints as it goes."""
-    from hbkit.store.base import Layout
     from hbkit.store.home import Home
+    from hbkit.store.line import Layout
 
     layout = Layout("t", 16, np.zeros(16, np.float32), lambda keys: np.zeros((len(keys), 16), np.float32), False)
     begin_rss, size, rng = rss()[0], 128, np.random.default_rng(0)

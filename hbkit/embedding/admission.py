@@ -19,7 +19,7 @@ from hbkit._ext import bloom
 from hbkit._ext.index import Index
 from hbkit.errors import InvalidArgument, SchemaMismatch
 from hbkit.store import base
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 __all__ = ["Admission", "BloomAdmission", "CountAdmission", "Filter"]
 

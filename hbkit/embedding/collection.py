@@ -22,7 +22,7 @@ from hbkit.embedding.table import Request, Table, all_finite, nonfinite_gradient
 from hbkit.errors import Closed, InvalidArgument, UnknownColumn
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.exchange import Transport
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.line import Float32s, Int64s
 from hbkit.store.together import Together
 
 __all__ = ["Collection", "SequenceOutput", "Staged"]

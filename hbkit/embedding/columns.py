@@ -13,7 +13,7 @@ import numpy as np
 from hbkit.embedding.initializers import Constant, Initializer, Normal, TruncatedNormal, Uniform
 from hbkit.embedding.optimizers import Optimizer
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.line import Float32s, Int64s
 
 __all__ = ["Column"]
 
@@ -59,7 +59,7 @@ class ColumnInitializer(Initializer):
 
 @dataclass(frozen=True)
 class ColumnOptimizer:
-    """The optimizers of a row's columns, as a store takes one: see `hbkit.store.base.Rule`.
+    """The optimizers of a row's columns, as a store takes one: see `hbkit.store.line.Rule`.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """Eviction: which rows lose their place. It reads (frequency, last step, row, key) alone, never the state of a cache.
 
-Rows are looked at by parts of the mixed key space (`hbkit.store.base.Part`), so what goes when depends on the rows and
+Rows are looked at by parts of the mixed key space (`hbkit.store.line.Part`), so what goes when depends on the rows and
 the step, not on tiers, order of arrival, ranks or restarts.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hbkit._ext.batch import mixed
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 __all__ = ["Eviction", "IdleSteps", "L2Below", "MaxRows"]
 

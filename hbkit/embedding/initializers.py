@@ -14,7 +14,7 @@ import numpy as np
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.random import initialize, mix64
 from hbkit.errors import InvalidArgument, Unsupported
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.line import Float32s, Int64s
 
 __all__ = ["Constant", "Initializer", "Normal", "TruncatedNormal", "Uniform"]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hbkit._ext import slabs as _ext
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Float32s
+from hbkit.store.line import Float32s
 
 __all__ = [
     "SGD",

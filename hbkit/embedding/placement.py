@@ -27,7 +27,7 @@ from hbkit.ragged import Dictionary
 from hbkit.shuffle.messages import HEADER, REASON_NBYTES
 from hbkit.shuffle.partition import owner
 from hbkit.shuffle.quantize import row_nbytes
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 __all__ = ["Load", "Machine", "Plan", "Traffic", "measure", "plan", "traffic"]
 

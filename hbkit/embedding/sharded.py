@@ -40,7 +40,7 @@ from hbkit.shuffle.messages import CLOSED, OUT, READY, Channel, Message, Stamp
 from hbkit.shuffle.partition import partition
 from hbkit.shuffle.quantize import WIRES, Noise, pack, row_nbytes, unpack
 from hbkit.shuffle.residuals import Residuals
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.line import Float32s, Int64s
 from hbkit.store.together import Together as StoresTogether
 
 __all__ = ["Placement", "Sharded"]

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hbkit._ext.segment import row_ids
-from hbkit.store.base import Float32s, Int64s
+from hbkit.store.line import Float32s, Int64s
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from hbkit.embedding.optimizers import Adagrad, Optimizer
 from hbkit.errors import Closed, InvalidArgument, Unsupported
 from hbkit.ragged import Dictionary, Ragged
 from hbkit.shuffle.dedupe import dedupe
-from hbkit.store.base import Chunk, Float32s, Int64s, Layout, Lease, Part, Pending, StoreSpec
+from hbkit.store.base import Lease, Pending, StoreSpec
 from hbkit.store.device import DeviceStore, Summands
 from hbkit.store.host import HostStore, host_memory
 from hbkit.store.keys import KEY_DTYPES, as_keys
+from hbkit.store.line import Chunk, Float32s, Int64s, Layout, Part
 
 __all__ = ["Request", "Table"]
 
@@ -62,7 +63,7 @@ class Table:
     evict_every : int, optional
         Look at every row once in so many steps, an equal part of them after each; only on demand when left out.
     on_evict : callable, optional
-        ``on_evict(chunk: hbkit.store.base.Chunk)`` gets the rows that are about to go, with state, frequency and last
+        ``on_evict(chunk: hbkit.store.line.Chunk)`` gets the rows that are about to go, with state, frequency and last
         step. What it raises leaves them in the table.
     metadata : bool
         Keep frequency and last step, 8 bytes a row (unsigned 32-bit each; larger numbers stay at 2**32 - 1), which

@@ -18,8 +18,8 @@ from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.places import place_of
-from hbkit.store.base import Chunk, Float32s, Int64s
 from hbkit.store.keys import as_keys
+from hbkit.store.line import Chunk, Float32s, Int64s
 
 __all__ = ["Reader"]
 

@@ -21,7 +21,7 @@ from hbkit.snapshot.reader import (
     read_state,
 )
 from hbkit.snapshot.table import EVERYTHING, TableLike, descend, forget
-from hbkit.store.base import Chunk, Int64s
+from hbkit.store.line import Chunk, Int64s
 
 __all__ = ["Follower", "follow"]
 

@@ -12,7 +12,7 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import RESTORE, FileEntry
 from hbkit.snapshot.manifest import Manifest, TableEntry, decode
 from hbkit.snapshot.place import Place
-from hbkit.store.base import Chunk, Int64s
+from hbkit.store.line import Chunk, Int64s
 
 Step: TypeAlias = tuple[Int64s, Chunk | None]
 

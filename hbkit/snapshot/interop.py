@@ -26,8 +26,8 @@ from hbkit.snapshot.merge import merged
 from hbkit.snapshot.places import place_of
 from hbkit.snapshot.rows import rows_schema
 from hbkit.snapshot.table import TableLike
-from hbkit.store.base import CHUNK_ROWS, Chunk, Float32s, Int64s
 from hbkit.store.keys import as_keys
+from hbkit.store.line import CHUNK_ROWS, Chunk, Float32s, Int64s
 
 Key: TypeAlias = str | Field
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

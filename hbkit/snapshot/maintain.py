@@ -18,7 +18,7 @@ from hbkit.snapshot.manifest import VERSION, Manifest, encode, state_path, table
 from hbkit.snapshot.merge import Part, merged, side_by_side
 from hbkit.snapshot.place import Draft
 from hbkit.snapshot.places import place_of
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 
 class Diff(NamedTuple):

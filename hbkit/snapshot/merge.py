@@ -12,7 +12,7 @@ from hbkit.snapshot import rows
 from hbkit.snapshot.files import RESTORE
 from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest
-from hbkit.store.base import CHUNK_ROWS, Chunk, Int64s
+from hbkit.store.line import CHUNK_ROWS, Chunk, Int64s
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from hbkit import errors
 from hbkit.errors import HbkitError, TransportError
-from hbkit.store.base import Part
+from hbkit.store.line import Part
 
 __all__ = ["Group", "Ranks"]
 

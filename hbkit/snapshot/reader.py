@@ -16,7 +16,7 @@ from hbkit.snapshot.history import History
 from hbkit.snapshot.manifest import Manifest, TableEntry
 from hbkit.snapshot.places import place_of
 from hbkit.snapshot.table import EVERYTHING, TableLike, config, descend, forget, held, saved
-from hbkit.store.base import Chunk, Part
+from hbkit.store.line import Chunk, Part
 
 N_SHARDS = 1024  # of keys, by the leading bits of their mix
 

@@ -20,7 +20,7 @@ from hbkit.snapshot.files import RESTORE, Bytes, FileEntry, check, empty, opened
 from hbkit.snapshot.layout import Layout
 from hbkit.snapshot.manifest import TableEntry
 from hbkit.snapshot.place import Draft, Place
-from hbkit.store.base import CHUNK_ROWS, Chunk, Int64s
+from hbkit.store.line import CHUNK_ROWS, Chunk, Int64s
 
 Columns = dict[str, npt.NDArray[Any]]
 

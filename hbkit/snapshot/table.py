@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hbkit.store.base import Int64s, Part, Rule, Store
+from hbkit.store.base import Store
+from hbkit.store.line import Int64s, Part, Rule
 
 
 class TableLike(Protocol):

@@ -33,8 +33,8 @@ from hbkit.snapshot.places import place_of
 from hbkit.snapshot.ranks import Group, Ranks
 from hbkit.snapshot.saving import Saving
 from hbkit.snapshot.table import EVERYTHING, TableLike, config, default_config, held, mark, saved
-from hbkit.store.base import Chunk, Part
 from hbkit.store.keys import KEY_DTYPES
+from hbkit.store.line import Chunk, Part
 from hbkit.store.point import Point
 
 log = logging.getLogger("hbkit.snapshot")

@@ -25,7 +25,7 @@ import numpy as np
 from hbkit._ext.cache import FREE, NEVER, QUEUED, USED, Lines, Window
 from hbkit._ext.index import Index
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 from hbkit.store.policy import FIXED_NBYTES, POLICY_NBYTES, Policy
 
 __all__ = ["LINE_NBYTES", "NEVER", "Cache", "Window", "as_nbytes"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 MOST_STAMP = 2**32 - 1  # larger steps are stamped with it
 MOST_MARKS = 1000

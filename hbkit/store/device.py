@@ -25,24 +25,10 @@ from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit.cuda.batch import MOST_STAMP, Room
 from hbkit.cuda.parts import open_parts
 from hbkit.errors import DeviceUnavailable, InvalidArgument, StorageError
-from hbkit.store.base import (
-    CHUNK_ROWS,
-    Chunk,
-    Filter,
-    Float32s,
-    Int64s,
-    Layout,
-    Lease,
-    Part,
-    Rule,
-    Store,
-    StoreSpec,
-    admitted,
-    check_lines,
-    check_rows,
-)
+from hbkit.store.base import Filter, Lease, Store, StoreSpec, admitted
 from hbkit.store.cache import as_nbytes
 from hbkit.store.lease import DeviceLease
+from hbkit.store.line import CHUNK_ROWS, Chunk, Float32s, Int64s, Layout, Part, Rule, check_lines, check_rows
 from hbkit.store.point import Point
 from hbkit.store.resident import Resident
 from hbkit.store.tier import AWAY

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hbkit._ext import disk as ext
 from hbkit._ext.pool import shared
 from hbkit.errors import HbkitError, StorageError
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 PAGE_NBYTES = 4096  # what O_DIRECT asks offsets, lengths and memory to be multiples of
 _THREADS = 32  # where the kernel has no queue of reads

@@ -36,8 +36,8 @@ from hbkit._ext.blocks import Blocks
 from hbkit._ext.hash import hash_bytes
 from hbkit._ext.places import Places
 from hbkit.errors import Closed, Corrupt, InvalidArgument, Locked, SchemaMismatch, Unsupported
-from hbkit.store.base import Int64s, Layout, Part
 from hbkit.store.disk import Bytes, Disk, EndOfFile, named, storage_error
+from hbkit.store.line import Int64s, Layout, Part
 from hbkit.store.log import RESTORE, SEGMENT_NBYTES, Log, UInt32s, slots_of
 
 FORMAT = "hbkit-ssd"

@@ -19,21 +19,9 @@ from hbkit._ext.metadata import Metadata
 from hbkit._ext.segment import Gradients, retained
 from hbkit._ext.slabs import Lines, Slabs
 from hbkit.errors import Closed, SchemaMismatch
-from hbkit.store.base import (
-    CHUNK_ROWS,
-    Chunk,
-    Filter,
-    Float32s,
-    Int64s,
-    Layout,
-    Lease,
-    Part,
-    Rule,
-    admitted,
-    check_lines,
-    check_rows,
-)
+from hbkit.store.base import Filter, Lease, admitted
 from hbkit.store.changes import Changes
+from hbkit.store.line import CHUNK_ROWS, Chunk, Float32s, Int64s, Layout, Part, Rule, check_lines, check_rows
 from hbkit.store.locks import SharedLock
 from hbkit.store.point import READ_ROWS, InPlace, Point
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 __all__ = ["KEY_DTYPES", "as_keys"]
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from hbkit._ext.batch import find_key
 from hbkit.cuda.batch import Held, Room
-from hbkit.store.base import Int64s, Lease
+from hbkit.store.base import Lease
+from hbkit.store.line import Int64s
 from hbkit.store.tier import AWAY
 
 

@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from hbkit._ext.blocks import Blocks
 from hbkit.errors import Corrupt, StorageError
-from hbkit.store.base import Int64s
 from hbkit.store.disk import Bytes, Disk, EndOfFile, aligned, named, storage_error
+from hbkit.store.line import Int64s
 
 SEGMENT_NBYTES = 256 * 2**20  # at the most
 SLOTS = 2**20  # records of a segment at the most, so that there are addresses for 4,095 segments

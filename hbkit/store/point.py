@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbkit._ext.index import Index
-from hbkit.store.base import Chunk, Float32s, Int64s, Layout
 from hbkit.store.changes import Mark
+from hbkit.store.line import Chunk, Float32s, Int64s, Layout
 
 MEMORY_NBYTES = 64 << 20  # of lines set aside; more go to a file
 READ_ROWS = 8192  # that are read at once

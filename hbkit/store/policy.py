@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from hbkit._ext.cache import History, Sketch, Tuner
 from hbkit.errors import InvalidArgument
-from hbkit.store.base import Int64s
+from hbkit.store.line import Int64s
 
 __all__ = ["LFU", "LRU", "Policy", "TinyLFU", "make_policy"]
 

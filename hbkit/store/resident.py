@@ -55,8 +55,9 @@ import numpy.typing as npt
 from hbkit.cuda.batch import FOUND, MOST_SOON, N_KEYS, PINNED, Placement, Room, missing
 from hbkit.cuda.parts import Parts
 from hbkit.errors import BudgetExceeded, Closed, DeviceUnavailable, InvalidArgument
-from hbkit.store.base import Float32s, Int64s, Layout, Lease, StoreSpec
+from hbkit.store.base import Lease, StoreSpec
 from hbkit.store.lease import DeviceLease
+from hbkit.store.line import Float32s, Int64s, Layout
 from hbkit.store.locks import Turns
 from hbkit.store.tier import AWAY, UNFIT
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, InvalidArgument
-from hbkit.store.base import Layout
 from hbkit.store.cache import LINE_NBYTES, as_nbytes
 from hbkit.store.disk import Disk
 from hbkit.store.home import Home
+from hbkit.store.line import Layout
 from hbkit.store.log import SEGMENT_NBYTES
 from hbkit.store.policy import FIXED_NBYTES, Policy, make_policy
 from hbkit.store.tier import TieredStore

@@ -40,22 +40,10 @@ from hbkit._ext.pool import give_back
 from hbkit._ext.segment import Gradients, expand, pool, retained
 from hbkit._ext.slabs import Slabs
 from hbkit.errors import BudgetExceeded, Closed, Corrupt, DeviceUnavailable, SchemaMismatch, StorageError
-from hbkit.store.base import (
-    CHUNK_ROWS,
-    Chunk,
-    Filter,
-    Float32s,
-    Int64s,
-    Layout,
-    Lease,
-    Part,
-    Rule,
-    admitted,
-    check_lines,
-    check_rows,
-)
+from hbkit.store.base import Filter, Lease, admitted
 from hbkit.store.cache import Cache, Window
 from hbkit.store.changes import Changes, Since
+from hbkit.store.line import CHUNK_ROWS, Chunk, Float32s, Int64s, Layout, Part, Rule, check_lines, check_rows
 from hbkit.store.point import InPlace, Point
 from hbkit.store.policy import Policy
 

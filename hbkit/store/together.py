@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from hbkit._ext.together import Together as Batch
-from hbkit.store.base import Filter, Float32s, Int64s, Lease, Rule
+from hbkit.store.base import Filter, Lease
 from hbkit.store.host import HostStore
+from hbkit.store.line import Float32s, Int64s, Rule
 
 __all__ = ["Together"]
 

@@ -11,7 +11,7 @@ from hbkit._ext.batch import mixed
 from hbkit.embedding import SGD, Collection, CountAdmission, IdleSteps, L2Below, MaxRows, Table
 from hbkit.errors import InvalidArgument
 from hbkit.store import cached_ssd, host_memory
-from hbkit.store.base import Chunk, Part
+from hbkit.store.line import Chunk, Part
 
 
 def table(**kw):

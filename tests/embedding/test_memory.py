@@ -9,7 +9,7 @@ import pytest
 import hbkit.embedding as e
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding.initializers import Initializer
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 
 class Handler(ctypes.Structure):

@@ -152,7 +152,7 @@ def fill(table, rows, transport):
     keys = keys[hbkit.shuffle.owner(keys, transport.size) == transport.rank]
     if len(keys):
         row, state, freq, last = zip(*(rows[k] for k in keys.tolist()), strict=True)
-        table.store.put(hbkit.store.base.Chunk(keys, np.array(freq), np.array(last), np.array(row), np.array(state)))
+        table.store.put(hbkit.store.line.Chunk(keys, np.array(freq), np.array(last), np.array(row), np.array(state)))
     table.step = max(last for *_, last in rows.values())
 
 

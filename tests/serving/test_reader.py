@@ -28,7 +28,7 @@ from hbkit.serving import reader as reader_module
 from hbkit.snapshot import history as history_module
 from hbkit.snapshot import load, save, squash
 from hbkit.snapshot.manifest import _HEAD, _MIDDLE, _TAIL
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 
 def reseal(path, change):

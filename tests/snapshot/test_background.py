@@ -14,7 +14,7 @@ from hbkit._ext import pool
 from hbkit.embedding import SGD, Adagrad, Adam, BloomAdmission, Collection, CountAdmission, Ftrl, IdleSteps, Table
 from hbkit.snapshot import Saving, load, rows, save, saving, verify
 from hbkit.store import cached_ssd, device_cached, host_memory, point
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,7 +11,7 @@ from hbkit.embedding import Adagrad, Table
 from hbkit.snapshot import load, log, save, verify
 from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store import changes as changes_of
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 PLACES = {
     "host": lambda path: host_memory(),

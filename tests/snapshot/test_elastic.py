@@ -15,7 +15,7 @@ from hbkit.snapshot.manifest import encode, table_directory
 from hbkit.snapshot.merge import merged
 from hbkit.snapshot.places import place_of
 from hbkit.store import cached_ssd, host_memory
-from hbkit.store.base import Chunk, Part
+from hbkit.store.line import Chunk, Part
 
 
 def table(name="t", dim=3, **kwargs):

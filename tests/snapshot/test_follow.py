@@ -13,7 +13,7 @@ from hbkit.embedding import SGD, Adagrad, Adam, Constant, CountAdmission, Table
 from hbkit.snapshot import follow, load, prune, save, squash, verify
 from hbkit.snapshot import history as history_module
 from hbkit.store import cached_ssd
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 
 def train(t, keys, seed=0):

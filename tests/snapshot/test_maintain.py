@@ -18,7 +18,7 @@ from hbkit.embedding import SGD, Adam, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import diff, load, log, prune, save, squash, verify
 from hbkit.snapshot.history import History
 from hbkit.snapshot.places import place_of
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 NUMBERS = itertools.count()
 

@@ -23,7 +23,7 @@ from hbkit.embedding import (
     Table,
 )
 from hbkit.snapshot import load, log, save, verify
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 OPTIMIZERS = [
     SGD(lr=0.1),

@@ -15,7 +15,7 @@ from services import s3
 from hbkit import errors
 from hbkit.embedding import SGD, BloomAdmission, CountAdmission, Table
 from hbkit.snapshot import load, log, save, verify
-from hbkit.store.base import Part
+from hbkit.store.line import Part
 
 WRITER = """
 import random, sys, time

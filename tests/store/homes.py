@@ -23,7 +23,7 @@ from hbkit.embedding import (
     lookahead,
 )
 from hbkit.embedding.table import Request
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 from hbkit.store.policy import make_policy
 from hbkit.store.tier import TieredStore
 

@@ -12,7 +12,7 @@ from hbkit._ext import segment
 from hbkit._ext.pool import fail_allocation
 from hbkit.embedding import Adam, Table
 from hbkit.store import cached_ssd, device_cached, host_memory
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 DIM = 4
 WIDTH = 3 * DIM

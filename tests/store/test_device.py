@@ -45,8 +45,8 @@ from hbkit.ragged import Ragged
 from hbkit.shuffle import Loopback
 from hbkit.snapshot import load, save
 from hbkit.store import cached_ssd, device_cached, host_memory
-from hbkit.store.base import Chunk, Part
 from hbkit.store.device import Summands
+from hbkit.store.line import Chunk, Part
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:  # threads wait for each other at each vote, and would do so for 5 ms

@@ -13,8 +13,8 @@ from powerless import MemoryDisk, PowerLoss, seeded
 from hbkit import errors
 from hbkit.store import home as module
 from hbkit.store import log
-from hbkit.store.base import Layout
 from hbkit.store.home import Home
+from hbkit.store.line import Layout
 
 LAYOUT = Layout("t", 100, np.zeros(100, np.float32), lambda keys: np.zeros((len(keys), 100)))
 SIZE = 800

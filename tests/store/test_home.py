@@ -19,9 +19,9 @@ from hbkit._ext.blocks import Blocks
 from hbkit._ext.places import Places
 from hbkit.store import home as module
 from hbkit.store import log
-from hbkit.store.base import Layout, Part
 from hbkit.store.disk import Disk, aligned
 from hbkit.store.home import Home
+from hbkit.store.line import Layout, Part
 
 
 def layout(dim=4, n_state=4, metadata=True, dtype="float32"):

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hbkit.embedding import Adagrad, Constant
 from hbkit.errors import InvalidArgument, SchemaMismatch
 from hbkit.store import host_memory
-from hbkit.store.base import Chunk, Layout
+from hbkit.store.line import Chunk, Layout
 
 DIM = 3
 KEYS = st.lists(st.integers(-5, 30), max_size=12, unique=True).map(lambda k: np.array(k, np.int64))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hbkit.embedding import SGD, Adagrad, Adam, Ftrl, IdleSteps, Table
 from hbkit.store import cached_ssd, device_cached, host_memory
 from hbkit.store import point as points
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 
 DIM = 3
 FEW = {

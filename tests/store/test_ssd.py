@@ -23,7 +23,7 @@ from powerless import MemoryDisk, PowerLoss, seeded
 from hbkit import errors
 from hbkit.embedding import SGD, Adagrad, BloomAdmission, CountAdmission, Table
 from hbkit.store import cached_ssd, host_memory, log
-from hbkit.store.base import Chunk
+from hbkit.store.line import Chunk
 from hbkit.store.policy import make_policy
 from hbkit.store.ssd import SsdStore
 
