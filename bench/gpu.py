@@ -263,7 +263,7 @@ class Bench:
 
     def us(self, call: Callable[[], Any]) -> float:
         """Median microseconds of a call, without what it leaves to the device."""
-        took, times = [], 3 if SIMULATED else 100  # fewer than a device takes before it lets the host wait
+        took, times = [], 3 if self.sizes == SMALL else 100  # fewer than a device takes before it lets the host wait
         for _ in range(10):
             begin = time.perf_counter()
             for _ in range(times):

@@ -197,7 +197,11 @@ cdef class Stream:
         What is not contiguous is refused. Where it names a stream, its work is waited for, as the interface asks.
         """
         cdef Array array
-        found = owner.__cuda_array_interface__
+        found = getattr(owner, "__cuda_array_interface__", None)
+        if found is None:
+            raise InvalidArgument(
+                f"a {type(owner).__name__} that is not in device memory", device=self.device, remedy="move it there"
+            )
         array = new_array(self, found["data"][0] or 0, tuple(found["shape"]), np.dtype(found["typestr"]), owner)
         strides, other = found.get("strides"), found.get("stream")
         if strides is not None and array.size and tuple(strides) != array.strides:

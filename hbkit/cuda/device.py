@@ -27,11 +27,10 @@ COOPERATING = 16  # threads that share a row where they need each other's sums
 SIMULATED_THREADS = COOPERATING  # the simulator runs each thread as one of Python's
 SIMULATED_BLOCKS = 3
 
-BAD_SLOT, BAD_SEGMENT, BAD_ERASE, BAD_INDEX, BAD_HOLD, BAD_RELEASE = range(1, 7)
+BAD_SLOT, BAD_SEGMENT, BAD_INDEX, BAD_HOLD, BAD_RELEASE = range(1, 6)
 ERRORS = {
     BAD_SLOT: "a slot is outside the lines in device memory",
     BAD_SEGMENT: "a segment reaches outside its values",
-    BAD_ERASE: "a key that is pinned was to be erased",
     BAD_INDEX: "an index reaches outside its slots",
     BAD_HOLD: "a key was to be held once more than an index counts (32,767 times)",
     BAD_RELEASE: "a slot that nobody holds was to be released",

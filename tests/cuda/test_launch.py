@@ -235,6 +235,8 @@ def test_arrays_of_others_are_taken_where_they_are_contiguous(real):
     assert real.array(given(shape=(0, 4), data=(None, False), strides=(16, 4))).size == 0
     with pytest.raises(InvalidArgument, match=r"strides of \(4, 12\)"):
         real.array(given(shape=(4, 3), strides=(4, 12)))
+    with pytest.raises(InvalidArgument, match="a list that is not in device memory"):
+        real.array([1, 2])
     with pytest.raises(InvalidArgument, match="give one of int64"):
         real.array(given(), np.int64)
     waited.record(real._stream)

@@ -922,6 +922,21 @@ def test_device_threads_look_up_and_update_at_once(times, below):
     t.close()
 
 
+@pytest.mark.parametrize("budget", ["16KiB", "100KiB"], ids=["streams", "resident"])
+def test_device_batches_come_ahead_in_threads_while_steps_and_evictions_go_on(budget, fast):
+    def run(store, depth):
+        t = Table("t", 8, optimizer=Adam(lr=0.1), store=store, eviction=[IdleSteps(4)], evict_every=3)
+        rng = np.random.default_rng(0)
+        for _, staged in lookahead([{"t": rng.zipf(1.2, 300) % 400} for _ in range(8)], Collection([t]), depth):
+            staged.apply({"t": np.cos(staged.outputs()["t"])})
+        found = contents(t.store)
+        t.close()
+        return found
+
+    want = run(host_memory(), 0)
+    assert run(device_cached(host_memory(), budget, fast), 4) == want
+
+
 @on_twin
 def test_device_deep_lookahead_of_several_threads_equals_host():
     def run(store):
