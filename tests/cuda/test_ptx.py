@@ -12,6 +12,7 @@ import shutil
 import subprocess
 
 import pytest
+import soft.ptx
 
 import hbkit.cuda
 
@@ -63,6 +64,7 @@ def test_kernels_assemble_without_spills_or_local_arrays(room, cc, tmp_path):
     for kernel in importlib.import_module(f"hbkit.cuda.{room}").SIGNATURES:
         ptx, name = kernels.ptx(kernel, cc), kernel.__name__
         assert ".visible .entry" in ptx
+        soft.ptx.translate(ptx)  # all of it is what the lane "soft" can run
         # Each operation rounds by itself and keeps denormals, and nothing has an address of its own in local memory.
         wrong = [word for word in ("fma.", ".ftz", ".approx", ".local") if word in ptx]
         if name != "own":  # a signed and an unsigned word together would become a float

@@ -223,6 +223,15 @@ def inserted(a, b, at, n, size):
     return (b & ~mask) | (a << at & mask)
 
 
+def permuted(a, b, how):
+    """Each digit of `how` chooses a byte; from 8 on, its sign."""
+    both, out = (a | b << 32).to_bytes(8, "little"), []
+    for digit in (how & 15, how >> 4 & 15, how >> 8 & 15, how >> 12 & 15):
+        byte = both[digit % 8]
+        out.append((255 if byte > 127 else 0) if digit > 7 else byte)
+    return int.from_bytes(bytes(out), "little")
+
+
 def highest(a, kind, from_above):
     a = ~a if a < 0 else a
     return -1 if a == 0 else (width(kind) - a.bit_length() if from_above else a.bit_length() - 1)
@@ -311,6 +320,7 @@ def instructions():
     yield "cvt.rn.f32.f64", ["f64"], "f32", np.float32
     for of in ("s16", "u16", "s32", "u32", "s64", "u64"):
         yield f"cvt.rn.f32.{of}", [of], "f32", nearest32
+    yield "prmt.b32", ["b32"] * 3, "b32", permuted
     yield "selp.f32", ["b32", "b32", "pred"], "b32", lambda x, y, p: x if p else y
     integers = [f"{sign}{n}" for sign in "su" for n in (8, 16, 32, 64)]
     for to, of in itertools.product(integers, integers):
@@ -614,6 +624,18 @@ def test_meetings_that_cannot_be(machine):
     assert error == LAUNCH_FAILED and "no end: no thread has ended in " in report
 
 
+def test_a_seed_is_an_order(machine):
+    of = "atom.global.add.u64 %rd1, [%b], 1;\nst.global.u64 [%at_a], %rd1;"
+    kernel = machine(module(k=of))["k"]
+    seen = []
+    for seed in (0, 0, 1, 1, 2, 2):
+        a = int64s(300)
+        assert kernel(a, int64s(1), 0, 0, grid=6, block=50, seed=seed) == (0, "")
+        seen.append(a.tolist())  # when each thread came
+    assert seen[0::2] == seen[1::2] and seen[0] == list(range(300))
+    assert sorted(seen[2]) == sorted(seen[4]) == seen[0] and seen[2] != seen[4] != seen[0] != seen[2]
+
+
 # ---- memory ----
 
 TOUCHES = module(
@@ -686,6 +708,36 @@ def test_atomics(machine):
             else:
                 assert found == high | bits(old, kind), (name, kind)
         assert c[0] == 64 and c[1] in values and c[2] == 9
+
+
+def test_a_plain_read_may_be_late(machine):
+    """What another block changed atomically, before a change that was seen, is seen or not; by atomics it is."""
+    of = """
+        mov.u32 %r1, %ctaid.x;
+        setp.eq.s32 %p1, %r1, 1;
+        @%p1 bra Reads;
+        atom.global.exch.b64 %rd1, [%a], 7;
+        atom.global.exch.b32 %r2, [%b], 1;
+        ret;
+    Reads:
+        atom.global.or.b32 %r2, [%b], 0;
+        setp.eq.s32 %p2, %r2, 0;
+        @%p2 ret;
+        ld.global.u64 %rd1, [%a];
+        atom.global.or.b64 %rd2, [%a], 0;
+        ld.global.u64 %rd3, [%a];
+        st.global.u64 [%c], %rd1;
+        st.global.u64 [%c+8], %rd2;
+        st.global.u64 [%d], %rd3;
+    """
+    kernel, seen = machine(module(k=of))["k"], set()
+    for seed in range(40):
+        a, b, c, d = int64s(1), int64s(1), int64s(2, -1), int64s(1)
+        assert kernel(a, b, c, d, grid=2, seed=seed) == (0, "")
+        if c[1] != -1:  # the other block was first
+            assert c[1] == d[0] == 7 and (seed or c[0] == 7)
+            seen.add(int(c[0]))
+    assert seen == {0, 7}
 
 
 # ---- races ----

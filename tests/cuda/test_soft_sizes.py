@@ -9,6 +9,7 @@ from hbkit._ext.slabs import Slabs, n_state
 N = 100_000
 
 
+@pytest.mark.slow  # more than 20 s where kernels are compiled first
 def test_sizes_on_soft_devices(on_soft_devices):
     on_soft_devices(__file__)
 

@@ -9,7 +9,8 @@
  * they passed a barrier since, and never before one of another block. Lanes of a warp need bar.warp.sync after a write,
  * any meeting after a read (the vote or shuffle has waited for it). Atomics do not race with atomics. Two kinds of races
  * do no harm, and are reported only with `race_check` 2: a word that is read plainly and changed atomically (either
- * value may be read), and one that several write the same value to.
+ * value may be read: with a seed, what another block changed is read as it was before now and then, as from a cache),
+ * and one that several write the same value to.
  */
 #include <stdarg.h>
 #include <stdint.h>
@@ -56,6 +57,7 @@ enum { ALONE = 0, LANES = 1u << 30, WARPS = 2u << 30, BLOCKS = 3u << 30 };
 #define WARP_OF 0x1fffffe0u
 struct word {
     uint32_t wrote, written, read_by, read; /* who and when */
+    uint32_t before;                        /* what was there before the last atomic change */
     uint16_t write_line, read_line;
 };
 
@@ -93,6 +95,7 @@ struct thread {
     int op;
     uint32_t mask, b, c, passes;
     uint64_t value, result;
+    uint32_t old[4]; /* what it reads, where that is no longer in memory */
 };
 
 struct place {
@@ -564,9 +567,27 @@ static inline void trace_all(struct thread *t, struct page *p, uint32_t offset, 
                              const char *value, int line)
 {
     uint32_t size = 1u << p->shift;
-    for (uint32_t i = 0; i < n; i += size)
-        trace(t, &p->words[(offset + i) >> p->shift], how, value && !memcmp(there + i, value + i, size),
-              (uint64_t)there + i, line);
+    for (uint32_t i = 0; i < n; i += size) {
+        struct word *x = &p->words[(offset + i) >> p->shift];
+        trace(t, x, how, value && !memcmp(there + i, value + i, size), (uint64_t)there + i, line);
+        if (how == ATOMIC && size == 4)
+            memcpy(&x->before, there + i, 4);
+    }
+}
+
+/* What a plain read of words gives: now and then, what was there before other blocks changed it. */
+static void *as_read(struct thread *t, const struct word *x, uint32_t n, void *there)
+{
+    uint32_t changed = 0;
+    for (uint32_t i = 0; i < n / 4; i++)
+        changed |= (x[i].written && x[i].wrote & ATOMICALLY && (x[i].wrote ^ t->who) & BLOCK_OF) << i;
+    if (!changed || draw(t->m) & 3)
+        return there;
+    memcpy(t->old, there, n);
+    for (uint32_t i = 0; i < n / 4; i++)
+        if (changed >> i & 1)
+            t->old[i] = x[i].before;
+    return t->old;
 }
 
 __attribute__((noinline)) static struct page *page_of(struct machine *m, uint64_t number)
@@ -631,7 +652,10 @@ __attribute__((noinline)) static void *global(struct thread *t, uint64_t at, uin
     if (p->words) {
         if (n < 4 && p->shift)
             to_bytes(p, 1u << PAGE_BITS);
-        trace_all(t, p, at & ((1u << PAGE_BITS) - 1), n, how, (const char *)at, value, line);
+        uint32_t offset = at & ((1u << PAGE_BITS) - 1);
+        trace_all(t, p, offset, n, how, (const char *)at, value, line);
+        if (how == READ && p->shift && m->launch->seed)
+            return as_read(t, &p->words[offset >> 2], n, (void *)at);
     }
     return value ? memcpy((void *)at, value, n) : (void *)at;
 }
@@ -807,6 +831,18 @@ static inline uint64_t insert(uint64_t a, uint64_t b, uint32_t at, uint32_t n, u
         return b;
     uint64_t field = (n == 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1) << at;
     return (b & ~field) | (a << at & field);
+}
+
+/* Four of the bytes of a and b, or their signs alone, as each of the last four digits of `how` says. */
+static inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t how)
+{
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t all = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t digit = how >> 4 * i & 15, byte = both >> 8 * (digit & 7) & 255;
+        all |= (digit & 8 ? byte & 128 ? 255 : 0 : byte) << 8 * i;
+    }
+    return all;
 }
 
 static inline uint32_t brev32(uint32_t x)

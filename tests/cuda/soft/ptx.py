@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import subprocess
+from functools import partialmethod
 from typing import NamedTuple
 
 HERE = pathlib.Path(__file__).parent
@@ -98,7 +99,7 @@ class Kernel:
         self.line = 0
 
     def wrong(self, text: str, why: str) -> Untranslated:
-        return Untranslated(f"{self.name}, line {self.line} `{text}`: {why}")
+        return Untranslated(f"{plain(self.name)}, line {self.line} `{text[:100]}`: {why}")
 
     # ---- operands ----
 
@@ -205,20 +206,8 @@ class Kernel:
             return NotImplemented
         self.put(args[0], f"num{kind[1:]}({c})" if is_float(kind) else c, kind)
 
-    def do_add(self, *suffixes, args):
-        return self.infix("add", *suffixes, args=args)
-
-    def do_sub(self, *suffixes, args):
-        return self.infix("sub", *suffixes, args=args)
-
-    def do_and(self, *suffixes, args):
-        return self.infix("and", *suffixes, args=args)
-
-    def do_or(self, *suffixes, args):
-        return self.infix("or", *suffixes, args=args)
-
-    def do_xor(self, *suffixes, args):
-        return self.infix("xor", *suffixes, args=args)
+    do_add, do_sub = partialmethod(infix, "add"), partialmethod(infix, "sub")
+    do_and, do_or, do_xor = partialmethod(infix, "and"), partialmethod(infix, "or"), partialmethod(infix, "xor")
 
     def do_mul(self, mode, kind, *, args):
         if is_float(kind):
@@ -253,18 +242,14 @@ class Kernel:
         a, b, c = (self.value(arg, kind) for arg in args[1:])
         self.put(args[0], f"num{kind[1:]}(__builtin_fma{'f' * (kind == 'f32')}({a}, {b}, {c}))", kind)
 
-    def do_div(self, *suffixes, args):
+    def quotient(self, name, *suffixes, args):
         kind = suffixes[-1]
         if is_float(kind):
-            return self.infix("div", *suffixes, args=args)
-        self.whole("div", *suffixes, args=args)
-
-    def do_rem(self, kind, *, args):
-        self.whole("rem", kind, args=args)
-
-    def whole(self, name, kind, *, args):
+            return self.infix(name, *suffixes, args=args) if name == "div" else NotImplemented
         wide = kind if bits_of(kind) >= 32 else f"{kind[0]}32"
         self.put(args[0], f"{name}_{wide}({self.value(args[1], kind)}, {self.value(args[2], kind)})", kind)
+
+    do_div, do_rem = partialmethod(quotient, "div"), partialmethod(quotient, "rem")
 
     def do_sqrt(self, rounding, kind, *, args):
         if rounding != "rn":
@@ -286,16 +271,12 @@ class Kernel:
     def do_not(self, kind, *, args):
         self.put(args[0], f"{'!' if kind == 'pred' else '~'}{self.value(args[1], kind)}", kind)
 
-    def do_min(self, kind, *, args):
-        self.extreme("min", kind, args=args)
-
-    def do_max(self, kind, *, args):
-        self.extreme("max", kind, args=args)
-
     def extreme(self, name, kind, *, args):
         a, b = self.value(args[1], kind), self.value(args[2], kind)
         c = f"{name}_{kind}({a}, {b})" if is_float(kind) else f"{a} {'<' if name == 'min' else '>'} {b} ? {a} : {b}"
         self.put(args[0], c, kind)
+
+    do_min, do_max = partialmethod(extreme, "min"), partialmethod(extreme, "max")
 
     def do_shl(self, kind, *, args):
         self.put(args[0], f"{self.shifted('<<', kind, args)} : 0", kind)
@@ -313,6 +294,9 @@ class Kernel:
         by = f"({by} & 31)" if mode == "wrap" else f"({by} < 32 ? {by} : 32)"
         both = f"({high} << 32 | (uint32_t){low})"
         self.put(args[0], f"{both} << {by} >> 32" if side == "l" else f"{both} >> {by}", kind)
+
+    def do_prmt(self, kind, *, args):
+        self.put(args[0], f"permuted({', '.join(self.value(arg, kind) for arg in args[1:])})", kind)
 
     def do_bfi(self, kind, *, args):
         a, b = self.value(args[1], kind), self.value(args[2], kind)
@@ -614,7 +598,10 @@ def translate(ptx: str) -> str:
         elif text == "}":
             depth -= 1
         elif found := re.search(r"\.entry\s+([\w$]+)\s*(?:\((.*)\))?", text, flags=re.DOTALL):
-            of = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", found[2] or "")
+            of = re.findall(
+                r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+|\d+\s+)*)?([\w$]+)(?:\[(\d+)\])?",
+                found[2] or "",
+            )
             parameters = [(name, bits_of(kind) // 8 * int(n or 1)) for kind, name, n in of]
             kernels.append(Kernel(found[1], parameters, variables))
         elif found := re.fullmatch(
