@@ -124,7 +124,11 @@ struct function {
     const struct kernel *kernel; /* NULL: its launches do nothing */
 };
 
-struct block { uint64_t at, n, page, n_pages; struct device *device; /* NULL: pinned host memory */ int live, registered; };
+struct block {
+    uint64_t at, n, page, n_pages;
+    struct device *device; /* NULL: pinned host memory */
+    int live, registered;
+};
 
 static struct {
     int n_devices, race_check, started, log;
@@ -165,7 +169,9 @@ static uint64_t next_random(void) { /* splitmix64 */
 
 static struct fault { char name[64]; long left; int code; } faults[16];
 
-static int sticky(int code) { return code == ILLEGAL_ADDRESS || code == MISALIGNED || code == LAUNCH_FAILED || code == UNKNOWN; }
+static int sticky(int code) {
+    return code == ILLEGAL_ADDRESS || code == MISALIGNED || code == LAUNCH_FAILED || code == UNKNOWN;
+}
 
 static int fault(const char *name) {
     for (int i = 0; i < 16; i++)
@@ -252,7 +258,8 @@ static int allocate(struct device *device, uint64_t n, uint64_t *at) {
     if (mprotect(pages, n_pages * PAGE, PROT_READ | PROT_WRITE)) return OUT_OF_MEMORY;
     range_used = (page + n_pages) * PAGE;
     struct block *b = new_block();
-    *b = (struct block){.at = (uint64_t)pages + shift, .n = n, .page = page, .n_pages = n_pages, .device = device, .live = 1};
+    *b = (struct block){.at = (uint64_t)pages + shift, .n = n, .page = page,
+                        .n_pages = n_pages, .device = device, .live = 1};
     for (uint64_t i = 0; i < n_pages; i++) page_block[page + i] = n_blocks;
     memset((void *)b->at, FRESH, n);
     if (device) device->used += n;
@@ -262,7 +269,7 @@ static int allocate(struct device *device, uint64_t n, uint64_t *at) {
 
 static int release(uint64_t at, int pinned) {
     struct block *b = find(at);
-    if (!b || !b->live || b->at != at || b->registered || !b->device != pinned) return INVALID_VALUE;
+    if (!b || !b->live || b->at != at || b->registered || (b->device == NULL) != pinned) return INVALID_VALUE;
     b->live = 0;
     if (b->device) b->device->used -= b->n;
     mmap((void *)(range_at + b->page * PAGE), b->n_pages * PAGE, PROT_NONE,
@@ -304,7 +311,8 @@ static int may_run(const struct stream *s) {
     const struct stream *legacy = s->device->legacy;
     if (s != legacy) return (s->flags & 1) || !legacy->head || legacy->head->seq > op->seq;
     for (const struct stream *other = streams; other; other = other->next)
-        if (other != s && other->device == s->device && !(other->flags & 1) && other->head && other->head->seq < op->seq)
+        if (other != s && other->device == s->device && !(other->flags & 1) && other->head &&
+            other->head->seq < op->seq)
             return 0;
     return 1;
 }
@@ -420,7 +428,8 @@ static int copy(uint64_t to, uint64_t from, uint64_t n, void *stream, int waits,
     if (!s) return INVALID_HANDLE;
     enum where there = where(to, n), here = where(from, n);
     if (!there || !here) {
-        fprintf(stderr, "soft CUDA: a copy of %llu bytes %s memory that is not there\n", (unsigned long long)n, there ? "from" : "into");
+        fprintf(stderr, "soft CUDA: a copy of %llu bytes %s memory that is not there\n",
+                (unsigned long long)n, there ? "from" : "into");
         return INVALID_VALUE;
     }
     if ((to_device >= 0 && to_device != (there == DEVICE)) || (from_device >= 0 && from_device != (here == DEVICE)))
@@ -435,14 +444,30 @@ static int copy(uint64_t to, uint64_t from, uint64_t n, void *stream, int waits,
     return OK;
 }
 
-CALL(cuMemcpyHtoD, HERE, (uint64_t to, const void *from, size_t n), (to, from, n)) { return copy(to, (uint64_t)from, n, NULL, 1, 1, 0); }
-CALL(cuMemcpyDtoH, HERE, (void *to, uint64_t from, size_t n), (to, from, n)) { return copy((uint64_t)to, from, n, NULL, 1, 0, 1); }
-CALL(cuMemcpyDtoD, HERE, (uint64_t to, uint64_t from, size_t n), (to, from, n)) { return copy(to, from, n, NULL, 1, 1, 1); }
-CALL(cuMemcpy, HERE, (uint64_t to, uint64_t from, size_t n), (to, from, n)) { return copy(to, from, n, NULL, 1, -1, -1); }
-CALL(cuMemcpyHtoDAsync, HERE, (uint64_t to, const void *from, size_t n, void *s), (to, from, n, s)) { return copy(to, (uint64_t)from, n, s, 0, 1, 0); }
-CALL(cuMemcpyDtoHAsync, HERE, (void *to, uint64_t from, size_t n, void *s), (to, from, n, s)) { return copy((uint64_t)to, from, n, s, 0, 0, 1); }
-CALL(cuMemcpyDtoDAsync, HERE, (uint64_t to, uint64_t from, size_t n, void *s), (to, from, n, s)) { return copy(to, from, n, s, 0, 1, 1); }
-CALL(cuMemcpyAsync, HERE, (uint64_t to, uint64_t from, size_t n, void *s), (to, from, n, s)) { return copy(to, from, n, s, 0, -1, -1); }
+CALL(cuMemcpyHtoD, HERE, (uint64_t to, const void *from, size_t n), (to, from, n)) {
+    return copy(to, (uint64_t)from, n, NULL, 1, 1, 0);
+}
+CALL(cuMemcpyDtoH, HERE, (void *to, uint64_t from, size_t n), (to, from, n)) {
+    return copy((uint64_t)to, from, n, NULL, 1, 0, 1);
+}
+CALL(cuMemcpyDtoD, HERE, (uint64_t to, uint64_t from, size_t n), (to, from, n)) {
+    return copy(to, from, n, NULL, 1, 1, 1);
+}
+CALL(cuMemcpy, HERE, (uint64_t to, uint64_t from, size_t n), (to, from, n)) {
+    return copy(to, from, n, NULL, 1, -1, -1);
+}
+CALL(cuMemcpyHtoDAsync, HERE, (uint64_t to, const void *from, size_t n, void *s), (to, from, n, s)) {
+    return copy(to, (uint64_t)from, n, s, 0, 1, 0);
+}
+CALL(cuMemcpyDtoHAsync, HERE, (void *to, uint64_t from, size_t n, void *s), (to, from, n, s)) {
+    return copy((uint64_t)to, from, n, s, 0, 0, 1);
+}
+CALL(cuMemcpyDtoDAsync, HERE, (uint64_t to, uint64_t from, size_t n, void *s), (to, from, n, s)) {
+    return copy(to, from, n, s, 0, 1, 1);
+}
+CALL(cuMemcpyAsync, HERE, (uint64_t to, uint64_t from, size_t n, void *s), (to, from, n, s)) {
+    return copy(to, from, n, s, 0, -1, -1);
+}
 
 static int fill(uint64_t to, uint32_t value, uint64_t n, int width, void *stream) {
     struct stream *s = stream_of(stream);
@@ -454,9 +479,15 @@ static int fill(uint64_t to, uint32_t value, uint64_t n, int width, void *stream
 CALL(cuMemsetD8, HERE, (uint64_t to, unsigned char v, size_t n), (to, v, n)) { return fill(to, v, n, 1, NULL); }
 CALL(cuMemsetD16, HERE, (uint64_t to, unsigned short v, size_t n), (to, v, n)) { return fill(to, v, n, 2, NULL); }
 CALL(cuMemsetD32, HERE, (uint64_t to, unsigned v, size_t n), (to, v, n)) { return fill(to, v, n, 4, NULL); }
-CALL(cuMemsetD8Async, HERE, (uint64_t to, unsigned char v, size_t n, void *s), (to, v, n, s)) { return fill(to, v, n, 1, s); }
-CALL(cuMemsetD16Async, HERE, (uint64_t to, unsigned short v, size_t n, void *s), (to, v, n, s)) { return fill(to, v, n, 2, s); }
-CALL(cuMemsetD32Async, HERE, (uint64_t to, unsigned v, size_t n, void *s), (to, v, n, s)) { return fill(to, v, n, 4, s); }
+CALL(cuMemsetD8Async, HERE, (uint64_t to, unsigned char v, size_t n, void *s), (to, v, n, s)) {
+    return fill(to, v, n, 1, s);
+}
+CALL(cuMemsetD16Async, HERE, (uint64_t to, unsigned short v, size_t n, void *s), (to, v, n, s)) {
+    return fill(to, v, n, 2, s);
+}
+CALL(cuMemsetD32Async, HERE, (uint64_t to, unsigned v, size_t n, void *s), (to, v, n, s)) {
+    return fill(to, v, n, 4, s);
+}
 
 /* ---- allocations ---- */
 
@@ -530,8 +561,11 @@ static int attribute_of(void *to, int attribute, uint64_t at) {
     default: return INVALID_VALUE;
     }
 }
-CALL(cuPointerGetAttribute, HERE, (void *to, int attribute, uint64_t at), (to, attribute, at)) { return attribute_of(to, attribute, at); }
-CALL(cuPointerGetAttributes, HERE, (unsigned n, const int *attributes, void **to, uint64_t at), (n, attributes, to, at)) {
+CALL(cuPointerGetAttribute, HERE, (void *to, int attribute, uint64_t at), (to, attribute, at)) {
+    return attribute_of(to, attribute, at);
+}
+CALL(cuPointerGetAttributes, HERE, (unsigned n, const int *attributes, void **to, uint64_t at),
+     (n, attributes, to, at)) {
     for (unsigned i = 0; i < n; i++)
         if (attribute_of(to[i], attributes[i], at)) *(uint64_t *)to[i] = 0; /* nulls for what is not CUDA's memory */
     return OK;
@@ -699,11 +733,15 @@ CALL(cuDeviceGetCount, ANY, (int *n), (n)) { return config.started ? (*n = confi
 CALL(cuDeviceGet, ANY, (int *device, int i), (device, i)) {
     return (unsigned)i < (unsigned)config.n_devices ? (*device = i, OK) : INVALID_DEVICE;
 }
-CALL(cuDeviceGetName, ANY, (char *name, int n, int i), (name, n, i)) { return snprintf(name, n, "Software device %d", i), OK; }
+CALL(cuDeviceGetName, ANY, (char *name, int n, int i), (name, n, i)) {
+    return snprintf(name, n, "Software device %d", i), OK;
+}
 CALL(cuDeviceGetUuid, ANY, (char *uuid, int i), (uuid, i)) { return memset(uuid, i + 1, 16), OK; }
 CALL(cuDeviceTotalMem, ANY, (size_t *n, int i), (n, i)) { return (void)i, *n = config.memory, OK; }
 CALL(cuDeviceCanAccessPeer, ANY, (int *can, int a, int b), (can, a, b)) { return (void)a, (void)b, *can = 0, OK; }
-CALL(cuDeviceGetPCIBusId, ANY, (char *id, int n, int i), (id, n, i)) { return snprintf(id, n, "0000:%02x:00.0", i), OK; }
+CALL(cuDeviceGetPCIBusId, ANY, (char *id, int n, int i), (id, n, i)) {
+    return snprintf(id, n, "0000:%02x:00.0", i), OK;
+}
 CALL(cuDeviceGetAttribute, ANY, (int *value, int attribute, int i), (value, attribute, i)) {
     static const struct { int attribute, value; } have[] = {
         {1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 2147483647}, {6, 65535}, {7, 65535}, {8, 49152}, {9, 65536},
@@ -731,10 +769,12 @@ static struct function *function_in(struct library *library, const char *name) {
     snprintf(entry, sizeof entry, ".entry %s(", name);
     if (!kernel && (library->object || !strstr(library->ptx, entry))) return NULL;
     struct function *f = calloc(1, sizeof *f);
-    *f = (struct function){.magic = FUNCTION, .next = library->functions, .library = library, .name = strdup(name), .kernel = kernel};
+    *f = (struct function){.magic = FUNCTION, .next = library->functions, .library = library,
+                           .name = strdup(name), .kernel = kernel};
     return library->functions = f;
 }
-EXPORT int cuLibraryLoadData(void **to, const char *ptx, const void *o1, const void *v1, unsigned n1, const void *o2, const void *v2, unsigned n2) {
+EXPORT int cuLibraryLoadData(void **to, const char *ptx, const void *o1, const void *v1, unsigned n1,
+                             const void *o2, const void *v2, unsigned n2) {
     (void)o1, (void)v1, (void)n1, (void)o2, (void)v2, (void)n2;
     int code = leave(enter("cuLibraryLoadData", ANY));
     if (code) return code;
@@ -745,7 +785,8 @@ EXPORT int cuLibraryLoadData(void **to, const char *ptx, const void *o1, const v
     if (config.translate) { /* without the lock: it is Python's */
         const int *n;
         if (config.translate(ptx, path, sizeof path)) return INVALID_PTX;
-        if (!(library->object = dlopen(path, RTLD_NOW | RTLD_LOCAL)) || !(library->kernels = dlsym(library->object, "soft_kernels")) ||
+        if (!(library->object = dlopen(path, RTLD_NOW | RTLD_LOCAL)) ||
+            !(library->kernels = dlsym(library->object, "soft_kernels")) ||
             !(n = dlsym(library->object, "soft_n_kernels"))) {
             fprintf(stderr, "soft CUDA: %s\n", dlerror());
             return INVALID_PTX;
@@ -784,11 +825,14 @@ static int attribute_of_function(int *value, int attribute) {
 CALL(cuKernelGetAttribute, ANY, (int *value, int attribute, void *f, int device), (value, attribute, f, device)) {
     return (void)f, (void)device, attribute_of_function(value, attribute);
 }
-CALL(cuFuncGetAttribute, ANY, (int *value, int attribute, void *f), (value, attribute, f)) { return (void)f, attribute_of_function(value, attribute); }
+CALL(cuFuncGetAttribute, ANY, (int *value, int attribute, void *f), (value, attribute, f)) {
+    return (void)f, attribute_of_function(value, attribute);
+}
 CALL(cuKernelGetFunction, HERE, (void **to, void *f), (to, f)) { return *to = f, OK; }
 CALL(cuKernelGetLibrary, ANY, (void **to, void *f), (to, f)) { return *to = ((struct function *)f)->library, OK; }
 CALL(cuKernelGetName, ANY, (const char **to, void *f), (to, f)) { return *to = ((struct function *)f)->name, OK; }
-CALL(cuOccupancyMaxActiveBlocksPerMultiprocessor, HERE, (int *n, void *f, int block, size_t shared), (n, f, block, shared)) {
+CALL(cuOccupancyMaxActiveBlocksPerMultiprocessor, HERE, (int *n, void *f, int block, size_t shared),
+     (n, f, block, shared)) {
     return (void)f, (void)shared, *n = 2048 / block < 32 ? 2048 / block : 32, OK;
 }
 
@@ -797,8 +841,8 @@ static int launch(void *handle, const unsigned *shape, unsigned shared, void *st
     struct stream *s = stream_of(stream);
     if (!s || !f || f->magic != FUNCTION || !f->library->live) return INVALID_HANDLE;
     uint64_t threads = (uint64_t)shape[3] * shape[4] * shape[5];
-    if (!shape[0] || !shape[1] || !shape[2] || !threads || threads > 1024 || shape[0] > 2147483647u || shape[1] > 65535 ||
-        shape[2] > 65535 || shape[5] > 64 || shared)
+    if (!shape[0] || !shape[1] || !shape[2] || !threads || threads > 1024 || shape[0] > 2147483647u ||
+        shape[1] > 65535 || shape[2] > 65535 || shape[5] > 64 || shared)
         return INVALID_VALUE;
     struct op op = {.kind = LAUNCH, .function = f};
     memcpy(op.launch.grid, shape, 12);
@@ -817,13 +861,16 @@ static int launch(void *handle, const unsigned *shape, unsigned shared, void *st
     return queue(s, op);
 }
 CALL(cuLaunchKernel, HERE,
-     (void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *s, void **params, void **extra),
+     (void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *s,
+      void **params, void **extra),
      (f, gx, gy, gz, bx, by, bz, shared, s, params, extra)) {
     return extra ? INVALID_VALUE : launch(f, (unsigned[]){gx, gy, gz, bx, by, bz}, shared, s, params);
 }
 struct launch_config { unsigned shape[6], shared; void *stream, *attributes; unsigned n_attributes; };
-EXPORT int cuLaunchKernelEx(const struct launch_config *c, void *f, void **params, void **extra) { /* counts as the other */
-    return cuLaunchKernel(f, c->shape[0], c->shape[1], c->shape[2], c->shape[3], c->shape[4], c->shape[5], c->shared, c->stream, params, extra);
+/* Counts as the other. */
+EXPORT int cuLaunchKernelEx(const struct launch_config *c, void *f, void **params, void **extra) {
+    const unsigned *n = c->shape;
+    return cuLaunchKernel(f, n[0], n[1], n[2], n[3], n[4], n[5], c->shared, c->stream, params, extra);
 }
 CALL(cuProfilerStart, ANY, (void), ()) { return OK; }
 CALL(cuProfilerStop, ANY, (void), ()) { return OK; }
@@ -870,10 +917,12 @@ ALIAS(cuDevicePrimaryCtxRelease);
 
 /* ---- settings, for __init__.py ---- */
 
-EXPORT void soft_configure(int n_devices, uint64_t memory, uint64_t seed, int race_check, int (*translate)(const char *, char *, int)) {
+EXPORT void soft_configure(int n_devices, uint64_t memory, uint64_t seed, int race_check,
+                           int (*translate)(const char *, char *, int)) {
     pthread_mutex_lock(&lock);
     config.n_devices = n_devices < MOST_DEVICES ? n_devices : MOST_DEVICES;
-    config.memory = memory, config.seed = config.random = seed, config.race_check = race_check, config.translate = translate;
+    config.memory = memory, config.seed = config.random = seed;
+    config.race_check = race_check, config.translate = translate;
     pthread_mutex_unlock(&lock);
 }
 EXPORT void soft_fail(const char *name, long kth, int code) { /* kth 0: never; "copy" and "run" count what runs */
