@@ -4,11 +4,12 @@ What a table costs beside its keys is then some pointers, not a dozen calls, and
 and gradients of features that stand side by side are gone through row by row: what is long lies in order, and what is
 gone through at random, rows and sums of the keys that a batch has many times, stays in the cache.
 
-Several threads share a pass (`hbkit._ext.share`). All tables' keys, laid end to end, are cut into pieces of one size,
-so that a large table among small ones holds nobody up; what cannot be cut, the distinct keys of a table, is of the
-piece in which the table begins, and so are its sums unless it is large. Pieces are the same in all passes: what one
-thread has written it will read. A key's numbers are computed by one thread, in the order in which one thread alone
-would, so they do not depend on the pieces.
+Several threads share a pass (`hbkit._ext.share`). A gather is cut by rows of the batch, so that what is written lies in
+order. In all other passes the tables' keys, laid end to end, are cut into pieces of one size, so that a large table
+among small ones holds nobody up; what cannot be cut, the distinct keys of a table, is of the piece in which the table
+begins, and so are its sums unless it is large. Those pieces are the same in all passes: what one thread has written it
+will read. A key's numbers are computed by one thread, in the order in which one thread alone would, so they do not
+depend on the pieces.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -73,6 +74,7 @@ cdef struct Place:  # of a feature, in the order of tables
 cdef struct Group:  # an array that features stand in, during a pass
     float *at
     int64_t stride, n_rows, dim
+    int64_t first, n  # of `features`, to gather
 
 
 cdef struct Pass:
@@ -82,7 +84,6 @@ cdef struct Pass:
     hb_feature *features  # n_features for each seat
     int64_t n_parts, n_features, n_groups, n_keys
     int64_t total, n_units, n_seats  # keys that the units go through
-    int64_t n_cuts  # units that share the rows of some features
     # What some passes need:
     int64_t step
     uint32_t *table  # of dedupe, for each seat
@@ -253,36 +254,16 @@ cdef void refer(const Pass *p, int64_t number, hb_feature *to) noexcept nogil:
         to.seen = <int32_t *>(part.sums + 2 * part.u * part.dim)
 
 
-cdef void gather_unit(void *what, int64_t number, int64_t seat) noexcept nogil:
-    """Rows of some features: those that stand in one array together, row by row."""
+cdef void gather_unit(void *what, int64_t unit, int64_t seat) noexcept nogil:
+    """Some rows of each array, all features: what is written lies in order."""
     cdef Pass *p = <Pass *>what
-    cdef int64_t unit = number // p.n_cuts, cut = number % p.n_cuts
-    cdef int64_t i, n, n_rows, group, first = 0, last = 0, low, high, before = 0
-    cdef int64_t at = 0, some, start  # the unit's first feature, one past its last, and keys before them
-    cdef hb_feature *features = p.features + seat * p.n_features
+    cdef int64_t group, first, last
     cdef const Group *to
-    while before + p.parts[p.places[at].part].n_rows <= p.total * unit // p.n_units:
-        before += p.parts[p.places[at].part].n_rows
-        at += 1
-    some, start = at, before
-    while some < p.n_features and before < p.total * (unit + 1) // p.n_units:
-        before += p.parts[p.places[some].part].n_rows
-        some += 1
     for group in range(p.n_groups):
-        n, before, to = 0, start, &p.groups[group]
-        for i in range(at, some):
-            n_rows = p.parts[p.places[i].part].n_rows
-            if p.places[i].group == group and span(p, unit, before, n_rows, n_rows, &low, &high):
-                low, high = low + (high - low) * cut // p.n_cuts, low + (high - low) * (cut + 1) // p.n_cuts
-                if n and (low != first or high != last):
-                    kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
-                    n = 0
-                first, last = low, high
-                refer(p, i, &features[n])
-                n += 1
-            before += n_rows
-        if n:
-            kernels().gather_together(features, n, first, last, to.dim, to.at, to.stride)
+        to = &p.groups[group]
+        first, last = to.n_rows * unit // p.n_units, to.n_rows * (unit + 1) // p.n_units
+        if to.n and first < last:
+            kernels().gather_together(p.features + to.first, to.n, first, last, to.dim, to.at, to.stride)
 
 
 cdef bint large(const Pass *p, const Part *part) noexcept nogil:
@@ -489,20 +470,30 @@ cdef class Together:
         self.p.total, self.p.n_units = n_keys, pieces(n_keys * nbytes)
         share(unit, &self.p, self.p.n_units, self.p.n_seats)
 
-    cdef void _pass_of_rows(self, Unit unit, bint cut) noexcept nogil:
-        """Go through the rows of all features. `cut`: where there are more units than features, they are cut too.
+    cdef void _pass_of_rows(self, Unit unit) noexcept nogil:
+        """Go through the rows or sums of all keys.
 
         The CPU gets cache lines by twos, so that where rows are one line, features are gone through by twos at least,
         unless there are few.
         """
-        cdef int64_t i, nbytes = 0, width = 0, n
-        for i in range(self.p.n_parts):
-            width += self.p.parts[i].n_features * self.p.parts[i].dim * <int64_t>sizeof(float)
-            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
-        n, self.p.total = pieces(nbytes), self.p.n_keys
+        cdef int64_t n, width = self._width()
+        n, self.p.total = pieces(self._nbytes()), self.p.n_keys
         self.p.n_units = n if width < 512 else min(n, width // 128)
-        self.p.n_cuts = n // self.p.n_units if cut else 1
-        share(unit, &self.p, self.p.n_units * self.p.n_cuts, self.p.n_seats)
+        share(unit, &self.p, self.p.n_units, self.p.n_seats)
+
+    cdef int64_t _width(self) noexcept nogil:
+        """Bytes of all features' columns."""
+        cdef int64_t i, nbytes = 0
+        for i in range(self.p.n_parts):
+            nbytes += self.p.parts[i].n_features * self.p.parts[i].dim * <int64_t>sizeof(float)
+        return nbytes
+
+    cdef int64_t _nbytes(self) noexcept nogil:
+        """Bytes of the rows of all keys."""
+        cdef int64_t i, nbytes = 0
+        for i in range(self.p.n_parts):
+            nbytes += self.p.parts[i].n * self.p.parts[i].dim * <int64_t>sizeof(float)
+        return nbytes
 
     def inverse(self, int64_t number):
         """Which of the distinct keys each key of a table is: int64[n]."""
@@ -647,7 +638,7 @@ cdef class Together:
         rows : list of float32[u, dim]
             For each table, those of its distinct keys, where they are given.
         """
-        cdef int64_t i
+        cdef int64_t i, group, n = 0
         cdef float[:, ::1] _out
         cdef const float[:, ::1] given
         cdef Slabs slabs
@@ -668,7 +659,15 @@ cdef class Together:
                 _refuse("a slot is outside the lines")
         with nogil:
             self._pass(locate_unit, self.p.n_keys, LOCATE_NBYTES)
-            self._pass_of_rows(gather_unit, True)
+            for group in range(self.p.n_groups):
+                self.p.groups[group].first = n
+                for i in range(self.p.n_features):
+                    if self.p.places[i].group == group:
+                        refer(&self.p, i, &self.p.features[n])
+                        n += 1
+                self.p.groups[group].n = n - self.p.groups[group].first
+            self.p.n_units = pieces(self._nbytes())
+            share(gather_unit, &self.p, self.p.n_units, self.p.n_seats)
 
     def sum(self, list grads):
         """Sum the gradients, of the shape of what `gather` gives, for each distinct key; for `apply` or `sums`.
@@ -698,7 +697,7 @@ cdef class Together:
             at += room(part)
         self.p.failed = False
         with nogil:
-            self._pass_of_rows(sum_unit, False)
+            self._pass_of_rows(sum_unit)
         return not self.p.failed
 
     def sums(self):
@@ -721,7 +720,7 @@ cdef class Together:
     cdef _finish(self):
         cdef int64_t i
         with nogil:
-            self._pass_of_rows(finish_unit, False)
+            self._pass_of_rows(finish_unit)
         for i in range(self.p.n_parts):
             self.p.parts[i].sums = NULL
 
