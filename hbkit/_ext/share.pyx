@@ -11,10 +11,8 @@ from hbkit.errors import InvalidArgument
 cdef extern from "share.h" nogil:
     void hb_share(Unit, void *, int64_t, int64_t)
     void hb_forked()
+    int pthread_atfork(void (*)(), void (*)(), void (*)())  # which it includes
     int HB_SEATS
-
-cdef extern from "pthread.h" nogil:
-    int pthread_atfork(void (*)(), void (*)(), void (*)())
 
 cdef int64_t MOST = 16     # threads, where nobody says how many
 cdef int64_t LEAST = 512 << 10  # bytes a unit, some 50 us: a helper is there after up to 25, and what it reads is far
