@@ -11,20 +11,21 @@ from hbkit.errors import InvalidArgument
 cdef extern from "share.h" nogil:
     void hb_share(Unit, void *, int64_t, int64_t)
     void hb_forked()
+    int pthread_atfork(void (*)(), void (*)(), void (*)())  # which it includes
     int HB_SEATS
-
-cdef extern from "pthread.h" nogil:
-    int pthread_atfork(void (*)(), void (*)(), void (*)())
 
 cdef int64_t MOST = 16     # threads, where nobody says how many
 cdef int64_t LEAST = 512 << 10  # bytes a unit, some 50 us: a helper is there after up to 25, and what it reads is far
+cdef int64_t FEW = 4       # units for which it is worth while to wake a thread
 cdef int64_t EACH = 4      # units a thread: none waits long for another
 cdef int64_t _n_threads = 1, _least = LEAST
 
 
 cdef int64_t pieces(int64_t nbytes) noexcept nogil:
     """Units to cut a pass over so many bytes into: 1 where other threads would not make it faster."""
-    cdef int64_t n = 1 if _n_threads == 1 else max(<int64_t>1, min(nbytes // _least, EACH * _n_threads))
+    cdef int64_t n = min(nbytes // _least, EACH * _n_threads)
+    if _n_threads == 1 or n < FEW:
+        return 1
     return n if n < _n_threads else n // _n_threads * _n_threads  # as many for each
 
 
