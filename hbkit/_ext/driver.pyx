@@ -607,6 +607,7 @@ cdef class Kernel:
                 array = <Array> value
                 if array.n_dims != self._dims[i] or array.code != self._codes[i]:
                     raise self._misfit(i, value)
+                share(array, stream)
                 to += put(array, to)
         before = enter(stream._context)
         result = cu.cuLaunchKernel(
