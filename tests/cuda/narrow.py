@@ -106,7 +106,7 @@ def near(value):
         return batch.Placement(*vars(value).values())
     if isinstance(value, Far):
         assert value._array.flags.c_contiguous, "a kernel is given an array that is not contiguous"
-        assert value.dtype in (np.int64, np.float32), f"a kernel is given {value.dtype}"
+        assert value.dtype in (np.int64, np.int32, np.float32), f"a kernel is given {value.dtype}"
         return value._array
     return value
 
@@ -135,9 +135,12 @@ class NarrowDedupe:
         self._device, self._of = device, twin.HostDedupe(twin.HostDevice(), max_keys)
         self.nbytes = self._of.nbytes
 
+    def begin(self, keys, room):
+        return self._of.begin(near(self._device.array(keys)), near_room(room))
+
     def __call__(self, keys, room):
-        found = self._of(near(self._device.array(keys)), near_room(room))
-        return batch.Distinct(room, found.n, found.n_distinct)
+        n = self.begin(keys, room)
+        return batch.Distinct(room, n, int(near(room.found)[batch.N_KEYS]))
 
 
 class NarrowOrder:
@@ -153,6 +156,10 @@ class NarrowOrder:
 
 class Placement(batch.Placement):
     """One whose arrays are such."""
+
+    @property
+    def both(self):
+        return Far(super().both)
 
     def _row(self, row):
         return Far(super()._row(row))
