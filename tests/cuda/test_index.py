@@ -335,7 +335,7 @@ class Pair:
         placed = index.insert(keys[missing], given, evict=evict, add=add)
         want = self.oracle.insert(keys[missing], given, evict, add)
         same(self.device, index, placed, want)
-        slots = np.array(slots)
+        slots = np.array(slots, np.int64)
         slots[missing] = want[0]
         self.held.append((slots.tolist(), counts))
 
@@ -344,9 +344,9 @@ class Pair:
             slots, counts = self.held.pop(self.rng.integers(len(self.held)))
             self.step += 1
             if counts is not None:
-                self.index.stamp(np.array(slots), self.step, counts)
+                self.index.stamp(np.array(slots, np.int64), self.step, counts)
                 self.oracle.stamp(slots, self.step, counts.tolist())
-            self.index.settle(np.array(slots))
+            self.index.settle(np.array(slots, np.int64))
             self.oracle.settle(slots)
 
     def mark(self):
@@ -377,9 +377,9 @@ class Pair:
     def metadata(self):
         slots = [*self.oracle.find(self.some(self.n)), -1]
         freq, last_step = self.rng.integers(0, 2**33, (2, len(slots)))
-        self.index.put_metadata(np.array(slots), freq, last_step)
+        self.index.put_metadata(np.array(slots, np.int64), freq, last_step)
         self.oracle.put_metadata(slots, freq.tolist(), last_step.tolist())
-        got = self.device.fetch(self.index.metadata(np.array(slots)))
+        got = self.device.fetch(self.index.metadata(np.array(slots, np.int64)))
         assert list(zip(*got.tolist(), strict=True)) == self.oracle.metadata(slots)
 
     def erase(self):
