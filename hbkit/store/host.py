@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,14 +403,12 @@ class HostStore:
             keys.partition(cuts)
         last = keys[:0]
         pieces = np.split(keys, cuts)
-        with ThreadPoolExecutor(1) as thread:  # sorts one while those before are being written
-            sorting = thread.submit(pieces[0].sort)
-            for piece, later in zip(pieces, [*pieces[1:], keys[:0]], strict=True):
-                sorting.result()
-                sorting = thread.submit(later.sort)
-                is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
-                yield piece[is_new]
-                last = piece[-1:]
+        # No thread sorts ahead: a generator that is dropped while another thread starts would wait for its own for good.
+        for piece in pieces:
+            piece.sort()
+            is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
+            yield piece[is_new]
+            last = piece[-1:]
 
     def point_rows(self, point: _HostPoint, keys: Int64s) -> InPlace:
         """Those that nothing was about to change until they were read."""
