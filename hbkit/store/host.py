@@ -403,7 +403,7 @@ class HostStore:
             keys.partition(cuts)
         last = keys[:0]
         pieces = np.split(keys, cuts)
-        # No thread sorts ahead: a generator that is dropped while another thread starts would wait for its own for good.
+        # No thread sorts ahead: a generator that is dropped as another thread starts would wait for its own for good.
         for piece in pieces:
             piece.sort()
             is_new = np.append(len(last) == 0 or piece[:1] != last, piece[1:] != piece[:-1])[: len(piece)]
