@@ -35,7 +35,7 @@ def shared():
 def run_again(command, env, file, marks, select, tmp_path):
     """Run a test file in a process of its own; elsewhere than in the checkout, which hides the installed package."""
     if "NUMBA_ENABLE_CUDASIM" in os.environ or soft.driver:
-        pytest.skip("this is such a process")
+        pytest.skip("this process is one in which a file runs again: it starts no other")
     options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=native", "-m", marks, "-k", select
     done = subprocess.run(
         [sys.executable, *command, "-m", "pytest", *options, file],

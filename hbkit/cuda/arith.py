@@ -32,6 +32,7 @@ __all__ = [
     "mul64",
     "rint",
     "shift_of",
+    "sign",
     "sqrt",
     "sqrt64",
     "store4",
@@ -47,6 +48,12 @@ def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call."""
     compiled: Callable[..., Any] = cuda.jit(function, device=True)
     return compiled
+
+
+def sign(signatures: dict[Any, str]) -> None:
+    """Let each kernel have its signature, which `hbkit.cuda.device.Device.launch` compiles it with."""
+    for kernel, signature in signatures.items():
+        kernel.signature = signature
 
 
 def shift_of(width: int) -> int:

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import cuda
+from hbkit.cuda.arith import cuda, sign
 from hbkit.cuda.batch import (
     EVICTED_CLEAN,
     FOUND,
@@ -699,5 +699,4 @@ SIGNATURES = {
     rehouse: f"void({_E64}, {_A64}, {_A64}, {_A64}, {_A32})",
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
+sign(SIGNATURES)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import cuda
+from hbkit.cuda.arith import cuda, sign
 from hbkit.cuda.batch import N_KEYS, N_MISSING, N_SKIPPED, Distinct, Room
 from hbkit.cuda.buckets import mix
 from hbkit.cuda.device import Device
@@ -138,8 +138,7 @@ SIGNATURES = {
     spread: f"void(int64, {_A32}, {_A32}, {_A64}, {_A64}, {_A32})",
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
+sign(SIGNATURES)
 
 
 class Dedupe:

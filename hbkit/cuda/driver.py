@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hbkit._ext import driver
-from hbkit.errors import DeviceUnavailable
+from hbkit.errors import DeviceUnavailable, InvalidArgument
 
 Array: Any = driver.Array
 TYPE = re.compile(r"(\w+)(\[(?::,)*::1\])?")  # of an argument: a number, or a contiguous array
@@ -45,7 +45,7 @@ def types_of(signature: str) -> tuple[tuple[Any, int], ...]:
     found = []
     for word, brackets in TYPE.findall(signature.removeprefix("void")):
         if not brackets and word != "int64":
-            raise NotImplementedError(f"a kernel's argument is {word}")
+            raise InvalidArgument(f"a kernel's argument is {word}", remedy="give it int64 or an array")
         found.append((np.dtype(word), brackets.count(",") + 1) if brackets else (None, 0))
     return tuple(found)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import as_int, cuda, device, fours, shift_of
+from hbkit.cuda.arith import as_int, cuda, device, fours, shift_of, sign
 from hbkit.cuda.device import Device
 from hbkit.cuda.narrow import load
 from hbkit.cuda.warp import ballot, lane, ones
@@ -74,8 +74,7 @@ SIGNATURES = {
     **dict.fromkeys(LEAVE_OUT.values(), "void(int64[::1], float32[:,::1], int64[::1], int32[::1], int64, int32[::1])"),
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature
+sign(SIGNATURES)
 
 
 class Finite:

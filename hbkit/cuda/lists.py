@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import cuda, mul
+from hbkit.cuda.arith import cuda, mul, sign
 from hbkit.cuda.device import BAD_SEGMENT, Device
 
 ONE = np.float32(1)
@@ -37,7 +37,7 @@ def spread(splits: Any, row_scale: Any, weight: Any, first: Any, step: Any, rows
 SIGNATURES: dict[Any, str] = {
     spread: "void(int64[::1], float32[::1], float32[::1], int64, int64, int64[::1], float32[::1], int32[::1])"
 }
-spread.signature = SIGNATURES[spread]  # type: ignore[attr-defined]  # `hbkit.cuda.device.Device.launch` reads it
+sign(SIGNATURES)
 
 
 def spread_lists(

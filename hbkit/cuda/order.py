@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import cuda
+from hbkit.cuda.arith import cuda, sign
 from hbkit.cuda.batch import Room
 from hbkit.cuda.device import BLOCK, SIMULATED_THREADS, Device, simulated
 from hbkit.cuda.tiles import TILES, sum_before, tile_length
@@ -197,8 +197,7 @@ SIGNATURES = {
     place: f"void({_A64}, int64, int64, int64, int64, {_A32}, {_A32}, {_A32}, {_A64}, {_A32})",
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature  # type: ignore[attr-defined]  # functions take attributes; `Device.launch` reads it
+sign(SIGNATURES)
 
 
 class Order:

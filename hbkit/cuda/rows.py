@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import add, cuda, device, mul
+from hbkit.cuda.arith import add, cuda, device, mul, sign
 from hbkit.cuda.device import BAD_INDEX, BAD_SLOT
 from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, store
 
@@ -208,5 +208,4 @@ for _dtype, _vec in GATHER:
         _kernel.__name__ += _suffix
         SIGNATURES[_kernel] = f"void({_rows}, {_arguments}, {_ERROR})"
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature
+sign(SIGNATURES)

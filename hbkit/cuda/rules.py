@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import add, cuda, device, div, div64, load4, mul, mul64, sqrt, sqrt64, store4, sub, sub64
+from hbkit.cuda.arith import add, cuda, device, div, div64, load4, mul, mul64, sign, sqrt, sqrt64, store4, sub, sub64
 from hbkit.cuda.device import BAD_SLOT, COOPERATING
 from hbkit.cuda.narrow import NEAREST, ROWS, ZERO, load, noise4, noise_from, store
 from hbkit.cuda.sums import GRADIENTS, gradient
@@ -389,5 +389,4 @@ for _dtype, (_load, _store) in ROWS.items():
 for (_name, _dtype, _vec), _kernel in RULES.items():
     _kernel.__name__ = f"{_name}_{_dtype}{'_fours' if _vec else ''}"
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature
+sign(SIGNATURES)

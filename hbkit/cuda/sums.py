@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import add, cuda, device, mul
+from hbkit.cuda.arith import add, cuda, device, mul, sign
 from hbkit.cuda.device import BAD_SEGMENT
 from hbkit.cuda.narrow import ZERO, load, store
 
@@ -187,5 +187,4 @@ SIGNATURES = {
     **dict.fromkeys(SEGMENT_SUM.values(), f"void({GRADIENTS}, float32[:,::1], int64, int32[::1])"),
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature
+sign(SIGNATURES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint
+from hbkit.cuda.arith import as_float, as_int, cuda, device, div, mul, rint, sign
 from hbkit.cuda.device import COOPERATING
 from hbkit.cuda.narrow import ZERO, load, store, widen_bfloat16
 from hbkit.cuda.warp import xor
@@ -87,5 +87,4 @@ SIGNATURES = {
     **dict.fromkeys(DEQUANTIZE.values(), "void(int8[:,::1], uint16[::1], float32[:,::1], int32[::1])"),
 }
 
-for _kernel, _signature in SIGNATURES.items():
-    _kernel.signature = _signature
+sign(SIGNATURES)

@@ -86,24 +86,26 @@ class DeviceLease(Lease):
         """Device memory that is its own."""
         return 0 if self.room is not None else 40 * self.n_keys
 
-    @property
-    def keys(self) -> Int64s:  # type: ignore[override]  # a copy that is made when it is asked for
-        if self.near_keys is None:
+    def _copy(self) -> None:
+        """Have keys and counts in host memory."""
+        if self.near_keys is None or self.near_counts is None:
             with self.store._lock:
                 self.store._know(self)
+
+    @property
+    def keys(self) -> Int64s:  # type: ignore[override]  # an attribute of `Lease`; here a copy, made when asked for
+        self._copy()
         assert self.near_keys is not None
         return self.near_keys
 
     @property
-    def counts(self) -> Int64s:  # type: ignore[override]  # as `keys`
-        if self.near_counts is None:
-            with self.store._lock:
-                self.store._know(self)
+    def counts(self) -> Int64s:  # type: ignore[override]  # an attribute of `Lease`; here a copy, made when asked for
+        self._copy()
         assert self.near_counts is not None
         return self.near_counts
 
     @property
-    def slots(self) -> Int64s:  # type: ignore[override]  # as `keys`
+    def slots(self) -> Int64s:  # type: ignore[override]  # an attribute of `Lease`; here a copy, made when asked for
         slots = np.zeros(self.n_keys, np.int64)
         slots[self.rest.at] = self.rest.slots
         if self.padding >= 0:
@@ -111,7 +113,7 @@ class DeviceLease(Lease):
         return slots
 
     @property
-    def padding(self) -> int:  # type: ignore[override]  # as `keys`
+    def padding(self) -> int:  # type: ignore[override]  # an attribute of `Lease`; here looked for when asked for
         if self._padding is None:
             self._padding = find_key(self.keys, self.skip)
         return self._padding

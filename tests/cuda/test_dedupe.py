@@ -1,16 +1,11 @@
 """Distinct keys on the device against NumPy, in whatever order threads run."""
 
-import os
-
 import numpy as np
 import pytest
 
 from hbkit.errors import InvalidArgument
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
-
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_dedupe_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

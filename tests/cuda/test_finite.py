@@ -1,15 +1,11 @@
 """NaN and infinities in device memory against NumPy."""
 
-import os
-
 import numpy as np
 import pytest
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 BAD = (np.nan, -np.nan, np.inf, -np.inf)
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_finite_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

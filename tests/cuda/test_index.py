@@ -18,7 +18,6 @@ FOUND, NEW, EVICTED_CLEAN, EVICTED_DIRTY, REFUSED = range(5)
 KEY, WORD, FREQ, LAST = range(4)  # of the oracle's entries
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_index_in_the_simulator(in_simulator):
     in_simulator(__file__)
 
@@ -28,7 +27,6 @@ def test_index_on_soft_devices(on_soft_devices):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_index_in_the_simulator_for_long(in_simulator):
     in_simulator(__file__, "slow")
 

@@ -29,7 +29,6 @@ KERNELS += ["padded", "own", "change", *(f"{name}_fours" for name in KERNELS)]
 
 
 @pytest.mark.slow  # more than 20 s
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_kernels_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

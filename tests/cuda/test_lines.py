@@ -1,16 +1,11 @@
 """Lines in device memory as the store uses them: batches on their way, memory that frameworks share, and failures."""
 
-import os
-
 import numpy as np
 import pytest
 
 from hbkit import errors
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
-
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_lines_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

@@ -1,16 +1,11 @@
 """Rows and scales of pooled lists against plain formulas: in the simulator, and on a device where there is one."""
 
-import os
-
 import numpy as np
 import pytest
 
 from hbkit import errors
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
-
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_lists_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

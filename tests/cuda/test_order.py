@@ -9,7 +9,6 @@ import pytest
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_order_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

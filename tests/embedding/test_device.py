@@ -36,7 +36,6 @@ if SIMULATED:  # threads wait for each other at each vote, and would do so for 5
 DIM, N_ROWS, N_KEYS = 4, *((5, 9) if SIMULATED else (50, 80))
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_device_tables_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

@@ -95,7 +95,6 @@ on_twin = pytest.mark.skipif(missing("cpu") is not None, reason=f"lane cpu: {mis
 
 
 @pytest.mark.slow  # more than 20 s
-@pytest.mark.skipif(SIMULATED, reason="this is the simulator")
 def test_device_tier_in_the_simulator(in_simulator):
     in_simulator(__file__)
 

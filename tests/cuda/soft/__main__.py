@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-import soft  # noqa: E402 - it is found only now
+import soft  # noqa: E402 - it is found by the path that the line above sets
 
 settings = {name: os.environ.get(f"SOFT_CUDA_{name.upper()}") for name in ("seed", "devices", "tiles")}
 soft.load(**{"devices": 2, **{name: int(value) for name, value in settings.items() if value is not None}})
